@@ -1,0 +1,39 @@
+// The table of CPU kernels that one ISA unit exports. Only plain data crosses between the units:
+// the linker keeps one copy of an inline function, and it may be the AVX-512 one.
+#pragma once
+#include <cstdint>
+
+enum FhType : int { FH_F32 = 0, FH_F64 = 1 };
+
+// One pass over the rows of V (k, n), ld in elements, together with the block W (b, n).
+//   h (k, b) or null: W -= h^T V first;  s (b, b) or null: then W = s W;
+//   g (b, b) and c (k, b): dots of the new W, summed in float64; none are taken if g is null
+//   (c of no rows is null too).
+struct FhBlock {
+  const void* v;
+  int64_t ldv;
+  FhType vtype;
+  int64_t k, n;
+  void* w;
+  int64_t ldw;
+  FhType wtype;
+  int b;
+  const double* h;
+  const double* s;
+  double* c;
+  double* g;
+  int threads;
+};
+
+struct FhCpuKernels {
+  const char* name;
+  bool (*project)(const FhBlock&);  // false: the workspace could not be allocated
+  void (*signs)(void* out, FhType type, int64_t n, uint64_t seed, int64_t offset, int threads);
+  void (*normal)(void* out, FhType type, int64_t n, uint64_t seed, int64_t offset, int threads);
+  void (*pack)(void* out, FhType type, const void* const* pieces, const int64_t* sizes,
+               int64_t count, double alpha, double beta, int threads);
+};
+
+extern "C" {
+extern const FhCpuKernels fh_cpu_generic, fh_cpu_avx2, fh_cpu_avx512;
+}

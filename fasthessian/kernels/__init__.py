@@ -1,0 +1,67 @@
+"""Backends of the kernel contract, and the choice between them.
+
+A backend is a module with ``project_, update_, signs_, normal_, pack_`` (see ``reference``),
+``unavailable() -> reason | None`` and ``supports(device)``.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from types import ModuleType
+
+import torch
+
+from fasthessian.kernels import native, reference
+
+BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}  # by preference
+
+
+def select(device: torch.device | str, backend: str | None = None) -> ModuleType:
+    """The backend module for tensors on ``device``.
+
+    ``backend`` or else the variable ``FASTHESSIAN_BACKEND`` names one; without either the first
+    that can serve is taken: native, then reference.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the named backend cannot serve here; the message says why.
+    """
+    device = torch.device(device)
+    name = backend or os.environ.get("FASTHESSIAN_BACKEND") or None
+    if name is None:
+        for module in BACKENDS.values():
+            if module.unavailable() is None and module.supports(device):
+                return module
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+    module = BACKENDS[name]
+    reason = module.unavailable()
+    if reason is None and not module.supports(device):
+        reason = f"it does not serve {device.type} tensors"
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} cannot serve: {reason}; leave backend unset")
+    return module
+
+
+def doctor() -> str:
+    """Which backends serve here, and why the others do not.
+
+    Example:
+        >>> import fasthessian as fh
+        >>> "reference" in fh.doctor()
+        True
+    """
+    lines = [
+        f"torch {torch.__version__}, Python {platform.python_version()}, "
+        f"{torch.get_num_threads()} threads, "
+        f"CUDA {'available' if torch.cuda.is_available() else 'not available'}"
+    ]
+    for name, module in BACKENDS.items():
+        reason = module.unavailable()
+        detail = getattr(module, "describe", lambda: "pure torch, every device")
+        lines.append(f"{name:<10} " + (f"no: {reason}" if reason else f"yes: {detail()}"))
+    lines.append(f"cpu        served by {select('cpu').NAME}")
+    if torch.cuda.is_available():
+        lines.append(f"cuda       served by {select('cuda').NAME}")
+    return "\n".join(lines)

@@ -1,0 +1,164 @@
+"""Frozen result records: what every algorithm returns, saved and loaded as one ``.npz`` file."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+R = TypeVar("R", bound="Record")
+
+
+def write_whole(path: str | os.PathLike[str], payload: bytes, *, overwrite: bool = False) -> None:
+    """Write ``payload`` to ``path`` entirely or not at all (temporary file, then rename).
+
+    Raises:
+        FileExistsError: ``path`` exists and ``overwrite`` is False.
+        OSError: the folder is missing or cannot be written.
+    """
+    target = Path(path)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{target} exists; pass overwrite=True or choose another path")
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(payload)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes 0600
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Record:
+    """Base of the results: immutable fields, ``save``, ``load`` and ``summary``."""
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the record to ``path`` as NumPy ``.npz``, whole or not at all.
+
+        Raises:
+            FileExistsError: ``path`` exists and ``overwrite`` is False.
+        """
+        scalars: dict[str, Any] = {}
+        arrays: dict[str, np.ndarray[Any, Any]] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                arrays[field.name] = value.detach().cpu().numpy()
+            else:
+                scalars[field.name] = value
+        header = json.dumps({"record": type(self).__name__, "scalars": scalars})
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, __record__=np.array(header), **arrays)
+        write_whole(path, buffer.getvalue(), overwrite=overwrite)
+
+    @classmethod
+    def load(cls: type[R], path: str | os.PathLike[str]) -> R:
+        """Read a record of this class back, on the CPU.
+
+        Raises:
+            ValueError: the file is not a record, is cut short, or is a record of another class.
+        """
+        name = cls.__name__
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                header = json.loads(str(archive["__record__"]))
+                found, fields = header["record"], dict(header["scalars"])
+                for key in archive.files:
+                    if key != "__record__":
+                        fields[key] = torch.from_numpy(archive[key])
+        except FileNotFoundError:
+            raise
+        except Exception as error:
+            raise ValueError(f"{path} is not a saved {name} ({error})") from error
+        if found != name:
+            raise ValueError(f"{path} holds a {found}, not a {name}; use {found}.load")
+        for field in dataclasses.fields(cls):
+            if isinstance(fields.get(field.name), list):
+                fields[field.name] = tuple(fields[field.name])
+        return cls(**fields)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Eigenpairs(Record):
+    """Eigenvalues, eigenvectors and how far each pair is from exact."""
+
+    values: Tensor  # (k,) float64, in the order that `which` asks for
+    vectors: Tensor  # (k, n) rows of unit norm, the operator's dtype
+    residuals: Tensor  # (k,) float64, bounds on ||H v - theta v||
+    converged: bool
+    matvecs: int
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the eigenvalues with their residuals as error bars (needs matplotlib)."""
+        from fasthessian.plots import plot_eigenpairs
+
+        return plot_eigenpairs(self, ax)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Estimate(Record):
+    """A Monte-Carlo mean with its standard error and confidence interval."""
+
+    value: float
+    stderr: float
+    interval: tuple[float, float]  # (low, high) at `confidence`
+    confidence: float
+    samples: Tensor  # (s,) float64, the quadratic forms v'Hv
+    matvecs: int
+    converged: bool
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the running mean with its confidence band (needs matplotlib)."""
+        from fasthessian.plots import plot_estimate
+
+        return plot_estimate(self, ax)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Density(Record):
+    """Spectral density by stochastic Lanczos quadrature."""
+
+    nodes: Tensor  # (probes, steps) float64, ascending per row; after a breakdown the last repeats
+    weights: Tensor  # (probes, steps) float64, each row sums to 1; repeated nodes have weight 0
+    grid: Tensor  # (g,) float64, eigenvalue axis
+    values: Tensor  # (g,) float64, density on the grid; sum(values) * step = 1
+    lower: Tensor  # (g,) float64, pointwise band over the probes
+    upper: Tensor  # (g,) float64
+    sigma: float  # standard deviation of the Gaussian kernel, in units of the eigenvalues
+    matvecs: int
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the density on a logarithmic axis with its band (needs matplotlib)."""
+        from fasthessian.plots import plot_density
+
+        return plot_density(self, ax)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Landscape(Record):
+    """Loss along one or two directions; ``losses[i, j]`` at ``alphas[i] d0 + betas[j] d1``."""
+
+    alphas: Tensor  # (p,) float64
+    betas: Tensor  # (q,) float64, empty for one direction
+    losses: Tensor  # (p,) or (p, q) float64
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the curve or the contour map of the loss (needs matplotlib)."""
+        from fasthessian.plots import plot_landscape
+
+        return plot_landscape(self, ax)
