@@ -64,9 +64,7 @@ class BuildExt(build_ext):
 
         def compile_with_flags(obj, src, ext, cc_args, extra, pp_opts):
             unit = Path(src).as_posix()
-            return compile_one(
-                obj, src, ext, cc_args, [*extra, *CPU_UNITS.get(unit, [])], pp_opts
-            )
+            return compile_one(obj, src, ext, cc_args, [*extra, *CPU_UNITS.get(unit, [])], pp_opts)
 
         self.compiler._compile = compile_with_flags
         extension = self.extensions[0]
@@ -75,7 +73,9 @@ class BuildExt(build_ext):
                 self.add_cuda(extension)
             except (RuntimeError, subprocess.CalledProcessError) as error:
                 if CUDA == "1":
-                    raise SystemExit(f"FASTHESSIAN_CUDA=1, but CUDA cannot be built: {error}")
+                    raise SystemExit(
+                        f"FASTHESSIAN_CUDA=1, but CUDA cannot be built: {error}"
+                    ) from None
                 log(f"CUDA skipped: {error}. FASTHESSIAN_CUDA=1 makes this an error.")
         super().build_extensions()
 

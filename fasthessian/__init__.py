@@ -1,3 +1,28 @@
 """fasthessian: Hessian spectra of PyTorch models at hardware speed."""
 
-from fasthessian.__about__ import __version__ as __version__
+from fasthessian.__about__ import __version__
+from fasthessian.algorithms.arguments import ConvergenceWarning
+from fasthessian.algorithms.density import density
+from fasthessian.algorithms.eigsh import eigsh
+from fasthessian.algorithms.landscape import landscape
+from fasthessian.algorithms.trace import trace
+from fasthessian.kernels import doctor
+from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.hessian import Hessian
+from fasthessian.records import Density, Eigenpairs, Estimate, Landscape
+
+__all__ = [
+    "ConvergenceWarning",
+    "Density",
+    "Eigenpairs",
+    "Estimate",
+    "Hessian",
+    "Landscape",
+    "SymmetricOperator",
+    "__version__",
+    "density",
+    "doctor",
+    "eigsh",
+    "landscape",
+    "trace",
+]

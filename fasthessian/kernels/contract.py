@@ -39,7 +39,7 @@ def check_block(V: Tensor, W: Tensor, H: Tensor | None, S: Tensor | None = None)
             raise ValueError(f"{name} must have shape {shape}, got {tuple(small.shape)}")
     for name, other in (("W", W), ("H", H), ("S", S)):
         if other is not None and other.device != V.device:
-            raise ValueError(f"V is on {V.device} but {name} is on {other.device}; move one of them")
+            raise ValueError(f"V is on {V.device} but {name} is on {other.device}; move one")
 
 
 def check_stream(out: Tensor, seed: int, offset: int) -> None:

@@ -64,7 +64,7 @@ def project_(V: Tensor, W: Tensor, H: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 def update_(V: Tensor, W: Tensor, H: Tensor, S: Tensor | None = None) -> Tensor:
-    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes the rows, default identity."""
+    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity."""
     check_block(V, W, H, S)
     (k, n), b = V.shape, W.shape[0]
     h, s = _small(H), None if S is None else _small(S)
@@ -96,9 +96,7 @@ def normal_(out: Tensor, seed: int, offset: int = 0) -> Tensor:
     return out
 
 
-def pack_(
-    out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: float = 0.0
-) -> Tensor:
+def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """``out = beta * out + alpha * concat(tensors)``; beta = 0 does not read out."""
     check_pack(out, tensors)
     pieces = [tensor.detach().contiguous() for tensor in tensors]

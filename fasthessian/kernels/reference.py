@@ -46,7 +46,7 @@ def project_(V: Tensor, W: Tensor, H: Tensor | None = None) -> tuple[Tensor, Ten
 
 
 def update_(V: Tensor, W: Tensor, H: Tensor, S: Tensor | None = None) -> Tensor:
-    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes the rows, default identity."""
+    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity."""
     check_block(V, W, H, S)
     for start in range(0, V.shape[1], TILE):
         w = W[:, start : start + TILE]
@@ -100,9 +100,7 @@ def normal_(out: Tensor, seed: int, offset: int = 0) -> Tensor:
     return out.copy_(pairs.reshape(-1)[skip : skip + out.numel()])
 
 
-def pack_(
-    out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: float = 0.0
-) -> Tensor:
+def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """``out = beta * out + alpha * concat(tensors)``; beta = 0 does not read out."""
     check_pack(out, tensors)
     start = 0

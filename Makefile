@@ -1,0 +1,41 @@
+# make demo | test | lint | bench | clean        (one environment, .venv, made on first use)
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?=
+OUT ?= report
+
+.PHONY: demo test lint format bench clean
+.DEFAULT_GOAL := test
+
+# Rebuilt when the native sources or the dependencies change.
+.venv/.ready: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli,test,lint]'
+	$(BIN)/fasthessian doctor
+	touch $@
+
+demo: .venv/.ready
+	$(BIN)/fasthessian analyze resnet20 --out $(OUT) --overwrite $(if $(DATA),--data $(DATA))
+
+test: .venv/.ready
+	$(BIN)/python -m pytest -q
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu')
+
+format: .venv/.ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -type f)
+
+bench: .venv/.ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt pyhessian
+	$(BIN)/python -m pytest -q -s bench
+
+clean:
+	rm -rf .venv build *.egg-info fasthessian/_native*.so

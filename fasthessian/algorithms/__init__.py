@@ -1,0 +1,1 @@
+"""Algorithms: pure functions of an operator that return frozen records."""

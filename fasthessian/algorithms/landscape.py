@@ -1,0 +1,90 @@
+"""The loss along one or two directions in parameter space."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasthessian.algorithms.arguments import Progress, integer, positive
+from fasthessian.operators.base import SymmetricOperator
+from fasthessian.records import Landscape
+
+
+def landscape(
+    A: SymmetricOperator,
+    directions: Tensor,
+    span: float = 1.0,
+    points: int = 21,
+    *,
+    progress: Progress | None = None,
+) -> Landscape:
+    r"""``L(theta + alpha d0 + beta d1)`` on a grid, the loss that A is the Hessian of.
+
+    Along the top eigenvectors, as in Yao et al. 2020 (PyHessian). The parameters are put back bit
+    for bit, also when an exception flies.
+
+    Args:
+        A: an operator that knows its loss: ``fh.Hessian``.
+        directions: (n,), (1, n) or (2, n), the operator's dtype; used as given, so unit
+            eigenvectors make alpha a distance in parameter space.
+        span: the grid runs from -span to span.
+        points: along each direction, at least 2; odd ones include theta itself.
+        progress: called with (losses done, losses in all) after each.
+
+    Returns:
+        Landscape: alphas (points,), betas (points,) or (0,), losses (points,) or
+        (points, points), all float64.
+
+    Raises:
+        TypeError: A has no loss.
+        ValueError: directions do not fit A, or span or points is out of range.
+
+    Example:
+        >>> import torch, fasthessian as fh
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> A = fh.Hessian.from_closure(lambda: (x**2).sum(), [x])
+        >>> fh.landscape(A, torch.tensor([1.0, 0.0]), points=3).losses
+        tensor([1., 0., 1.], dtype=torch.float64)
+    """
+    loss = _loss_of(A)
+    points, span = integer("points", points, 2), positive("span", span)
+    if not isinstance(directions, Tensor):
+        raise TypeError(f"directions must be a tensor, got {type(directions).__name__}")
+    rows = directions.detach().reshape(-1, directions.shape[-1] if directions.dim() else 1)
+    if directions.dim() not in (1, 2) or rows.shape[0] not in (1, 2) or rows.shape[1] != A.n:
+        raise ValueError(
+            f"directions must have shape ({A.n},), (1, {A.n}) or (2, {A.n}), "
+            f"got {tuple(directions.shape)}"
+        )
+    if rows.dtype != A.dtype or rows.device != A.device:
+        raise ValueError(
+            f"directions must be {A.dtype} on {A.device}, got {rows.dtype} on {rows.device}"
+        )
+    alphas = torch.linspace(-span, span, points, dtype=torch.float64)
+    betas = alphas.clone() if len(rows) == 2 else alphas[:0].clone()
+    steps = [(a,) for a in alphas] if len(rows) == 1 else torch.cartesian_prod(alphas, betas)
+    losses = torch.empty(len(steps), dtype=torch.float64)
+    for i, step in enumerate(steps):
+        # spelled out, so that the centre is exactly theta
+        offset = sum(float(x) * row for x, row in zip(step, rows, strict=True))
+        losses[i] = loss(offset)
+        if progress is not None:
+            progress(i + 1, len(losses))
+    return Landscape(
+        alphas=alphas,
+        betas=betas,
+        losses=losses if len(rows) == 1 else losses.reshape(points, points),
+    )
+
+
+def _loss_of(A: Any) -> Callable[[Any], float]:
+    loss = getattr(A, "loss", None)
+    if not isinstance(A, SymmetricOperator) or loss is None:
+        raise TypeError(
+            f"A must know its loss, got {type(A).__name__}; "
+            "make one with fh.Hessian(model, criterion, data)"
+        )
+    return loss  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""Symmetric, matrix-free operators: any callable, and the Hessian of a loss."""

@@ -1,0 +1,199 @@
+"""The symmetric operator: what the algorithms ask for products, and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasthessian import kernels
+
+FLOATS = (torch.float32, torch.float64)
+# Allowed |u'Av - v'Au| over ||Au|| + ||Av||, u and v random signs. Far above rounding, and above
+# the error of products by finite differences; an operator that is not symmetric is of order 0.1.
+ASYMMETRY = {torch.float32: 5e-3, torch.float64: 1e-5}
+
+
+class SymmetricOperator:
+    """A symmetric n x n matrix known by its products, ``A @ v = matvec(v)``.
+
+    Args:
+        matvec: maps a vector (n,) to A v (n,), of the given dtype and device. It gets one vector
+            at a time and must not write into it.
+        n: the size, at least 1.
+        dtype: ``torch.float32`` or ``torch.float64``.
+        device: where the vectors live.
+        check: compare u'Av with v'Au for random u and v before the first product. The two extra
+            calls of ``matvec`` are not counted in ``matvecs``.
+
+    Attributes:
+        n, dtype, device: as given.
+        matvecs: products made so far for the caller; a block of b vectors counts b.
+
+    ``A @ v`` takes (n,) or (b, n), rows being vectors, and returns the same shape.
+
+    Raises:
+        ValueError: a wrong shape, a product with NaN or Inf, or ``matvec`` is not symmetric.
+        TypeError: a wrong dtype or device.
+
+    Example:
+        >>> import torch, fasthessian as fh
+        >>> M = torch.tensor([[2.0, 1.0], [1.0, 3.0]])
+        >>> A = fh.SymmetricOperator(lambda v: M @ v, 2)
+        >>> A @ torch.tensor([1.0, 0.0])
+        tensor([2., 1.])
+        >>> A.matvecs
+        1
+    """
+
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    matvecs: int
+
+    def __init__(
+        self,
+        matvec: Callable[[Tensor], Tensor],
+        n: int,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        check: bool = True,
+    ) -> None:
+        if not callable(matvec):
+            raise TypeError(f"matvec must be callable, got {type(matvec).__name__}")
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ValueError(f"n must be a positive integer, got {n!r}")
+        if dtype not in FLOATS:
+            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+        self._matvec = matvec
+        self._unchecked = check
+        self._describe(n, dtype, torch.device(device))
+
+    def _describe(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.n, self.dtype, self.matvecs = n, dtype, 0
+        # "cuda" means the current device: take the index that its tensors will carry
+        self.device = torch.empty(0, device=device).device
+
+    def __repr__(self) -> str:
+        """Class, size, dtype, device and products so far."""
+        return (
+            f"{type(self).__name__}(n={self.n}, dtype={self.dtype}, device={self.device}, "
+            f"matvecs={self.matvecs})"
+        )
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """A v for v (n,), or the products of the rows of v (b, n)."""
+        self._accepts("v", v, (1, 2))
+        with torch.inference_mode(False):  # the result is an ordinary tensor in every mode
+            V = v.detach().reshape(-1, self.n)
+            if V.is_inference() or not V.is_contiguous():
+                V = V.clone(memory_format=torch.contiguous_format)
+            out = torch.empty_like(V)
+            self._product(V, out)
+            return out.view(v.shape)
+
+    def apply(self, V: Tensor, out: Tensor) -> None:
+        """Write the products of the rows of V (b, n) into the rows of ``out`` (b, n).
+
+        The rows may be strided views but are contiguous each. V and out must not overlap.
+        """
+        self._accepts("V", V, (2,))
+        self._accepts("out", out, (2,))
+        if V.shape != out.shape:
+            raise ValueError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
+        if V.is_inference() or out.is_inference():  # autograd can neither save nor write these
+            out.copy_(self @ V)
+        else:
+            with torch.inference_mode(False):
+                self._product(V.detach(), out)
+
+    def _product(self, V: Tensor, out: Tensor) -> None:
+        """Products, the finiteness check and the count, common to ``@`` and ``apply``."""
+        if V.shape[0] == 0:
+            return
+        with torch.no_grad():
+            self._apply(V, out)
+            if not bool(torch.isfinite(out).all()):
+                blame = "v holds" if not bool(torch.isfinite(V).all()) else f"{self} returned"
+                raise ValueError(f"{blame} NaN or Inf")
+        self.matvecs += V.shape[0]
+
+    def _apply(self, V: Tensor, out: Tensor) -> None:
+        if self._unchecked:
+            self._probe()
+            self._unchecked = False
+        for v, row in zip(V, out, strict=True):
+            row.copy_(self._one(v))
+
+    def _one(self, v: Tensor) -> Tensor:
+        version = v._version
+        with torch.enable_grad():  # matvec may differentiate, also when called under no_grad
+            w = self._matvec(v)
+        if not isinstance(w, Tensor):
+            raise TypeError(f"matvec must return a torch.Tensor, got {type(w).__name__}")
+        if w.shape != (self.n,):
+            raise ValueError(f"matvec must return shape ({self.n},), got {tuple(w.shape)}")
+        if w.dtype != self.dtype or w.device != self.device:
+            raise TypeError(
+                f"matvec must return {self.dtype} on {self.device}, got {w.dtype} on {w.device}"
+            )
+        if v._version != version:
+            raise ValueError("matvec wrote into its argument; return a new tensor instead")
+        return w.detach()
+
+    def _probe(self) -> None:
+        """Raise ValueError if u'Av and v'Au differ by more than rounding for random signs."""
+        u, v = (torch.empty(self.n, dtype=self.dtype, device=self.device) for _ in range(2))
+        backend = kernels.select(self.device)
+        backend.signs_(u, 1, 0)
+        backend.signs_(v, 2, 0)
+        Au, Av = self._one(u).double(), self._one(v).double()
+        if not bool(torch.isfinite(Au).all() and torch.isfinite(Av).all()):
+            raise ValueError("matvec returned NaN or Inf for a vector of random signs")
+        uAv, vAu = float(u.double() @ Av), float(v.double() @ Au)
+        if abs(uAv - vAu) > ASYMMETRY[self.dtype] * float(Au.norm() + Av.norm()):
+            raise ValueError(
+                f"matvec is not symmetric: u'Av = {uAv:.6g} but v'Au = {vAu:.6g} for random u, v; "
+                f"pass a symmetric one, or check=False if its error is meant"
+            )
+
+    def _accepts(self, name: str, v: Any, dims: tuple[int, ...]) -> None:
+        shapes = " or ".join({1: f"({self.n},)", 2: f"(b, {self.n})"}[dim] for dim in dims)
+        if not isinstance(v, Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor of shape {shapes}, got {type(v).__name__}"
+            )
+        if v.dim() not in dims or v.shape[-1] != self.n:
+            raise ValueError(f"{name} must have shape {shapes}, got {tuple(v.shape)}")
+        if v.dtype != self.dtype or v.device != self.device:
+            raise TypeError(
+                f"{name} must be {self.dtype} on {self.device}, got {v.dtype} on {v.device}; "
+                f"use {name}.to()"
+            )
+        if dims == (2,) and self.n > 1 and v.stride(1) != 1:
+            raise ValueError(
+                f"{name} must have contiguous rows, got strides {v.stride()}; "
+                f"use {name}.contiguous()"
+            )
+
+    def to_scipy(self) -> Any:
+        """This operator as a ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays."""
+        from scipy.sparse.linalg import LinearOperator
+
+        dtype = np.dtype(str(self.dtype).removeprefix("torch."))
+
+        def matmat(X: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            rows = torch.from_numpy(np.ascontiguousarray(X.T, dtype=dtype)).to(self.device)
+            return np.asarray((self @ rows).cpu().numpy().T)
+
+        def matvec(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            return matmat(x.reshape(-1, 1))[:, 0]
+
+        return LinearOperator(
+            (self.n, self.n), matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat,
+            dtype=dtype,
+        )  # fmt: skip

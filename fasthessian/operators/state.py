@@ -1,0 +1,130 @@
+"""The user's world: left as it was found, and watched for changes.
+
+``engaged`` sets what a product needs and puts everything back, also when an exception flies.
+``Snapshot`` tells whether tensors changed since a graph was built on them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+@contextlib.contextmanager
+def seeded(seed: int, generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
+    """Seed torch, NumPy, Python and the given generators; restore all of them at the end."""
+    # torch.manual_seed would queue a seed for a CUDA context that does not exist yet
+    own = [torch.default_generator, *generators]
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        own += torch.cuda.default_generators
+    numpy = sys.modules.get("numpy")
+    saved = [generator.get_state() for generator in own]
+    python_state = random.getstate()
+    numpy_state = numpy.random.get_state() if numpy else None
+    try:
+        for generator in own:
+            generator.manual_seed(seed)
+        random.seed(seed)
+        if numpy:
+            numpy.random.seed(seed)
+        yield
+    finally:
+        for generator, state in zip(own, saved, strict=True):
+            generator.set_state(state)
+        random.setstate(python_state)
+        if numpy:
+            numpy.random.set_state(numpy_state)
+
+
+@contextlib.contextmanager
+def own_buffers(roots: Sequence[nn.Module]) -> Iterator[None]:
+    """Let the modules work on copies of their buffers: the originals are never written."""
+    held = [(module, dict(module._buffers)) for root in roots for module in root.modules()]
+    copies: dict[int, Tensor] = {}
+    try:
+        for module, buffers in held:
+            for name, buffer in buffers.items():
+                if buffer is not None:
+                    if id(buffer) not in copies:
+                        copies[id(buffer)] = buffer.detach().clone()
+                    module._buffers[name] = copies[id(buffer)]
+        yield
+    finally:
+        for module, buffers in held:
+            for name in set(module._buffers) - set(buffers):  # made by the forward pass
+                del module._buffers[name]
+            for name, buffer in buffers.items():
+                module._buffers[name] = buffer
+
+
+@contextlib.contextmanager
+def _training(roots: Sequence[nn.Module], training: bool) -> Iterator[None]:
+    # the flag itself: a user's train() may do more than set it (merge adapters, keep layers frozen)
+    held = [(module, module.training) for root in roots for module in root.modules()]
+    try:
+        for module, _ in held:
+            module.training = training
+        yield
+    finally:
+        for module, flag in held:
+            module.training = flag
+
+
+@contextlib.contextmanager
+def engaged(roots: Sequence[nn.Module], mode: str, device: torch.device) -> Iterator[None]:
+    """Everything a forward pass and its two derivatives need, for the span of one pass.
+
+    Gradients on, autocast off, scaled dot-product attention under its math kernel (the fused ones
+    have no second derivative), compiled code run eagerly, flags by ``mode``, buffers and random
+    states protected.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast(device.type, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if device.type == "cuda" and any(
+            isinstance(module, nn.RNNBase) for root in roots for module in root.modules()
+        ):  # cuDNN's recurrent layers have no second derivative
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(seeded(0))
+        stack.enter_context(own_buffers(roots))
+        stack.enter_context(_training(roots, mode == "train"))
+        yield
+
+
+def version(tensor: Tensor) -> tuple[int, int]:
+    """Where the tensor's memory is and how often it was written through autograd's eyes."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+class Snapshot:
+    """The state of some tensors: where they are, their version, and their values.
+
+    Values are compared too, because writes through ``.data`` leave no trace in the version.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        held = list(tensors)
+        self._versions = [version(tensor) for tensor in held]
+        self._values = [tensor.detach().clone() for tensor in held]
+
+    def matches(self, tensors: Iterable[Tensor]) -> bool:
+        """Whether these are the same tensors, unchanged."""
+        now = list(tensors)
+        if [version(tensor) for tensor in now] != self._versions:
+            return False
+        pairs = list(zip(now, self._values, strict=True))
+        if not all(torch.equal(a, b) for a, b in pairs if a.device.type == "cpu"):
+            return False
+        # one synchronisation for all tensors of an accelerator
+        changed = [(a.detach() != b).any() for a, b in pairs if a.device.type != "cpu"]
+        return not changed or not bool(torch.stack(changed).any())

@@ -1,0 +1,92 @@
+"""Flat vectors: between named tensors and one contiguous row, and padded rows of a basis."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fasthessian import kernels
+
+ALIGN, PAGE = 64, 4096  # bytes: a cache line; the stride at which rows fall into the same cache set
+
+
+class Layout:
+    """Where each named tensor lies in the flat vector of length n.
+
+    Attributes: ``names``, ``shapes``, ``n``, ``dtype``, ``device``.
+
+    Example:
+        >>> import torch
+        >>> from fasthessian.vectors import Layout
+        >>> layout = Layout({"weight": torch.ones(2, 3), "bias": torch.zeros(2)})
+        >>> layout.n
+        8
+        >>> layout.unflatten(torch.arange(8.0))["bias"]
+        tensor([6., 7.])
+    """
+
+    def __init__(self, named: Mapping[str, Tensor]) -> None:
+        if not named:
+            raise ValueError("a layout needs at least one named tensor, got none")
+        first = next(iter(named.values()))
+        self.names: tuple[str, ...] = tuple(named)
+        self.shapes: tuple[torch.Size, ...] = tuple(t.shape for t in named.values())
+        self.dtype: torch.dtype = first.dtype
+        self.device: torch.device = first.device
+        self._sizes = [t.numel() for t in named.values()]
+        self.n: int = sum(self._sizes)
+
+    def views(self, v: Tensor) -> list[Tensor]:
+        """The pieces of v (n,) in their shapes, sharing v's memory."""
+        if v.shape != (self.n,):
+            raise ValueError(f"v must have shape ({self.n},), got {tuple(v.shape)}")
+        pieces = torch.split(v, self._sizes)
+        return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
+
+    def unflatten(self, v: Tensor) -> dict[str, Tensor]:
+        """The named views of v (n,); writing into one writes into v."""
+        return dict(zip(self.names, self.views(v), strict=True))
+
+    def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
+        """A new vector (n,) from tensors by name, or in the order of ``names``.
+
+        Raises:
+            ValueError: a name or shape differs from the layout.
+            TypeError: a dtype or device differs from the layout.
+        """
+        if isinstance(tensors, Mapping):
+            if set(tensors) != set(self.names):
+                odd = sorted(set(tensors).symmetric_difference(self.names))[:5]
+                raise ValueError(f"tensors must have the names of .layout; these differ: {odd}")
+            tensors = [tensors[name] for name in self.names]
+        if len(tensors) != len(self.names):
+            raise ValueError(f"tensors must be {len(self.names)} in number, got {len(tensors)}")
+        for name, shape, tensor in zip(self.names, self.shapes, tensors, strict=True):
+            if tensor.shape != shape:
+                raise ValueError(
+                    f"the tensor for {name!r} must have shape {tuple(shape)}, "
+                    f"got {tuple(tensor.shape)}"
+                )
+            if tensor.dtype != self.dtype or tensor.device != self.device:
+                raise TypeError(
+                    f"the tensor for {name!r} must be {self.dtype} on {self.device}, "
+                    f"got {tensor.dtype} on {tensor.device}; use .to()"
+                )
+        out = torch.empty(self.n, dtype=self.dtype, device=self.device)
+        kernels.select(self.device).pack_(out, [tensor.detach() for tensor in tensors])
+        return out
+
+
+def empty_rows(k: int, n: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """A zeroed (k, n) tensor whose rows start on cache lines, never a page multiple apart.
+
+    The leading dimension is padded to a multiple of 64 bytes, plus 64 when that is a multiple of
+    4096: k streams at the same offset of a page would evict each other from the cache.
+    """
+    itemsize = dtype.itemsize
+    stride = -(-n * itemsize // ALIGN) * ALIGN
+    if stride % PAGE == 0:
+        stride += ALIGN
+    return torch.zeros(k, stride // itemsize, dtype=dtype, device=device)[:, :n]
