@@ -1,0 +1,99 @@
+"""ResNet-20, batch 64, CPU: spectral density and top eigenvalues, ours and PyHessian's."""
+
+import copy
+import time
+from unittest import mock
+
+import peers
+import pytest
+import torch
+from conftest import median, rounds
+
+import fasthessian as fh
+from fasthessian.study.problems import Settings, load
+
+STEPS, TOP = 100, 10
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A ResNet-20 trained for one epoch on digits, and one batch of 64."""
+    return load("resnet20", Settings(epochs=1, samples=64, batch_size=64))
+
+
+def theirs(package, problem):
+    (batch,) = problem.data
+    model = copy.deepcopy(problem.model)
+    return package.hessian(model, problem.criterion, data=batch, cuda=False)
+
+
+def ours(problem):
+    return fh.Hessian(problem.model, problem.criterion, problem.data)
+
+
+def counted(package):
+    """Replaces PyHessian's product with one that counts."""
+    module = __import__("pyhessian.hessian", fromlist=["hessian"])
+    product = module.hessian_vector_product
+    return mock.patch.object(module, "hessian_vector_product", side_effect=product)
+
+
+def test_density(problem, row, benchmark):
+    with peers.pyhessian() as package:
+        values, weights = theirs(package, problem).density(iter=STEPS)
+        found = fh.density(ours(problem), steps=STEPS)
+        # both are quadratures of random starts: the edges and the mean agree, not the nodes
+        mean = sum(v * w for v, w in zip(values[0], weights[0], strict=True))
+        assert abs(float(found.nodes.max()) / max(values[0]) - 1) < 1e-2
+        assert abs(float((found.nodes * found.weights).sum()) / mean - 1) < 0.5
+        A, loss = ours(problem), _gradient(problem)
+        v = torch.randn(A.n)
+        middle = median(
+            rounds(
+                {
+                    "theirs": lambda: theirs(package, problem).density(iter=STEPS),
+                    "ours": lambda: fh.density(ours(problem), steps=STEPS),
+                    "gradient": lambda: [loss() for _ in range(10)],
+                    "product": lambda: [A @ v for _ in range(10)],
+                },
+                3,
+            )
+        )
+    row(
+        f"ESD, {STEPS} steps, against PyHessian", middle["theirs"] / middle["ours"], target=">= 1.5"
+    )
+    row("product over gradient", middle["product"] / middle["gradient"], target="<= 2.0")
+    share = 1 - STEPS / 10 * middle["product"] / middle["ours"]
+    row("share of our ESD outside the products", share, "")
+    benchmark.pedantic(lambda: A @ v, rounds=3)
+
+
+def _gradient(problem):
+    (batch,) = problem.data
+    model = problem.model.eval()
+    params = list(model.parameters())
+    return lambda: torch.autograd.grad(problem.criterion(model(batch[0]), batch[1]), params)
+
+
+def test_top_eigenvalues(problem, row, benchmark):
+    A = ours(problem)
+    reference = fh.eigsh(A, TOP, tol=1e-6)
+    assert reference.converged
+    start = time.perf_counter()
+    found = fh.eigsh(ours(problem), TOP, tol=1e-3)
+    our_time = time.perf_counter() - start
+    error = (found.values / reference.values - 1).abs().max()
+    assert found.converged and error < 1e-3
+    with peers.pyhessian() as package, counted(package) as product:
+        start = time.perf_counter()
+        values, _ = theirs(package, problem).eigenvalues(maxIter=500, tol=1e-3, top_n=TOP)
+        their_time = time.perf_counter() - start
+        their_products = product.call_count
+    their_error = (torch.tensor(values).double() / reference.values - 1).abs().max()
+    row(f"top {TOP} eigenvalues: our products", found.matvecs, "")
+    row(f"top {TOP} eigenvalues: PyHessian's products", their_products, "")
+    row("PyHessian's products over ours", their_products / found.matvecs, target=">= 5")
+    row("PyHessian's time over ours", their_time / our_time)
+    row("our largest relative error", float(error), "")
+    row("PyHessian's largest relative error at its tol 1e-3", float(their_error), "")
+    benchmark.pedantic(lambda: fh.eigsh(A, 1), rounds=1)
