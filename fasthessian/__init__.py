@@ -9,6 +9,7 @@ from fasthessian.algorithms.trace import trace
 from fasthessian.kernels import doctor
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.hessian import Hessian
+from fasthessian.pyhessian import hessian
 from fasthessian.records import Density, Eigenpairs, Estimate, Landscape
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "density",
     "doctor",
     "eigsh",
+    "hessian",
     "landscape",
     "trace",
 ]

@@ -1,0 +1,72 @@
+"""What the drop-in's products need: gradients with a graph, foreign products as operators."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.engines import examine
+from fasthessian.operators.losses import call, scalar
+from fasthessian.operators.state import engaged, own_buffers
+from fasthessian.vectors import Layout
+
+Product = Callable[[list[Tensor]], Sequence[Tensor | None]]
+
+
+def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def gradients(model: Any, criterion: Any, batch: Any, params: list[Tensor]) -> list[Tensor]:
+    """The gradients of one batch's loss with their graph; zeros for unused parameters."""
+    modules = [x for x in (model, criterion) if isinstance(x, nn.Module)]
+    with engaged(modules, "eval", params[0].device):
+        loss = scalar(call(model, criterion, batch), "criterion")
+        examine(loss, params)
+        return list(
+            torch.autograd.grad(
+                loss, params, create_graph=True, allow_unused=True, materialize_grads=True
+            )
+        )
+
+
+def operator(product: Product, params: Sequence[Tensor]) -> tuple[SymmetricOperator, Layout]:
+    """A product on lists of tensors as an operator on flat vectors, and the layout of those."""
+    layout = Layout({f"params[{i}]": p for i, p in enumerate(params)})
+
+    def matvec(v: Tensor) -> Tensor:
+        zeros = layout.views(torch.zeros_like(v))
+        pieces = product(layout.views(v.clone()))  # a copy: the user's code may write into it
+        if len(pieces) != len(zeros):
+            raise ValueError(
+                f"the product has {len(pieces)} tensors and params {len(zeros)}; "
+                "return one tensor for each parameter"
+            )
+        pairs = zip(pieces, zeros, strict=True)
+        return layout.flatten([zero if Hv is None else Hv.to(zero) for Hv, zero in pairs])
+
+    A = SymmetricOperator(matvec, layout.n, dtype=layout.dtype, device=layout.device, check=False)
+    return A, layout
+
+
+@contextlib.contextmanager
+def surroundings(model: Any, params: Sequence[Tensor], force_eval: bool) -> Iterator[None]:
+    """What PyHessian's callers found: no ``.grad`` from before, eval mode; all put back after."""
+    modules = [model] if isinstance(model, nn.Module) else []
+    tensors = [*params, *(p for module in modules for p in module.parameters())]
+    held = [(p, p.grad) for p in {id(p): p for p in tensors if p.is_leaf}.values()]
+    flagged = modules if force_eval else []
+    with engaged(flagged, "eval", params[0].device), own_buffers(modules):
+        try:
+            for p, _ in held:
+                p.grad = None
+            yield
+        finally:
+            for p, grad in held:
+                p.grad = grad

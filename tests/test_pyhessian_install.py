@@ -1,0 +1,93 @@
+"""install(): old import lines find the drop-in, and a script for PyHessian runs unchanged."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import fasthessian as fh
+from fasthessian import pyhessian
+from fasthessian.pyhessian import (
+    group_product,
+    hessian,
+)
+from fasthessian.pyhessian.density_plot import get_esd_plot
+
+ALIASES = ("pyhessian", "pyhessian.hessian", "pyhessian.utils", "density_plot")
+
+
+@pytest.fixture
+def no_aliases():
+    held = {name: sys.modules.pop(name) for name in ALIASES if name in sys.modules}
+    yield
+    for name in ALIASES:
+        sys.modules.pop(name, None)
+    sys.modules.update(held)
+
+
+@pytest.mark.usefixtures("no_aliases")
+def test_install_answers_every_import_in_use():
+    pyhessian.install()
+    pyhessian.install()  # once more changes nothing and says nothing
+    import density_plot as plot_module
+    import pyhessian as module
+    from density_plot import get_esd_plot as plot
+    from pyhessian import hessian as a
+    from pyhessian.hessian import hessian as b
+    from pyhessian.utils import group_product as c
+
+    assert a is b is module.hessian is hessian
+    assert c is group_product
+    assert plot is get_esd_plot is plot_module.get_esd_plot
+    assert isinstance(type("X", (module.hessian,), {}), type)
+
+
+@pytest.mark.usefixtures("no_aliases")
+def test_install_over_the_real_one_warns_once():
+    sys.modules["pyhessian"] = types.ModuleType("pyhessian")
+    sys.modules["density_plot"] = types.ModuleType("density_plot")
+    with pytest.warns(UserWarning, match=r"pyhessian, density_plot.*install\(\) first") as caught:
+        pyhessian.install()
+    assert len(caught) == 1
+    assert sys.modules["pyhessian"] is pyhessian
+
+
+def in_a_process(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    root = Path(fh.__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={"PATH": "", "PYTHONPATH": str(root), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_a_script_written_for_pyhessian_runs_unchanged(tmp_path):
+    script = Path(__file__).with_name("pyhessian_script.py")
+    result = in_a_process(
+        "import fasthessian.pyhessian, runpy; fasthessian.pyhessian.install(); "
+        f"runpy.run_path({str(script)!r}, run_name='__main__')",
+        tmp_path,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("done\n")
+    assert (tmp_path / "example.pdf").exists()
+
+
+def test_import_does_not_load_matplotlib(tmp_path):
+    result = in_a_process(
+        "import fasthessian.pyhessian, sys; fasthessian.pyhessian.install(); "
+        "print('matplotlib' in sys.modules)",
+        tmp_path,
+    )
+    assert result.stdout == "False\n", result.stderr
+
+
+def test_the_class_is_at_hand_in_the_package():
+    assert fh.hessian is hessian
