@@ -11,13 +11,36 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.hessian import Hessian
+
+ENGINES = ("retained", "recompute")
+
+
+def columns(A: SymmetricOperator) -> Tensor:
+    """The matrix (n, n) of an operator, by one block product."""
+    return A @ torch.eye(A.n, dtype=A.dtype)
+
+
+def error(H: Tensor, exact: Tensor) -> float:
+    """The largest difference over the largest entry."""
+    return float((H.double() - exact).abs().max() / exact.abs().max())
+
+
+def refused(call: Callable[[], Any], kind: type[Exception], words: str) -> None:
+    """``call`` raises exactly ``kind`` with one line that matches ``words``."""
+    with pytest.raises(kind, match=words) as caught:
+        call()
+    assert type(caught.value) is kind
+    message = str(caught.value)
+    assert "\n" not in message and 20 < len(message) < 300, message
 
 
 class ConvNet(nn.Module):

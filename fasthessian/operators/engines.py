@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -104,20 +104,29 @@ def examine(loss: Tensor, params: Sequence[Tensor]) -> None:
 
 
 @contextlib.contextmanager
-def metered(params: Sequence[Tensor]) -> Iterator[dict[int, int]]:
-    """Bytes by address of the storages that graphs built inside save, parameters left out."""
-    held: dict[int, int] = {}
-    own = {p.untyped_storage().data_ptr() for p in params}
+def metered(params: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
+    """A function that tells the bytes saved by graphs built inside, parameters left out.
 
-    def count(tensor: Tensor) -> Tensor:
-        if tensor.layout is torch.strided:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                held[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    The graphs cannot be used after the end of the context.
+    """
+    saved: list[Tensor] = []
 
-    with saved_tensors_hooks(count, lambda tensor: tensor):
-        yield held
+    def pack(tensor: Tensor) -> int:
+        saved.append(tensor)
+        return len(saved) - 1
+
+    def total() -> int:
+        storages = [t.untyped_storage() for t in saved if t.layout is torch.strided]
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        own = {p.untyped_storage().data_ptr() for p in params}
+        return sum(size for address, size in held.items() if address not in own)
+
+    try:
+        with saved_tensors_hooks(pack, saved.__getitem__):
+            yield total
+    finally:
+        # a graph that owned its tensors through hooks would be a cycle that no collector sees
+        saved.clear()
 
 
 def available_bytes(device: torch.device) -> int:

@@ -24,6 +24,7 @@ from fasthessian.operators.engines import (
     readable,
 )
 from fasthessian.operators.losses import ClosureLoss, ModelLoss, Part
+from fasthessian.operators.rewrite import Rewrite
 from fasthessian.operators.state import Snapshot, engaged
 from fasthessian.vectors import Layout
 
@@ -52,7 +53,8 @@ class Hessian(SymmetricOperator):
         precision: None; products are made in the parameters' dtype.
         weights: ``"auto"`` counts the terms of each batch: valid targets for ``ignore_index``
             (times class weights), elements or samples otherwise. Or the number of terms per batch,
-            as a sequence or as a callable of a batch.
+            as a sequence or as a callable of a batch. A mapping without a criterion counts its
+            labels other than -100, from the second on for Hugging Face's causal language models.
         group: None.
         mode: ``"eval"``, or ``"train"``: dropout masks are then fixed, drawn once per batch.
         memory_budget: bytes for kept graphs; None is half of the free memory.
@@ -68,7 +70,8 @@ class Hessian(SymmetricOperator):
         ValueError: no trainable parameters; a loss that is not a scalar, not finite, or does not
             depend on the parameters; empty data; mixed dtypes; an unknown option.
         TypeError: data or batches of no known form; parameters not float32 or float64.
-        RuntimeError: the loader yields other samples than at the first pass.
+        RuntimeError: the loader yields other samples than at the first pass; the loss differs
+            between two evaluations; it cannot be differentiated twice.
 
     Example:
         >>> import torch, fasthessian as fh
@@ -169,6 +172,7 @@ class Hessian(SymmetricOperator):
         with metered(params) as held:
             loss = self._value(part)
             examine(loss, params)
+            measured = held()
         first = float(loss.detach())
         del loss
         second = float(self._value(part).detach())
@@ -177,7 +181,7 @@ class Hessian(SymmetricOperator):
                 f"{self._loss.origin} returned {first:.6g} and then {second:.6g} at the same "
                 f"parameters and random seeds; H needs a loss that is a function of the parameters"
             )
-        return sum(held.values())
+        return measured
 
     def _choose(self, engine: str, budget: int | None, measured: int, part: Part) -> None:
         """How many parts keep their graph, and the words that say why."""
@@ -221,7 +225,8 @@ class Hessian(SymmetricOperator):
         self._complete, self._snapshot = False, None
 
     def _value(self, part: Part) -> Tensor:
-        loss = self._loss.evaluate(part)
+        with Rewrite():
+            loss = self._loss.evaluate(part)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ValueError(
