@@ -28,6 +28,8 @@ def write_whole(path: str | os.PathLike[str], payload: bytes, *, overwrite: bool
         OSError: the folder is missing or cannot be written.
     """
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"folder {target.parent} does not exist; make it first")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{target} exists; pass overwrite=True or choose another path")
     handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -45,7 +47,7 @@ def write_whole(path: str | os.PathLike[str], payload: bytes, *, overwrite: bool
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
-    """Base of the results: immutable fields, ``save``, ``load`` and ``summary``."""
+    """Base of the results: immutable fields, ``save`` and ``load``."""
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
         """Write the record to ``path`` as NumPy ``.npz``, whole or not at all.
@@ -63,7 +65,8 @@ class Record:
                 scalars[field.name] = value
         header = json.dumps({"record": type(self).__name__, "scalars": scalars})
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, __record__=np.array(header), **arrays)
+        arrays["__record__"] = np.array(header)
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # its keywords are not all arrays
         write_whole(path, buffer.getvalue(), overwrite=overwrite)
 
     @classmethod
@@ -75,7 +78,7 @@ class Record:
         """
         name = cls.__name__
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 header = json.loads(str(archive["__record__"]))
                 found, fields = header["record"], dict(header["scalars"])
                 for key in archive.files:
@@ -87,10 +90,11 @@ class Record:
             raise ValueError(f"{path} is not a saved {name} ({error})") from error
         if found != name:
             raise ValueError(f"{path} holds a {found}, not a {name}; use {found}.load")
-        for field in dataclasses.fields(cls):
-            if isinstance(fields.get(field.name), list):
-                fields[field.name] = tuple(fields[field.name])
-        return cls(**fields)
+        names = {field.name for field in dataclasses.fields(cls)}
+        if names != set(fields):
+            odd = ", ".join(sorted(names ^ set(fields)))
+            raise ValueError(f"{path} is not a saved {name} of this version (fields: {odd})")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fasthessian as fh
 from fasthessian.operators.rewrite import Convolution, Rewrite
@@ -133,3 +134,34 @@ def test_frozen_inputs_get_no_gradients():
         lambda w: F.conv2d(x, w).square().sum(), w.detach(), torch.ones_like(w)
     )[1]
     torch.testing.assert_close(hv, expected)
+
+
+def test_names_are_put_back_when_contexts_overlap():
+    original = F.conv2d, F.batch_norm
+    first, second = Rewrite(), Rewrite()
+    first.__enter__()
+    second.__enter__()
+    assert F.conv2d is not original[0]
+    first.__exit__()
+    assert F.conv2d is not original[0]
+    second.__exit__()
+    assert (F.conv2d, F.batch_norm) == original
+
+
+def test_checkpointed_layers_are_rewritten_alike_when_run_again():
+    model, criterion, data = made("usual")
+    inner = model.forward
+
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return checkpoint(inner, x, use_reentrant=False)
+
+    want = fh.Hessian(model, criterion, data)
+    for engine in ("retained", "recompute"):
+        A = fh.Hessian(Again(), criterion, data, engine=engine)
+        v = torch.ones(A.n, dtype=F64)
+        assert torch.equal(A @ v, want @ v)

@@ -207,8 +207,12 @@ class Hessian(SymmetricOperator):
             self.engine = f"recompute: {size}, above {limit}"
 
     @contextlib.contextmanager
-    def _pass(self) -> Iterator[list[Tensor]]:
-        """The parameters as they are now, inside the conditions of a product."""
+    def _pass(self, curved: bool = True) -> Iterator[list[Tensor]]:
+        """The parameters as they are now, inside the conditions of a product.
+
+        A pass that is not ``curved`` needs the loss alone. The rewrite spans the derivatives too,
+        because checkpointed layers are run again there.
+        """
         now = parameters.followed(self.layout, self._loss.named())
         if self._loss.changed():
             self._forget()
@@ -217,7 +221,8 @@ class Hessian(SymmetricOperator):
             self._forget()
         if self._snapshot is None and self._capacity:
             self._snapshot = Snapshot(self._loss.watched())
-        with engaged(self._loss.roots, self._mode, self.device):
+        rewrite = Rewrite() if curved else contextlib.nullcontext()
+        with engaged(self._loss.roots, self._mode, self.device), rewrite:
             yield list(now.values())
 
     def _forget(self) -> None:
@@ -225,8 +230,7 @@ class Hessian(SymmetricOperator):
         self._complete, self._snapshot = False, None
 
     def _value(self, part: Part) -> Tensor:
-        with Rewrite():
-            loss = self._loss.evaluate(part)
+        loss = self._loss.evaluate(part)
         value = float(loss.detach())
         if not math.isfinite(value):
             raise ValueError(
@@ -275,8 +279,9 @@ class Hessian(SymmetricOperator):
         if offset is not None:
             self._accepts("offset", offset, (1,))
         total = 0.0
-        with self._pass() as params, self._at(params, offset), closing(self._loss.parts()) as parts:
-            for part in parts:
+        at, parts = self._at, self._loss.parts
+        with self._pass(curved=False) as params, at(params, offset), closing(parts()) as every:
+            for part in every:
                 total += part.weight * float(self._loss.evaluate(part).detach())
         return total
 

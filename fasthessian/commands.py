@@ -1,0 +1,162 @@
+"""The commands of ``fasthessian``: ``analyze``, ``plot``, ``doctor``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from fasthessian.__about__ import __version__
+from fasthessian.study.problems import BUILTIN, Settings, load
+
+PROBLEMS = "\n".join(f"  {name:<16} {recipe.about}" for name, recipe in BUILTIN.items())
+
+EXAMPLES = """\b
+Examples:
+  fasthessian analyze resnet20
+  fasthessian analyze resnet20 --data path/to/cifar-10-batches-bin --out report-cifar
+  fasthessian analyze mlp-digits --top 10 --no-landscape --json > spectrum.json
+  fasthessian analyze my_script:problem --steps 100 --probes 4
+"""
+
+
+@click.group(
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 100,
+        "show_default": True,
+    }
+)
+@click.version_option(__version__, prog_name="fasthessian")
+def cli() -> None:
+    """Hessian spectra of PyTorch models: eigenvalues, trace, density, loss landscape.
+
+    Start with `fasthessian analyze mlp-digits`, which takes seconds, and open the report that it
+    writes.
+    """
+
+
+@cli.command(
+    help=f"""Compute the Hessian spectrum of PROBLEM and write a report.
+
+\b
+PROBLEM is a built-in one:
+{PROBLEMS}
+or module:function of your own, searched in this folder first. The function takes no arguments and
+returns model, criterion, data, where data is one batch (inputs, targets), a list of batches, or a
+DataLoader.
+
+The report folder holds report.html (open this), result.json (every number) and the figures. The
+same seed gives the same numbers.
+
+{EXAMPLES}"""
+)
+@click.argument("problem")
+@click.option("--data", metavar="FOLDER", help="CIFAR-10 or CIFAR-100, unpacked; else digits.")
+@click.option("--epochs", type=click.IntRange(0), help="Passes over the training images.")
+@click.option("--train-images", type=click.IntRange(1), help="At most so many images an epoch.")
+@click.option("--samples", type=click.IntRange(1), help="Training images in the analysed loss.")
+@click.option("--batch-size", type=click.IntRange(1), help="Images a batch of the analysis.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Same seed, same numbers."
+)
+@click.option("--top", type=click.IntRange(0), default=5, help="Largest eigenvalues to find.")
+@click.option("--bottom", type=click.IntRange(0), default=2, help="Smallest eigenvalues to find.")
+@click.option(
+    "--max-products",
+    type=click.IntRange(1),
+    default=300,
+    help="Hessian-vector products at most for each end.",
+)
+@click.option("--trace/--no-trace", default=True, help="Estimate the sum of all eigenvalues.")
+@click.option("--trace-rtol", type=float, default=0.05, help="Half the interval over the trace.")
+@click.option("--density/--no-density", default=True, help="How the eigenvalues are distributed.")
+@click.option("--steps", type=click.IntRange(1), default=60, help="Lanczos steps of the density.")
+@click.option("--probes", type=click.IntRange(1), default=1, help="Random vectors of the density.")
+@click.option("--landscape/--no-landscape", default=True, help="Loss along the top eigenvectors.")
+@click.option("--points", type=click.IntRange(2), default=15, help="Grid points a direction.")
+@click.option("--span", type=float, help="Grid from -span to +span; else set by the curvature.")
+@click.option("--out", metavar="DIR", default="report", help="Report folder, new or empty.")
+@click.option("--overwrite", is_flag=True, help="Replace the report in a folder that has one.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print result.json; a report only with --out."
+)
+@click.option("--threads", type=click.IntRange(1), help="CPU threads; else torch's choice.")
+@click.pass_context
+def analyze(ctx: click.Context, /, **options: Any) -> None:
+    """Read the options, do the job, show and write the result."""
+    begin = time.perf_counter()
+    import torch
+
+    from fasthessian import report
+    from fasthessian.console import Stages, show_summary, stderr
+    from fasthessian.plots import figure
+    from fasthessian.study import analysis
+
+    def pick(*names: str) -> dict[str, Any]:
+        return {name: options[name] for name in names}
+
+    plan = analysis.Plan(
+        **pick(
+            "top", "bottom", "max_products", "trace", "trace_rtol", "density", "steps", "probes"
+        ),
+        **pick("landscape", "points", "span", "seed"),
+    )
+    quiet = options["as_json"] and ctx.get_parameter_source("out") is ParameterSource.DEFAULT
+    out = None if quiet else options["out"]
+    if out is not None:
+        figure()  # a missing matplotlib is better known before the work than after
+        report.check_folder(out, overwrite=options["overwrite"])
+    if options["threads"] is not None:
+        torch.set_num_threads(options["threads"])
+    settings = Settings(**pick("data", "epochs", "train_images", "samples", "batch_size", "seed"))
+    console = stderr()
+    with Stages(console) as stages:
+        start = time.perf_counter()
+        name = options["problem"]
+        progress = stages.stage(f"{'training' if name in BUILTIN else 'loading'} {name}")
+        problem = load(name, settings, progress)
+        timing = {"training": time.perf_counter() - start}
+        result = analysis.analyze(problem, plan, stages.stage)
+    stages.say(f"engine {result.engine}")
+    timing |= result.seconds | {"total": time.perf_counter() - begin}
+    content = report.document(problem, plan, result, timing)
+    if out is not None:
+        report.write(out, report.files(content), overwrite=options["overwrite"])
+    if options["as_json"]:
+        sys.stdout.write(report.encode(content).decode())
+    show_summary(console, content, None if out is None else str(Path(out) / "report.html"))
+
+
+@cli.command()
+@click.argument("result", metavar="RESULT.JSON")
+@click.option("--out", metavar="DIR", default="figures", help="Folder to fill.")
+@click.option("--overwrite", is_flag=True, help="Replace figures in a folder that has some.")
+def plot(result: str, out: str, overwrite: bool) -> None:
+    r"""Draw the figures of a RESULT.JSON again.
+
+    \b
+    Example:
+      fasthessian plot report/result.json --out figures
+    """
+    from fasthessian import report
+
+    report.check_folder(out, overwrite=overwrite)
+    drawn = report.figures(report.read(result))
+    if not drawn:
+        raise ValueError(f"{result} has nothing to draw")
+    report.write(out, drawn, overwrite=overwrite)
+    for name in drawn:
+        click.echo(Path(out) / name)
+
+
+@cli.command()
+def doctor() -> None:
+    """Say which kernels serve here, and why the others do not."""
+    from fasthessian import kernels
+
+    click.echo(kernels.doctor())

@@ -1,0 +1,1 @@
+"""The experiments: the paper's networks, the data they are trained on, and built-in problems."""

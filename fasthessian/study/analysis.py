@@ -1,0 +1,195 @@
+"""The main job: eigenpairs, trace, density and landscape of one problem, in that order."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+import warnings
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fasthessian.algorithms.density import density
+from fasthessian.algorithms.eigsh import eigsh
+from fasthessian.algorithms.landscape import landscape
+from fasthessian.algorithms.trace import trace
+from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.hessian import Hessian
+from fasthessian.records import Density, Eigenpairs, Estimate, Landscape
+from fasthessian.study.problems import Problem
+from fasthessian.study.training import Progress
+
+
+class Stage(Protocol):
+    """Opens a stage by its title and returns what the stage reports its steps to."""
+
+    def __call__(self, title: str, at_most: int | None = None) -> Progress:
+        """``at_most`` bounds the steps of a stage that cannot tell them beforehand."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to compute; a part that is left out costs nothing."""
+
+    top: int = 5
+    bottom: int = 2
+    max_products: int = 300  # for each end of the spectrum
+    trace: bool = True
+    trace_rtol: float = 0.05
+    density: bool = True
+    steps: int = 60
+    probes: int = 1
+    landscape: bool = True
+    points: int = 15
+    span: float | None = None  # None: see `default_span`
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a plan that cannot be carried out, before any work."""
+        if not (self.top or self.bottom or self.trace or self.density):
+            raise ValueError("nothing to compute; ask for --top, --bottom, --trace or --density")
+        if not 0 < self.trace_rtol < 1:
+            raise ValueError(f"--trace-rtol {self.trace_rtol} is not between 0 and 1")
+        if self.span is not None and not 0 < self.span < math.inf:
+            raise ValueError(f"--span {self.span} is not a positive number")
+        if self.max_products < max(self.top, self.bottom):
+            raise ValueError(
+                f"--max-products {self.max_products} is less than the eigenvalues asked for"
+            )
+        if self.landscape and not self.top:
+            raise ValueError(
+                "the landscape follows the top eigenvectors; give --top 1 or more, or "
+                "--no-landscape"
+            )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Analysis:
+    """What came out; None where the plan left the part out."""
+
+    parameters: int
+    tensors: int
+    engine: str
+    loss: float
+    gradient_norm: float
+    top: Eigenpairs | None
+    bottom: Eigenpairs | None
+    trace: Estimate | None
+    density: Density | None
+    landscape: Landscape | None
+    matvecs: int
+    notes: tuple[str, ...]  # warnings of the algorithms, one line each
+    seconds: dict[str, float]  # wall time by stage
+
+
+def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
+    """Carry out ``plan`` on the Hessian of ``problem``.
+
+    The landscape runs along the first two eigenvectors, along one where only one was asked for.
+
+    Raises:
+        ValueError: a plan, model or batch that the operator or an algorithm cannot work with.
+    """
+    seconds: dict[str, float] = {}
+    found: dict[str, Any] = {}
+
+    def run(
+        key: str, title: str, job: Callable[[Progress], Any], at_most: int | None = None
+    ) -> None:
+        start = time.perf_counter()
+        found[key] = job(stage(title, at_most))
+        seconds[key] = time.perf_counter() - start
+
+    def ends(key: str, k: int, which: str) -> None:
+        run(
+            key,
+            f"{key} {k} eigenvalues",
+            lambda p: eigsh(A, k, which, max_matvecs=plan.max_products, seed=plan.seed, progress=p),
+            plan.max_products,
+        )
+
+    start = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        A = Hessian(problem.model, problem.criterion, problem.data)
+        for option, k in (("--top", plan.top), ("--bottom", plan.bottom)):
+            if k > A.n:
+                raise ValueError(f"{option} {k} is more than the {A.n} parameters of the model")
+        loss = A.loss()
+        gradient_norm = float(A.gradient().norm())
+        seconds["operator"] = time.perf_counter() - start
+        if plan.top:
+            ends("top", plan.top, "LA")
+        if plan.bottom:
+            ends("bottom", plan.bottom, "SA")
+        if plan.trace:
+            B = deflated(A, found["top"]) if plan.top else A
+            run(
+                "trace",
+                "trace",
+                lambda p: trace(B, rtol=plan.trace_rtol, seed=plan.seed, progress=p),
+            )
+        if plan.density:
+            run(
+                "density",
+                "spectral density",
+                lambda p: density(
+                    A,
+                    steps=min(plan.steps, A.n),
+                    probes=plan.probes,
+                    seed=plan.seed,
+                    progress=p,
+                ),
+            )
+        if plan.landscape:
+            top = found["top"]
+            span = default_span(loss, float(top.values[0])) if plan.span is None else plan.span
+            run(
+                "landscape",
+                "loss landscape",
+                lambda p: landscape(A, top.vectors[:2], span, plan.points, progress=p),
+            )
+    return Analysis(
+        parameters=A.n,
+        tensors=len(A.layout.names),
+        engine=A.engine,
+        loss=loss,
+        gradient_norm=gradient_norm,
+        top=found.get("top"),
+        bottom=found.get("bottom"),
+        trace=found.get("trace"),
+        density=found.get("density"),
+        landscape=found.get("landscape"),
+        matvecs=A.matvecs,
+        notes=tuple(dict.fromkeys(" ".join(str(w.message).split()) for w in caught)),
+        seconds=seconds,
+    )
+
+
+def default_span(loss: float, curvature: float) -> float:
+    """How far a step of that curvature multiplies the loss by 11, to two digits.
+
+    A distance by the quadratic model, so it follows the scale of the loss and of the parameters;
+    1 where a loss or curvature that is not positive gives no scale.
+    """
+    if loss <= 0 or curvature <= 0:
+        return 1.0
+    return float(f"{math.sqrt(2 * 10 * loss / curvature):.2g}")
+
+
+def deflated(A: SymmetricOperator, pairs: Eigenpairs) -> SymmetricOperator:
+    """B = P A P + (sum theta / n) I with P = I - Q'Q, which has the trace of A and less variance.
+
+    tr(A) = sum theta + tr(P A P) for orthonormal rows Q with Rayleigh quotients theta, converged
+    or not. For random signs v the second term of v'Bv is the sum of theta with no variance, so
+    the outliers, which hold most of ||A||_F, no longer add to it (as in Hutch++, arXiv 2010.09649).
+    """
+    Q, shift = pairs.vectors, float(pairs.values.sum()) / A.n
+
+    def product(v: Tensor) -> Tensor:
+        w = A @ (v - (Q @ v) @ Q)
+        return w - (Q @ w) @ Q + shift * v
+
+    return SymmetricOperator(product, A.n, dtype=A.dtype, device=A.device, check=False)
