@@ -40,12 +40,14 @@ def counted(package):
 
 def test_density(problem, row, benchmark):
     with peers.pyhessian() as package:
-        values, weights = theirs(package, problem).density(iter=STEPS)
+        values, _ = theirs(package, problem).density(iter=STEPS)
         found = fh.density(ours(problem), steps=STEPS)
-        # both are quadratures of random starts: the edges and the mean agree, not the nodes
-        mean = sum(v * w for v, w in zip(values[0], weights[0], strict=True))
-        assert abs(float(found.nodes.max()) / max(values[0]) - 1) < 1e-2
-        assert abs(float((found.nodes * found.weights).sum()) / mean - 1) < 0.5
+        # quadratures of other random starts: the outermost nodes agree, the weights need not
+        for ours_end, their_end in (
+            (float(found.nodes.max()), max(values[0])),
+            (float(found.nodes.min()), min(values[0])),
+        ):
+            assert abs(ours_end / their_end - 1) < 1e-2
         A, loss = ours(problem), _gradient(problem)
         v = torch.randn(A.n)
         middle = median(

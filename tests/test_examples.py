@@ -41,6 +41,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     text = (ROOT.parent / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
+    names = {"__name__": "readme"}  # later blocks go on with the names of earlier ones
     with contextlib.redirect_stdout(io.StringIO()):
         for block in blocks:
-            exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+            exec(compile(block, "README.md", "exec"), names)
