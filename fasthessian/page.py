@@ -109,7 +109,8 @@ def summary(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     if landscape is not None:
         flat = [x for row in landscape["losses"] for x in (row if isinstance(row, list) else [row])]
         known = [x for x in flat if x is not None]
-        rows.append(("landscape", f"loss from {number(min(known))} to {number(max(known))}"))
+        span = f"loss from {number(min(known))} to {number(max(known))}" if known else "no finite"
+        rows.append(("landscape", span))
     rows.append(("products", f"{content['matvecs']:,} Hessian-vector products"))
     rows.append(("time", f"{content['timing']['total']:.1f} s"))
     return rows

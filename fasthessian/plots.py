@@ -154,6 +154,9 @@ def plot_landscape(landscape: Landscape, ax: Axes | None = None) -> Axes:
     """The loss along one direction, or its contour map over two; the lowest point is marked."""
     ax = figure(6.4, 5.2).add_subplot() if ax is None else ax
     x, y, losses = (t.numpy() for t in (landscape.alphas, landscape.betas, landscape.losses))
+    if not np.isfinite(losses).any():
+        ax.set_title("Loss landscape: no finite loss, the span is too wide")
+        return tidy(ax)
     at = np.unravel_index(int(np.nanargmin(losses)), losses.shape)
     lowest = f"lowest on the grid, {losses[at]:.4g}"
     if losses.ndim == 1:

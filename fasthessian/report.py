@@ -138,9 +138,28 @@ def records(content: Mapping[str, Any]) -> dict[str, Any]:
                 else:
                     values[field.name] = part[field.name]
             found[name] = kind(**values)
+            _consistent(found[name])
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"the part {name!r} of the result is damaged ({error})") from error
     return found
+
+
+def _consistent(record: Any) -> None:
+    """Raise ValueError where lengths within a record do not belong together, or TypeError."""
+    if isinstance(record, Eigenpairs):
+        fits = len(record.values) > 0 and record.values.shape == record.residuals.shape
+    elif isinstance(record, Estimate):
+        low, high = (float(x) for x in record.interval)
+        fits = len(record.samples) > 0 and low <= high
+    elif isinstance(record, Density):
+        curves = (record.values, record.lower, record.upper)
+        fits = record.nodes.shape == record.weights.shape and record.nodes.numel() > 0
+        fits = fits and all(curve.shape == record.grid.shape for curve in curves)
+    else:
+        shape = tuple(len(x) for x in (record.alphas, record.betas) if len(x))
+        fits = tuple(record.losses.shape) == shape
+    if not fits:
+        raise ValueError("its lengths do not belong together")
 
 
 def figures(content: Mapping[str, Any]) -> dict[str, bytes]:

@@ -164,4 +164,49 @@ def test_checkpointed_layers_are_rewritten_alike_when_run_again():
     for engine in ("retained", "recompute"):
         A = fh.Hessian(Again(), criterion, data, engine=engine)
         v = torch.ones(A.n, dtype=F64)
-        assert torch.equal(A @ v, want @ v)
+        torch.testing.assert_close(A @ v, want @ v, rtol=1e-10, atol=1e-12)
+
+
+class Odd(nn.Module):
+    """A convolution and a norm with something between them that only autograd sees."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.conv, self.norm, self.head = nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        if self.kind == "vmap":
+            w = torch.stack((self.conv.weight, 2 * self.conv.weight))
+            y = torch.vmap(lambda w: self.norm(F.conv2d(x, w)))(w).sum(0)
+        else:
+            y = self.conv(x)
+            if self.kind == "hook":
+                y.register_hook(lambda grad: 2 * grad)
+            rest = lambda y: torch.tanh(self.norm(y))  # noqa: E731
+            split = self.kind == "split segment"
+            y = checkpoint(rest, y, use_reentrant=False) if split else rest(y)
+        return self.head(y.mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", ["hook", "vmap", "split segment"])
+@pytest.mark.parametrize("engine", ["retained", "recompute"])
+def test_what_only_autograd_sees_is_kept(kind, engine):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Odd(kind).double().eval()
+        x, y = torch.randn(4, 2, 6, 6, dtype=F64), torch.arange(4) % 3
+    criterion, params = nn.CrossEntropyLoss(), list(model.parameters())
+    A = fh.Hessian(model, criterion, (x, y), engine=engine)
+    grads = torch.autograd.grad(
+        criterion(model(x), y), params, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    want = A.flatten([g.detach() for g in grads])
+    torch.testing.assert_close(A.gradient(), want, rtol=1e-10, atol=1e-12)
+    v = torch.ones(A.n, dtype=F64)
+    curved = [(g, u) for g, u in zip(grads, A.layout.views(v), strict=True) if g.requires_grad]
+    products = torch.autograd.grad(
+        [g for g, _ in curved], params, [u for _, u in curved], allow_unused=True,
+        materialize_grads=True,
+    )  # fmt: skip
+    torch.testing.assert_close(A @ v, A.flatten(list(products)), rtol=1e-10, atol=1e-12)

@@ -30,6 +30,9 @@ def select(device: torch.device | str, backend: str | None = None) -> ModuleType
     device = torch.device(device)
     name = backend or os.environ.get("FASTHESSIAN_BACKEND") or None
     if name is None:
+        forced = native.unavailable() if os.environ.get("FASTHESSIAN_ISA") else None
+        if forced is not None and "FASTHESSIAN_ISA" in forced and device.type == "cpu":
+            raise RuntimeError(forced)
         for module in BACKENDS.values():
             if module.unavailable() is None and module.supports(device):
                 return module
@@ -61,7 +64,9 @@ def doctor() -> str:
         reason = module.unavailable()
         detail = getattr(module, "describe", lambda: "pure torch, every device")
         lines.append(f"{name:<10} " + (f"no: {reason}" if reason else f"yes: {detail()}"))
-    lines.append(f"cpu        served by {select('cpu').NAME}")
-    if torch.cuda.is_available():
-        lines.append(f"cuda       served by {select('cuda').NAME}")
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        try:
+            lines.append(f"{device:<10} served by {select(device).NAME}")
+        except (RuntimeError, ValueError) as error:
+            lines.append(f"{device:<10} not served: {error}")
     return "\n".join(lines)

@@ -18,10 +18,12 @@ _reason: str | None = None
 try:
     _native = importlib.import_module("fasthessian._native")
 except ImportError as error:
-    _reason = (
-        f"the extension is not built ({error}); install a C++17 compiler, then reinstall "
-        "fasthessian"
-    )
+    _reason = str(error)
+    if "FASTHESSIAN_ISA" not in _reason:
+        _reason = (
+            f"the extension is not built ({error}); install a C++17 compiler, then reinstall "
+            "fasthessian"
+        )
 
 
 def unavailable() -> str | None:

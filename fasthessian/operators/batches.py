@@ -156,8 +156,12 @@ class Fingerprint:
         self._batches += 1
         by_length: dict[int, Tensor] = {}
         for salt, tensor in enumerate(leaves(batch)):
+            if tensor.numel() == 0:
+                continue
             rows = tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1)
             rows = (torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows).double()
+            # masks and missing targets: numbers of their own, that compare equal to themselves
+            rows = rows.nan_to_num(nan=1.1, posinf=1.3, neginf=-1.7)
             seen = rows @ _direction(rows.shape[1], salt).to(rows.device)
             by_length[len(seen)] = by_length.get(len(seen), 0) + seen.cpu()
         for length, p in by_length.items():

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fasthessian.operators.batches import (
@@ -146,8 +147,22 @@ class ModelLoss:
             self.origin = "model"
         self._model, self._criterion = model, criterion
         self._device, self._dtype = like.device, like.dtype
+        for name, module in model.named_modules():
+            if getattr(module, "max_norm", None) is not None:
+                raise ValueError(
+                    f"model has {name!r} with max_norm, which rewrites its weight in the forward "
+                    f"pass; set its max_norm to None"
+                )
+            if getattr(module, "sparse", False) and isinstance(
+                module, (nn.Embedding, nn.EmbeddingBag)
+            ):
+                raise ValueError(
+                    f"model has {name!r} with sparse gradients, which have no second derivative; "
+                    f"set its sparse to False"
+                )
         self.roots = [root for root in (model, criterion) if isinstance(root, nn.Module)]
         self._weights = _checked(weights)
+        self._fits = False  # until the first batch went through
         # batch statistics, dropout masks and given weights depend on the order and the batching
         ordered = mode == "train" or self._weights is not None
         self._source: Memory | Stream = source(data, ordered)
@@ -174,11 +189,17 @@ class ModelLoss:
         summed = self._weights is None and option(self._criterion, "reduction") == "sum"
         self._total = 1.0 if summed else total
         self.count = sum(count > 0 for count in counts)
-        self.token = self._source.token()
+        self.token = self._token()
 
     def changed(self) -> bool:
-        """Whether data in memory was written in place since the last survey."""
-        return self._source.token() != self.token
+        """Whether data in memory, or what weighs its terms, changed since the last survey."""
+        return self._token() != self.token
+
+    def _token(self) -> tuple[Any, ...]:
+        weight = option(self._criterion, "weight")
+        held = tuple(weight.tolist()) if isinstance(weight, Tensor) else None
+        how = tuple(option(self._criterion, name) for name in ("reduction", "ignore_index"))
+        return self._source.token(), held, how
 
     def named(self) -> dict[str, Tensor]:
         """The model's parameters now."""
@@ -225,7 +246,14 @@ class ModelLoss:
                     f"data holds {', '.join(map(str, held))} but the parameters are "
                     f"{self._dtype}; convert one of them ({str(error).splitlines()[0]})"
                 ) from error
-            raise
+            if self._fits or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise ValueError(
+                f"data does not fit the model and criterion: {str(error).splitlines()[0]}"
+            ) from error
+        except IndexError as error:
+            raise ValueError(f"data does not fit the model and criterion: {error}") from error
+        self._fits = True
         return scalar(loss, self.origin)
 
 

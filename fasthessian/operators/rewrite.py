@@ -20,6 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
+# Private names of torch; where one is missing the rewrite stays off.
+_functorch_level = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
+_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 Optional = Tensor | None
 
 
@@ -156,14 +159,14 @@ def _convolution(name: str, dims: int) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        if input.dim() != dims + 2 or isinstance(padding, str) or not torch.is_grad_enabled():
+        if input.dim() != dims + 2 or isinstance(padding, str) or not _plain():
             y: Tensor = original(input, weight, bias, stride, padding, dilation, groups)
             return y
         stride, padding, dilation = (_spread(dims, x) for x in (stride, padding, dilation))
         geometry = Geometry(stride, padding, dilation, False, [0] * dims, groups)
         y = convolve(input, weight, bias, geometry)
-        versions = (y._version, input._version, weight._version)
-        Rewrite._last.call = _Call(y, input, weight, bias, geometry, versions)
+        call = _Call(y, input, weight, bias, geometry, ())
+        Rewrite._last.call = call._replace(versions=_versions(call))
         return y
 
     return convolution
@@ -180,7 +183,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if training or running_mean is None or running_var is None or not torch.is_grad_enabled():
+    if training or running_mean is None or running_var is None or not _plain():
         normal = ORIGINAL["batch_norm"]
         return normal(input, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(running_var + eps)
@@ -190,15 +193,33 @@ def _batch_norm(
     if bias is not None:
         shift = shift + bias
     call, Rewrite._last.call = getattr(Rewrite._last, "call", None), None
-    if call is not None and call.y is input:
-        now = (call.y._version, call.x._version, call.w._version)
-        if now == call.versions:
-            if call.b is not None:
-                shift = shift + call.b * scale
-            w = call.w * scale.view(-1, *[1] * (call.w.dim() - 1))
-            return convolve(call.x, w, shift, call.geometry)
+    if call is not None and _foldable(call, input):
+        if call.b is not None:
+            shift = shift + call.b * scale
+        w = call.w * scale.view(-1, *[1] * (call.w.dim() - 1))
+        return convolve(call.x, w, shift, call.geometry)
     shape = (1, -1, *[1] * (input.dim() - 2))
     return torch.addcmul(shift.view(shape), input, scale.view(shape))
+
+
+def _plain() -> bool:
+    """Whether gradients are recorded, and by autograd alone: torch.func has rules of its own."""
+    return torch.is_grad_enabled() and _functorch_level() is None
+
+
+def _versions(call: _Call) -> tuple[int, ...]:
+    return tuple(t._version for t in (call.y, call.x, call.w, call.b) if t is not None)
+
+
+def _foldable(call: _Call, input: Tensor) -> bool:
+    """Whether ``input`` is what the convolution returned, untouched and unwatched.
+
+    Not inside a checkpointed segment, known by its hooks on saved tensors: run again, it would
+    not see a convolution in front of it, and save other tensors than before.
+    """
+    if call.y is not input or _versions(call) != call.versions or input._backward_hooks:
+        return False
+    return _saving_hooks is not None and _saving_hooks(True) is None
 
 
 def _spread(dims: int, value: Any) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -190,6 +191,11 @@ def own(spec: str, settings: Settings) -> Problem:
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise ValueError(f"{spec!r} is not module:function")
+    if not all(part.isidentifier() for part in module_name.split(".")) or name == "py":
+        stem = os.path.splitext(os.path.basename(module_name))[0]
+        raise ValueError(
+            f"{module_name!r} is not a module name; from its folder write {stem}:{name}"
+        )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     with seeded(settings.seed):
@@ -204,6 +210,10 @@ def own(spec: str, settings: Settings) -> Problem:
         function = getattr(module, name, None)
         if not callable(function):
             raise ValueError(f"module {module_name!r} has no function {name!r}")
+        try:
+            inspect.signature(function).bind()
+        except TypeError as error:
+            raise ValueError(f"{spec} must be callable without arguments: {error}") from error
         result = function()
     if not isinstance(result, (tuple, list)) or len(result) != 3:
         found = type(result).__name__
