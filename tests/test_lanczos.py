@@ -6,6 +6,7 @@ import torch
 import fasthessian as fh
 from fasthessian import kernels
 from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.study.resnet import resnet
 
 BACKENDS = [name for name, module in kernels.BACKENDS.items() if module.unavailable() is None]
 SCHEDULES = ["dcgs2", "cgs2"]
@@ -46,6 +47,16 @@ def test_orthogonal_at_100_steps_with_outliers(schedule, backend, dtype, bound):
     krylov = grown(diagonal(spectrum, dtype), 100, schedule=schedule, backend=backend)
     orthogonality, projection = defects(krylov, spectrum.to(dtype).double())
     assert orthogonality <= bound and projection <= bound
+
+
+def test_orthogonal_at_100_steps_on_a_resnet20():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, x, y = resnet(20), torch.randn(4, 3, 16, 16), torch.arange(4)
+    A = fh.Hessian(model, torch.nn.CrossEntropyLoss(), (x, y))
+    assert A.n == 272_474
+    V = grown(A, 100).V[:100].double()
+    assert (V @ V.T - torch.eye(100)).abs().max() <= 1e-6
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
