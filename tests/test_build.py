@@ -56,7 +56,7 @@ def test_without_the_extension_the_reference_serves(tmp_path, name):
     )
     if name == "reference":
         assert run.returncode == 0, run.stderr
-        assert "native     no: the extension is not built" in run.stdout
+        assert "cpu:  no: the extension is not built" in run.stdout
         assert "cpu        served by reference" in run.stdout and "tensor([99.99" in run.stdout
     else:
         assert run.returncode != 0 and "backend 'native' cannot serve" in run.stderr

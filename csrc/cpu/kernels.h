@@ -3,12 +3,15 @@
 #pragma once
 #include <cstdint>
 
-enum FhType : int { FH_F32 = 0, FH_F64 = 1 };
+enum FhType : int { FH_F32 = 0, FH_F64 = 1, FH_F16 = 2 };
 
 // One pass over the rows of V (k, n), ld in elements, together with the block W (b, n).
 //   h (k, b) or null: W -= h^T V first;  s (b, b) or null: then W = s W;
 //   g (b, b) and c (k, b): dots of the new W, summed in float64; none are taken if g is null
-//   (c of no rows is null too).
+//   (c of no rows is null too);
+//   slot (n) or null: a row of V's type that receives scale * the first row of W; then the first
+//   row of W receives the last, and the others keep what they held.
+// Only rows of V may be FH_F16.
 struct FhBlock {
   const void* v;
   int64_t ldv;
@@ -23,6 +26,8 @@ struct FhBlock {
   double* c;
   double* g;
   int threads;
+  void* slot;
+  double scale;
 };
 
 struct FhCpuKernels {

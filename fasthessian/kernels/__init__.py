@@ -1,7 +1,7 @@
 """Backends of the kernel contract, and the choice between them.
 
-A backend is a module with ``project_, update_, signs_, normal_, pack_`` (see ``reference``),
-``unavailable() -> reason | None`` and ``supports(device)``.
+A backend is a module with ``project_, update_, recur_, signs_, normal_, pack_`` (see
+``reference``) and ``unavailable(device) -> reason | None``.
 """
 
 from __future__ import annotations
@@ -12,16 +12,22 @@ from types import ModuleType
 
 import torch
 
-from fasthessian.kernels import native, reference
+from fasthessian.kernels import native, reference, triton_backend
 
-BACKENDS: dict[str, ModuleType] = {"native": native, "reference": reference}  # by preference
+BACKENDS: dict[str, ModuleType] = {
+    "native": native,
+    "triton": triton_backend,
+    "reference": reference,
+}
+# by preference; interpreted Triton serves a CPU only when it is named
+AUTOMATIC = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 
 
 def select(device: torch.device | str, backend: str | None = None) -> ModuleType:
     """The backend module for tensors on ``device``.
 
     ``backend`` or else the variable ``FASTHESSIAN_BACKEND`` names one; without either the first
-    that can serve is taken: native, then reference.
+    that can serve is taken: native, triton (on GPUs), then reference.
 
     Raises:
         ValueError: the name is unknown.
@@ -33,22 +39,21 @@ def select(device: torch.device | str, backend: str | None = None) -> ModuleType
         forced = native.unavailable() if os.environ.get("FASTHESSIAN_ISA") else None
         if forced is not None and "FASTHESSIAN_ISA" in forced and device.type == "cpu":
             raise RuntimeError(forced)
-        for module in BACKENDS.values():
-            if module.unavailable() is None and module.supports(device):
-                return module
+        for candidate in AUTOMATIC.get(device.type, ()):
+            if BACKENDS[candidate].unavailable(device) is None:
+                return BACKENDS[candidate]
+        return reference
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     module = BACKENDS[name]
-    reason = module.unavailable()
-    if reason is None and not module.supports(device):
-        reason = f"it does not serve {device.type} tensors"
+    reason: str | None = module.unavailable(device)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} cannot serve: {reason}; leave backend unset")
     return module
 
 
 def doctor() -> str:
-    """Which backends serve here, and why the others do not.
+    """Which backends serve here on which device, and why the others do not.
 
     Example:
         >>> import fasthessian as fh
@@ -61,9 +66,11 @@ def doctor() -> str:
         f"CUDA {'available' if torch.cuda.is_available() else 'not available'}"
     ]
     for name, module in BACKENDS.items():
-        reason = module.unavailable()
         detail = getattr(module, "describe", lambda: "pure torch, every device")
-        lines.append(f"{name:<10} " + (f"no: {reason}" if reason else f"yes: {detail()}"))
+        lines.append(f"{name:<10} {detail()}")
+        for device in ("cpu", "cuda"):
+            reason = module.unavailable(device)
+            lines.append(f"{'':<10} {device + ':':<5} " + (f"no: {reason}" if reason else "yes"))
     for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
         try:
             lines.append(f"{device:<10} served by {select(device).NAME}")

@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.float64)
+STORED = (*FLOATS, torch.float16)  # what a basis V may be kept in
 MAX_BLOCK = 8
+CANCELLED = 1e-4  # share of |u|^2 outside the basis under which u holds no new direction
+
+Count = int | Tensor | None  # rows of V that take part; a tensor is read by the kernel
 
 
-def _rows(name: str, rows: Tensor) -> None:
-    if rows.dim() != 2 or rows.dtype not in FLOATS:
+def _rows(name: str, rows: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    if rows.dim() != 2 or rows.dtype not in dtypes:
+        accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(
-            f"{name} must be a 2-D float32 or float64 tensor of rows, "
+            f"{name} must be a 2-D {accepted} tensor of rows, "
             f"got shape {tuple(rows.shape)} of {rows.dtype}"
         )
     if rows.shape[1] > 1 and rows.stride(1) != 1:
@@ -24,22 +29,74 @@ def _rows(name: str, rows: Tensor) -> None:
         )
 
 
-def check_block(V: Tensor, W: Tensor, H: Tensor | None, S: Tensor | None = None) -> None:
-    """Raise ValueError unless V (k, n), W (b, n), H (k, b) and S (b, b) fit the contract."""
-    _rows("V", V)
-    _rows("W", W)
+def _count(count: Count, most: int, like: Tensor, cells: int = 1) -> None:
+    if isinstance(count, Tensor):
+        if count.dtype != torch.int64 or count.numel() != cells or count.device != like.device:
+            raise ValueError(
+                f"count must be an int64 tensor of {cells} on {like.device}, got "
+                f"{count.numel()} of {count.dtype} on {count.device}"
+            )
+    elif count is not None and not 0 <= count <= most:
+        raise ValueError(f"count must be in 0..{most}, got {count}")
+
+
+def _smalls(V: Tensor, smalls: Sequence[tuple[str, Tensor | None, tuple[int, ...]]]) -> None:
+    for name, small, shape in smalls:
+        if small is None:
+            continue
+        if tuple(small.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {tuple(small.shape)}")
+        if small.device != V.device:
+            raise ValueError(f"V is on {V.device} but {name} is on {small.device}; move one")
+
+
+def check_block(
+    V: Tensor,
+    W: Tensor,
+    H: Tensor | None,
+    S: Tensor | None = None,
+    count: Count = None,
+    append: float | None = None,
+) -> None:
+    """Raise ValueError unless V (k, n), W (b, n), H (k, b), S (b, b) and count fit the contract."""
+    _rows("V", V, STORED)
+    _rows("W", W, FLOATS)
     k, n = V.shape
     b = W.shape[0]
     if W.shape[1] != n:
         raise ValueError(f"V and W must have rows of one length, got {n} and {W.shape[1]}")
     if not 1 <= b <= MAX_BLOCK:
         raise ValueError(f"W must have 1 to {MAX_BLOCK} rows, got {b}; split the block")
-    for name, small, shape in (("H", H, (k, b)), ("S", S, (b, b))):
-        if small is not None and tuple(small.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(small.shape)}")
-    for name, other in (("W", W), ("H", H), ("S", S)):
-        if other is not None and other.device != V.device:
-            raise ValueError(f"V is on {V.device} but {name} is on {other.device}; move one")
+    if W.device != V.device:
+        raise ValueError(f"V is on {V.device} but W is on {W.device}; move one")
+    _smalls(V, (("H", H, (k, b)), ("S", S, (b, b))))
+    if append is None:
+        _count(count, k, V)
+    elif count is None:
+        raise ValueError("append needs count, the index of the free row of V")
+    else:
+        _count(count, k - 1, V)
+
+
+def check_recurrence(C: Tensor, G: Tensor, T: Tensor, gauges: Tensor, count: int | Tensor) -> None:
+    """Raise ValueError unless C (k, 2), G (2, 2), T (m + 1, m + 1) and gauges (m + 1, 3) fit."""
+    m = T.shape[0] - 1
+    _smalls(
+        C,
+        (
+            ("C", C, (C.shape[0], 2)),
+            ("G", G, (2, 2)),
+            ("T", T, (m + 1, m + 1)),
+            ("gauges", gauges, (m + 1, 3)),
+        ),
+    )
+    for name, small in (("C", C), ("G", G), ("T", T), ("gauges", gauges)):
+        if small.dtype != torch.float64 or small.stride(-1) != 1:
+            raise ValueError(
+                f"{name} must be float64 with unit stride along its rows, got {small.dtype} "
+                f"with strides {small.stride()}"
+            )
+    _count(count, min(C.shape[0], m - 1), C, cells=2)
 
 
 def check_stream(out: Tensor, seed: int, offset: int) -> None:

@@ -12,47 +12,125 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fasthessian.kernels.contract import check_block, check_pack, check_stream
+from fasthessian.kernels.contract import (
+    CANCELLED,
+    Count,
+    check_block,
+    check_pack,
+    check_recurrence,
+    check_stream,
+)
 
 NAME = "reference"
 TILE = 1 << 16  # columns widened to float64 at a time: bounds the temporary at k * 512 KiB
 SIGNS, NORMAL = 0, 1  # third counter word of Philox: the two streams of one seed never meet
 
 
-def unavailable() -> str | None:
-    """Why this backend cannot serve here; None when it can."""
+def unavailable(device: torch.device | str = "cpu") -> str | None:
+    """Why this backend cannot serve tensors on ``device``; None when it can."""
     return None
 
 
-def supports(device: torch.device) -> bool:
-    """Whether tensors on ``device`` are served."""
-    return True
+def _live(V: Tensor, count: Count) -> Tensor:
+    """The rows of V that take part; a count on an accelerator is applied without reading it."""
+    if count is None:
+        return V
+    if isinstance(count, int) or count.device.type == "cpu":
+        return V[: int(count)]
+    return torch.where((torch.arange(len(V), device=V.device) < count)[:, None], V, 0)
 
 
-def project_(V: Tensor, W: Tensor, H: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``W -= H^T V`` if H is given, then return ``C = V W^T`` (k, b) and ``G = W W^T`` (b, b)."""
-    check_block(V, W, H)
+def project_(
+    V: Tensor, W: Tensor, H: Tensor | None = None, *, count: Count = None
+) -> tuple[Tensor, Tensor]:
+    """``W -= H^T V`` if H is given, then return ``C = V W^T`` (k, b) and ``G = W W^T`` (b, b).
+
+    V (k, n) is float64, float32 or float16, W (b, n) float64 or float32, b up to 8. Only the first
+    ``count`` rows of V and H take part (default all; a tensor of one int64 is read on its device);
+    C is 0 beyond. The dots are those of W as stored, summed in float64.
+    """
+    check_block(V, W, H, count=count)
     C = torch.zeros(V.shape[0], W.shape[0], dtype=torch.float64, device=V.device)
     G = torch.zeros(W.shape[0], W.shape[0], dtype=torch.float64, device=V.device)
     for start in range(0, V.shape[1], TILE):
-        v = V[:, start : start + TILE].double()
+        v = _live(V[:, start : start + TILE], count).double()
         w = W[:, start : start + TILE]
         if H is not None:
-            w.copy_(w.double() - H.double().T @ v)
+            w.copy_(w.double() - _live(H, count).double().T @ v)
         w64 = w.double()
-        C += v @ w64.T
+        C[: len(v)] += v @ w64.T
         G += w64 @ w64.T
     return C, G
 
 
-def update_(V: Tensor, W: Tensor, H: Tensor, S: Tensor | None = None) -> Tensor:
-    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity."""
-    check_block(V, W, H, S)
+def update_(
+    V: Tensor,
+    W: Tensor,
+    H: Tensor,
+    S: Tensor | None = None,
+    *,
+    count: Count = None,
+    append: float | None = None,
+) -> Tensor:
+    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity.
+
+    With ``append`` row ``count`` of V, free until then, receives ``append`` times the first row of
+    the result, the first row of W receives the last, and W's other rows keep what they held: the
+    finished basis row goes to V, the next candidate to W.
+    """
+    check_block(V, W, H, S, count, append)
     for start in range(0, V.shape[1], TILE):
+        tile = V[:, start : start + TILE]
         w = W[:, start : start + TILE]
-        w64 = w.double() - H.double().T @ V[:, start : start + TILE].double()
-        w.copy_(w64 if S is None else S.double() @ w64)
+        result = w.double() - _live(H, count).double().T @ _live(tile, count).double()
+        if S is not None:
+            result = S.double() @ result
+        if append is None:
+            w.copy_(result)
+            continue
+        row = torch.as_tensor(count, device=V.device).reshape(1)
+        tile.index_copy_(0, row, (append * result[:1]).to(V.dtype))
+        w[0].copy_(result[-1])
     return W
+
+
+def recur_(
+    C: Tensor, G: Tensor, T: Tensor, gauges: Tensor, *, count: int | Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The scalars of one delayed Gram-Schmidt step of Lanczos, from the dots of ``[u, w = A u]``.
+
+    Row j = ``count`` of T (m + 1, m + 1) holds, on entry, the couplings of the candidate u to the
+    final rows over its norm; it leaves with that norm applied and the diagonal set, and row j + 1
+    is laid out for the next candidate. ``gauges[j]`` (m + 1, 3) becomes |u|^2, its part nu^2
+    outside the basis, and how far q_i'Aq_j and q_j'Aq_i differ at most. ``scale`` is that of the
+    stored rows, V = stored / scale. A tensor count of two int64 is read and advanced: from [j, .]
+    to [j + 1, j].
+
+    Returns:
+        H (k, 2) and S (2, 2) for ``update_(V, [u, w], H, S, append=scale)``; zeros where u held
+        no new direction, nu^2 <= 1e-4 |u|^2.
+    """
+    check_recurrence(C, G, T, gauges, count)
+    j = int(count if isinstance(count, int) else count[0])
+    if isinstance(count, Tensor):
+        count.copy_(torch.tensor([j + 1, j]))
+    s, z = C[:j, 0] / scale, C[:j, 1] / scale
+    nu2 = G[0, 0] - s @ s
+    fresh = nu2 > CANCELLED * G[0, 0]
+    nu, t = torch.sqrt(nu2), (G[0, 1] - s @ z) / nu2
+    coupling = (z - T[:j, :j] @ s) / nu
+    link = T[j, :j].clone()
+    alpha = t - link @ s
+    T[j, :j] = T[:j, j] = torch.where(fresh, nu * link, 0.0)
+    T[j, j] = torch.where(fresh, alpha, 0.0)
+    T[j + 1, : j + 1] = 0.0
+    T[j + 1, j] = 1.0
+    asymmetry = (coupling - nu * link).abs().max() if j else torch.zeros_like(nu)
+    gauges[j] = torch.stack((G[0, 0], nu2, torch.where(fresh, asymmetry, 0.0)))
+    H = torch.zeros_like(C)
+    H[:j] = torch.where(fresh, C[:j] / scale**2, 0.0)
+    S = torch.stack((1 / nu, torch.zeros_like(nu), -t / nu, 1 / nu)).reshape(2, 2)
+    return H, torch.where(fresh, S, 0.0)
 
 
 def _philox(counter: Tensor, kind: int, seed: int) -> Tensor:
