@@ -2,7 +2,7 @@
 
 FASTHESSIAN_CUDA=auto|1|0      auto (default) skips CUDA with a message when nvcc is absent; 1 makes
                                its absence, and that of a C++ compiler, an error
-FASTHESSIAN_CUDA_ARCHS=80;90   compute capabilities, default 80;90;100 (PTX of the last is added)
+FASTHESSIAN_CUDA_ARCHS=80;90   compute capabilities, default 80;90;100 (PTX of the highest is added)
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -20,9 +21,9 @@ from setuptools import setup
 
 CPU_UNITS = {"csrc/cpu/kernels_generic.cpp": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
-    AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
+    AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mf16c"]
     CPU_UNITS |= {
-        "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma"],
+        "csrc/cpu/kernels_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
         "csrc/cpu/kernels_avx512.cpp": [*AVX512, "-mfma", "-mprefer-vector-width=512"],
     }
 CUDA = os.environ.get("FASTHESSIAN_CUDA", "auto").lower()
@@ -71,7 +72,7 @@ class BuildExt(build_ext):
         if CUDA != "0":
             try:
                 self.add_cuda(extension)
-            except (RuntimeError, subprocess.CalledProcessError) as error:
+            except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
                 if CUDA == "1":
                     raise SystemExit(
                         f"FASTHESSIAN_CUDA=1, but CUDA cannot be built: {error}"
@@ -81,20 +82,35 @@ class BuildExt(build_ext):
 
     def add_cuda(self, extension: Pybind11Extension) -> None:
         nvcc, library = find_cuda()
-        archs = os.environ.get("FASTHESSIAN_CUDA_ARCHS", "80;90;100").split(";")
+        setting = os.environ.get("FASTHESSIAN_CUDA_ARCHS") or "80;90;100"
+        archs = sorted({int(arch) for arch in re.split("[;, ]+", setting.strip())})
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
         targets.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
+        flags = ["-O3", "-std=c++17", "-Icsrc", "-Xcompiler", "-fPIC", *targets]
         folder = Path(self.build_temp) / "cuda"
         folder.mkdir(parents=True, exist_ok=True)
-        for source in sorted(Path("csrc/cuda").glob("*.cu")):
+
+        def compile_unit(source: Path) -> str:
             obj = str(folder / f"{source.stem}.o")
-            flags = ["-O3", "-std=c++17", "-lineinfo", "-Icsrc", "-Xcompiler", "-fPIC"]
-            subprocess.run([nvcc, *flags, *targets, "-c", str(source), "-o", obj], check=True)
-            extension.extra_objects.append(obj)
+            command = [nvcc, *flags, "-c", str(source), "-o", obj]
+            run = subprocess.run(
+                command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            if run.stdout:
+                log(run.stdout.strip())
+            run.check_returncode()
+            return obj
+
+        # the largest first, so that no core is left with it at the end
+        units = sorted(Path("csrc/cuda").glob("*.cu"), key=lambda unit: "stream_" not in unit.stem)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            objects = list(pool.map(compile_unit, units))
+        extension.extra_objects += objects
+        extension.sources.append("csrc/bindings_cuda.cpp")
         extension.extra_objects.append(str(library))
         extension.define_macros.append(("FH_WITH_CUDA", "1"))
         extension.extra_link_args += ["-ldl", "-lrt", "-lpthread"]
-        log(f"CUDA built with {nvcc} for {', '.join(archs)}")
+        log(f"CUDA built with {nvcc} for {', '.join(map(str, archs))}")
 
 
 setup(

@@ -1,27 +1,26 @@
-// Python bindings: addresses, sizes and strides in, nothing of torch and no mathematics.
-#include <omp.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// Python bindings: nothing of torch and no mathematics.
+#include "bindings.h"
 
+#include <omp.h>
+
+#include <algorithm>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 #include "cpu/kernels.h"
 #ifdef FH_WITH_CUDA
 #include "cuda/device.h"
 #endif
 
-namespace py = pybind11;
-
 namespace {
 std::vector<const FhCpuKernels*> served_here() {
   std::vector<const FhCpuKernels*> tables{&fh_cpu_generic};
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c"))
     tables.push_back(&fh_cpu_avx2);
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl"))
@@ -45,20 +44,44 @@ const FhCpuKernels* choose() {
 
 const FhCpuKernels* kernels = nullptr;
 
-void project(uintptr_t v, int64_t ldv, bool v64, int64_t k, int64_t n, uintptr_t w, int64_t ldw,
-             bool w64, int b, uintptr_t h, uintptr_t s, uintptr_t c, uintptr_t g, int threads) {
+void run(const FhBlock& block) {
   py::gil_scoped_release released;
-  const bool done = kernels->project({(const void*)v, ldv, v64 ? FH_F64 : FH_F32, k, n, (void*)w,
-                                      ldw, w64 ? FH_F64 : FH_F32, b, (const double*)h,
-                                      (const double*)s, (double*)c, (double*)g, threads});
-  if (!done) throw std::bad_alloc();
+  if (!kernels->project(block)) throw std::bad_alloc();
 }
 
-void pack(uintptr_t out, bool f64, const std::vector<uintptr_t>& pieces,
-          const std::vector<int64_t>& sizes, double alpha, double beta, int threads) {
-  py::gil_scoped_release released;
-  kernels->pack((void*)out, f64 ? FH_F64 : FH_F32, (const void* const*)pieces.data(), sizes.data(),
-                (int64_t)pieces.size(), alpha, beta, threads);
+void bind_cpu(py::module_ m) {
+  // a CPU tensor's count is known here: its address is never given
+  m.def("workspace", [](Address, int64_t, int, int64_t, int64_t, Address, int64_t, int, int,
+                        Address, Address, int64_t, int) { return 0; });
+  m.def("project", [](Address v, int64_t ldv, int vtype, int64_t k, int64_t n, Address w,
+                      int64_t ldw, int wtype, int b, Address h, Address, int64_t count, Address,
+                      Address c, Address g, int threads) {
+    run({(const void*)v, ldv, (FhType)vtype, count, n, (void*)w, ldw, (FhType)wtype, b,
+         (const double*)h, nullptr, (double*)c, (double*)g, threads, nullptr, 1});
+    std::fill((double*)c + count * b, (double*)c + k * b, 0.0);
+  });
+  m.def("update", [](Address v, int64_t ldv, int vtype, int64_t, int64_t n, Address w, int64_t ldw,
+                     int wtype, int b, Address h, Address, int64_t count, Address s, bool append,
+                     double scale, int threads) {
+    const int64_t bytes = vtype == FH_F64 ? 8 : vtype == FH_F32 ? 4 : 2;
+    void* slot = append ? (char*)v + count * ldv * bytes : nullptr;
+    run({(const void*)v, ldv, (FhType)vtype, count, n, (void*)w, ldw, (FhType)wtype, b,
+         (const double*)h, (const double*)s, nullptr, nullptr, threads, slot, scale});
+  });
+  m.def("signs", [](Address out, int type, int64_t n, uint64_t seed, int64_t offset, int threads) {
+    py::gil_scoped_release released;
+    kernels->signs((void*)out, (FhType)type, n, seed, offset, threads);
+  });
+  m.def("normal", [](Address out, int type, int64_t n, uint64_t seed, int64_t offset, int threads) {
+    py::gil_scoped_release released;
+    kernels->normal((void*)out, (FhType)type, n, seed, offset, threads);
+  });
+  m.def("pack", [](Address out, int type, const Pieces& pieces, const Sizes& sizes, double alpha,
+                   double beta, int threads) {
+    py::gil_scoped_release released;
+    kernels->pack((void*)out, (FhType)type, (const void* const*)pieces.data(), sizes.data(),
+                  (int64_t)pieces.size(), alpha, beta, threads);
+  });
 }
 }  // namespace
 
@@ -70,20 +93,14 @@ PYBIND11_MODULE(_native, m) {
     for (const FhCpuKernels* table : served_here()) names.push_back(table->name);
     return names;
   });
-  m.def("project", &project);
-  m.def("pack", &pack);
-  m.def("signs", [](uintptr_t out, bool f64, int64_t n, uint64_t seed, int64_t offset, int t) {
-    py::gil_scoped_release released;
-    kernels->signs((void*)out, f64 ? FH_F64 : FH_F32, n, seed, offset, t);
-  });
-  m.def("normal", [](uintptr_t out, bool f64, int64_t n, uint64_t seed, int64_t offset, int t) {
-    py::gil_scoped_release released;
-    kernels->normal((void*)out, f64 ? FH_F64 : FH_F32, n, seed, offset, t);
-  });
+  bind_cpu(m.def_submodule("cpu"));
 #ifdef FH_WITH_CUDA
-  m.def("cuda", [] {  // (devices, runtime version, driver version, reason or None)
+  bind_cuda(m.def_submodule("cuda"));
+  m.def("cuda_state", [] {  // (devices, runtime version, driver version, reason or None)
     const FhCudaState state = fh_cuda_state();
     return py::make_tuple(state.devices, state.runtime, state.driver, state.reason);
   });
+  m.def("cuda_chip", &fh_cuda_chip);
+  m.def("cuda_error", &fh_cuda_error);
 #endif
 }

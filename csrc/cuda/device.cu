@@ -1,7 +1,10 @@
-// What the CUDA runtime says of this machine; answers without a driver too.
 #include <cuda_runtime.h>
 
 #include "cuda/device.h"
+
+namespace {
+__global__ void probe() {}  // compiled for the same chips as every kernel
+}  // namespace
 
 FhCudaState fh_cuda_state() {
   FhCudaState state = {};
@@ -15,3 +18,28 @@ FhCudaState fh_cuda_state() {
   cudaDriverGetVersion(&state.driver);
   return state;
 }
+
+int fh_cuda_chip(int device) {
+  int previous = 0, major = 0, minor = 0;
+  cudaFuncAttributes attributes;
+  cudaError_t error = (cudaError_t)fh_cuda_enter(device, &previous);
+  if (error != cudaSuccess) return -(int)error;
+  if ((error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) ==
+          cudaSuccess &&
+      (error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) ==
+          cudaSuccess)
+    error = cudaFuncGetAttributes(&attributes, probe);
+  cudaGetLastError();
+  cudaSetDevice(previous);
+  if (error == cudaErrorNoKernelImageForDevice) return 0;
+  return error == cudaSuccess ? 10 * major + minor : -(int)error;
+}
+
+int fh_cuda_enter(int device, int* previous) {
+  cudaError_t error = cudaGetDevice(previous);
+  if (error == cudaSuccess && *previous != device) error = cudaSetDevice(device);
+  if (error != cudaSuccess) cudaGetLastError();
+  return error;
+}
+
+const char* fh_cuda_error(int error) { return cudaGetErrorString((cudaError_t)error); }

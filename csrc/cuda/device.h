@@ -1,3 +1,4 @@
+// What the CUDA runtime says of this machine and of its calls.
 #pragma once
 
 struct FhCudaState {
@@ -6,4 +7,13 @@ struct FhCudaState {
   const char* reason;   // null when devices could be counted
 };
 
+// Answers without a driver too.
 FhCudaState fh_cuda_state();
+
+// 10 * major + minor of a device's chip; a negative error code if it cannot be asked, or 0 if
+// this build has no code for it.
+int fh_cuda_chip(int device);
+
+// Makes a device current for the calling thread; `previous` is the one to return to.
+int fh_cuda_enter(int device, int* previous);
+const char* fh_cuda_error(int error);

@@ -1,7 +1,8 @@
-"""The kernel contract by the C++ extension (csrc/): CPU tensors, SIMD and OpenMP."""
+"""The kernel contract by the C++ extension (csrc/): SIMD and OpenMP on the CPU, CUDA on GPUs."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +10,17 @@ from typing import Any
 import torch  # before the extension, so that both share torch's OpenMP runtime
 from torch import Tensor
 
-from fasthessian.kernels.contract import check_block, check_pack, check_stream
+from fasthessian.kernels import reference
+from fasthessian.kernels.contract import (
+    Count,
+    check_block,
+    check_pack,
+    check_recurrence,
+    check_stream,
+)
 
 NAME = "native"
+TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2}  # FhType in csrc/cpu/kernels.h
 
 _native: Any = None
 _reason: str | None = None
@@ -26,85 +35,174 @@ except ImportError as error:
         )
 
 
-def unavailable() -> str | None:
-    """Why this backend cannot serve here; None when it can."""
-    return _reason
+def unavailable(device: torch.device | str = "cpu") -> str | None:
+    """Why this backend cannot serve tensors on ``device``; None when it can."""
+    device = torch.device(device)
+    if _reason is not None or device.type == "cpu":
+        return _reason
+    if device.type != "cuda":
+        return f"it does not serve {device.type}"
+    return _no_cuda() or _no_chip(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
 
 
-def supports(device: torch.device) -> bool:
-    """Whether tensors on ``device`` are served."""
-    return device.type == "cpu"
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@functools.cache
+def _no_cuda() -> str | None:
+    if not hasattr(_native, "cuda"):
+        return "built without CUDA; put nvcc on PATH, then reinstall fasthessian"
+    devices, runtime, driver, reason = _native.cuda_state()
+    if driver == 0:
+        return "no NVIDIA driver"
+    if driver < runtime and reason is not None:
+        return (
+            f"the driver's CUDA {_version(driver)} is older than the {_version(runtime)} that "
+            "the kernels were built with; triton serves instead"
+        )
+    if reason is not None or devices == 0:
+        return str(reason or "no CUDA device")
+    return None if torch.cuda.is_available() else "this torch sees no CUDA device"
+
+
+@functools.cache
+def _no_chip(index: int) -> str | None:
+    chip = _native.cuda_chip(index)
+    if chip > 0:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    why = _native.cuda_error(-chip) if chip else "no code for its chip was built"
+    return f"device {index} (sm_{major}{minor}): {why}; triton serves instead"
 
 
 def describe() -> str:
     """The instruction set in use, those that could be, and what CUDA said if compiled in."""
+    if _native is None:
+        return "not built"
     cuda = "built without CUDA"
     if hasattr(_native, "cuda"):
-        devices, runtime, driver, reason = _native.cuda()
-        cuda = f"built with CUDA {runtime // 1000}.{runtime % 1000 // 10}, "
-        cuda += "no NVIDIA driver" if driver == 0 else reason or f"{devices} devices"
+        devices, runtime, _, _ = _native.cuda_state()
+        cuda = f"built with CUDA {_version(runtime)}, " + (_no_cuda() or f"{devices} devices")
     return f"{_native.isa()} of {', '.join(_native.isas())}; {cuda}"
+
+
+def _entry(tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
+    """The entry points for a tensor's device, and their last arguments: where they work."""
+    if tensor.device.type == "cpu":
+        return _native.cpu, (torch.get_num_threads(),)
+    index = tensor.device.index
+    return _native.cuda, (index, torch.cuda.current_stream(index).cuda_stream)
+
+
+def _count(count: Count, rows: int, entry: Any) -> tuple[int, int]:
+    """(address, number) of the rows that take part; a GPU reads the tensor at the address."""
+    if isinstance(count, Tensor):
+        return (0, int(count)) if entry is _native.cpu else (count.data_ptr(), 0)
+    return 0, rows if count is None else count
 
 
 def _small(matrix: Tensor) -> Tensor:
     return matrix.to(torch.float64).contiguous()
 
 
-def project_(V: Tensor, W: Tensor, H: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``W -= H^T V`` if H is given, then return ``C = V W^T`` (k, b) and ``G = W W^T`` (b, b)."""
-    check_block(V, W, H)
-    (k, n), b = V.shape, W.shape[0]
-    C = torch.empty(k, b, dtype=torch.float64)
-    G = torch.empty(b, b, dtype=torch.float64)
-    h = None if H is None else _small(H)
-    _native.project(
-        V.data_ptr(), V.stride(0), V.dtype is torch.float64, k, n,
-        W.data_ptr(), W.stride(0), W.dtype is torch.float64, b,
-        0 if h is None else h.data_ptr(), 0, C.data_ptr(), G.data_ptr(), torch.get_num_threads(),
+def _block(V: Tensor, W: Tensor, h: Tensor | None, count: Count, entry: Any) -> tuple[int, ...]:
+    k, n = V.shape
+    given = 0
+    if h is not None:
+        given = h.data_ptr() or W.data_ptr()  # an H of no rows has no address; none is read
+    return (
+        V.data_ptr(), V.stride(0), TYPES[V.dtype], k, n,
+        W.data_ptr(), W.stride(0), TYPES[W.dtype], W.shape[0],
+        given, *_count(count, k, entry),
     )  # fmt: skip
+
+
+def project_(
+    V: Tensor, W: Tensor, H: Tensor | None = None, *, count: Count = None
+) -> tuple[Tensor, Tensor]:
+    """``W -= H^T V`` if H is given, then return ``C = V W^T`` (k, b) and ``G = W W^T`` (b, b)."""
+    check_block(V, W, H, count=count)
+    entry, place = _entry(V)
+    k, b = V.shape[0], W.shape[0]
+    h = None if H is None else _small(H)
+    block = _block(V, W, h, count, entry)
+    C = torch.empty(k, b, dtype=torch.float64, device=V.device)
+    G = torch.empty(b, b, dtype=torch.float64, device=V.device)
+    work = torch.empty(entry.workspace(*block, *place), dtype=torch.float64, device=V.device)
+    entry.project(*block, work.data_ptr(), C.data_ptr(), G.data_ptr(), *place)
     return C, G
 
 
-def update_(V: Tensor, W: Tensor, H: Tensor, S: Tensor | None = None) -> Tensor:
-    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity."""
-    check_block(V, W, H, S)
-    (k, n), b = V.shape, W.shape[0]
+def update_(
+    V: Tensor,
+    W: Tensor,
+    H: Tensor,
+    S: Tensor | None = None,
+    *,
+    count: Count = None,
+    append: float | None = None,
+) -> Tensor:
+    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity.
+
+    With ``append`` row ``count`` of V receives ``append`` times the first row of the result, the
+    first row of W the last, and W's other rows keep what they held.
+    """
+    check_block(V, W, H, S, count, append)
+    entry, place = _entry(V)
     h, s = _small(H), None if S is None else _small(S)
-    _native.project(
-        V.data_ptr(), V.stride(0), V.dtype is torch.float64, k, n,
-        W.data_ptr(), W.stride(0), W.dtype is torch.float64, b,
-        h.data_ptr(), 0 if s is None else s.data_ptr(), 0, 0, torch.get_num_threads(),
+    entry.update(
+        *_block(V, W, h, count, entry), 0 if s is None else s.data_ptr(),
+        append is not None, 1.0 if append is None else append, *place,
     )  # fmt: skip
     return W
+
+
+def recur_(
+    C: Tensor, G: Tensor, T: Tensor, gauges: Tensor, *, count: int | Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The scalars of one delayed Gram-Schmidt step of Lanczos: ``reference.recur_`` as a kernel."""
+    entry, place = _entry(C)
+    if entry is _native.cpu:
+        return reference.recur_(C, G, T, gauges, count=count, scale=scale)
+    check_recurrence(C, G, T, gauges, count)
+    k, m = C.shape[0], T.shape[0] - 1
+    H = torch.empty(k, 2, dtype=torch.float64, device=C.device)
+    S = torch.empty(2, 2, dtype=torch.float64, device=C.device)
+    entry.recur(
+        C.data_ptr(), C.stride(0), G.data_ptr(), G.stride(0), T.data_ptr(), T.stride(0),
+        gauges.data_ptr(), gauges.stride(0), k, m, *_count(count, k, entry), scale,
+        H.data_ptr(), S.data_ptr(), *place,
+    )  # fmt: skip
+    return H, S
 
 
 def signs_(out: Tensor, seed: int, offset: int = 0) -> Tensor:
     """Fill out (n,) with +-1: element i is bit ``offset + i`` of the stream (set bit: -1)."""
     check_stream(out, seed, offset)
-    _native.signs(
-        out.data_ptr(), out.dtype is torch.float64, out.numel(), seed, offset,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    entry, place = _entry(out)
+    entry.signs(out.data_ptr(), TYPES[out.dtype], out.numel(), seed, offset, *place)
     return out
 
 
 def normal_(out: Tensor, seed: int, offset: int = 0) -> Tensor:
     """Fill out (n,) with N(0, 1) by Box-Muller in float64: two words give two elements."""
     check_stream(out, seed, offset)
-    _native.normal(
-        out.data_ptr(), out.dtype is torch.float64, out.numel(), seed, offset,
-        torch.get_num_threads(),
-    )  # fmt: skip
+    entry, place = _entry(out)
+    entry.normal(out.data_ptr(), TYPES[out.dtype], out.numel(), seed, offset, *place)
     return out
 
 
 def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: float = 0.0) -> Tensor:
     """``out = beta * out + alpha * concat(tensors)``; beta = 0 does not read out."""
     check_pack(out, tensors)
+    entry, place = _entry(out)
     pieces = [tensor.detach().contiguous() for tensor in tensors]
-    _native.pack(
-        out.data_ptr(), out.dtype is torch.float64,
+    entry.pack(
+        out.data_ptr(), TYPES[out.dtype],
         [piece.data_ptr() for piece in pieces], [piece.numel() for piece in pieces],
-        alpha, beta, torch.get_num_threads(),
+        alpha, beta, *place,
     )  # fmt: skip
     return out

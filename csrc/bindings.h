@@ -1,0 +1,14 @@
+// One calling convention for CPU and CUDA: addresses, sizes, strides and types; the last arguments
+// say where: a number of threads, or a device and a stream.
+#pragma once
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <vector>
+
+namespace py = pybind11;
+using Address = uintptr_t;  // 0: none
+using Pieces = std::vector<Address>;
+using Sizes = std::vector<int64_t>;
+
+void bind_cuda(py::module_ module);

@@ -1,0 +1,50 @@
+// The CUDA kernels: addresses on the device, sizes, strides in elements, the current device's
+// stream. Any C++ compiler can include this. Every function returns a cudaError_t as an int.
+#pragma once
+#include "cpu/kernels.h"  // FhType
+
+// Rows of V (k, n) together with the block W (b, n), b up to 8. The first count rows take part:
+// *count_at, read by the kernel, or count if that is null.
+struct FhCudaBlock {
+  void* v;
+  int64_t ldv;
+  FhType vtype;
+  int64_t k, n;
+  void* w;
+  int64_t ldw;
+  FhType wtype;
+  int b;
+  const double* h;  // (k, b) contiguous, or null
+  const int64_t* count_at;
+  int64_t count;
+};
+
+// One delayed Gram-Schmidt step: see fasthessian/kernels/reference.py.
+struct FhCudaRecurrence {
+  const double *c, *g;  // (k, 2) and (2, 2)
+  int64_t ldc, ldg;
+  double *t, *gauges;  // (m + 1, m + 1) and (m + 1, 3)
+  int64_t ldt, ldgauges;
+  int64_t k, m;
+  int64_t* count_at;  // two numbers, advanced; or null: count
+  int64_t count;
+  double scale;
+  double *h, *s;  // (k, 2) and (2, 2) contiguous, written
+};
+
+// Numbers that the workspace of fh_cuda_project must hold; 0 if the device cannot be asked.
+int64_t fh_cuda_workspace(const FhCudaBlock& block);
+
+// W -= H^T V if h is given, then c = V W^T (k, b) and g = W W^T (b, b), contiguous.
+int fh_cuda_project(const FhCudaBlock& block, double* workspace, double* c, double* g,
+                    void* stream);
+// W = S (W - H^T V), s (b, b) or null; with append row count of V becomes scale * the first row
+// of that, the first row of W the last, and the others stay.
+int fh_cuda_update(const FhCudaBlock& block, const double* s, bool append, double scale,
+                   void* stream);
+int fh_cuda_recur(const FhCudaRecurrence& step, void* stream);
+int fh_cuda_signs(void* out, FhType type, int64_t n, uint64_t seed, int64_t offset, void* stream);
+int fh_cuda_normal(void* out, FhType type, int64_t n, uint64_t seed, int64_t offset, void* stream);
+// out = beta * out + alpha * the pieces, one after the other; beta = 0 does not read out.
+int fh_cuda_pack(void* out, FhType type, const void* const* pieces, const int64_t* sizes,
+                 int64_t count, double alpha, double beta, void* stream);

@@ -1,0 +1,15 @@
+// The CUDA half of the extension with its kernels on the simulator: one device, no driver.
+#include "bindings.h"
+#include "cuda/device.h"
+#include "cuda/launch.h"
+
+int fh_cuda_enter(int device, int* previous) {
+  *previous = 0;
+  return device == 0 ? cudaSuccess : cudaErrorInvalidValue;
+}
+const char* fh_cuda_error(int error) { return cudaGetErrorString((cudaError_t)error); }
+
+PYBIND11_MODULE(_simulated, m) {
+  bind_cuda(m.def_submodule("cuda"));
+  m.def("seed", &fhsim::seed);
+}
