@@ -8,6 +8,7 @@ from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.trace import trace
 from fasthessian.kernels import doctor
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.gaussnewton import GaussNewton
 from fasthessian.operators.hessian import Hessian
 from fasthessian.pyhessian import hessian
 from fasthessian.records import Density, Eigenpairs, Estimate, Landscape
@@ -17,6 +18,7 @@ __all__ = [
     "Density",
     "Eigenpairs",
     "Estimate",
+    "GaussNewton",
     "Hessian",
     "Landscape",
     "SymmetricOperator",

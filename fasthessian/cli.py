@@ -40,7 +40,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except OSError as error:
         name = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         fail(2, name)
-    except (ValueError, TypeError, RuntimeError, ImportError) as error:
+    except (ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
         if not deliberate(error):
             raise
         fail(2, str(error))

@@ -122,10 +122,18 @@ def table(rows: list[tuple[str, str]]) -> str:
     return f"<table>{cells}</table>"
 
 
+KEPT = {
+    "compressed": "float16 rows; eigenpairs refined, and their residuals measured, by products",
+    "offload": "rows in host memory",
+}
+
+
 def how(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The rows that say how each part was computed."""
     settings = content["settings"]
     rows = [("products", f"exact, by double backward; engine: {content['environment']['engine']}")]
+    if settings.get("basis", "full") != "full":
+        rows.append(("Krylov basis", KEPT[settings["basis"]]))
     if content["top"] or content["bottom"]:
         rows.append(("eigenvalues", "Lanczos with full orthogonalisation, stopped on residuals"))
     if content["trace"]:

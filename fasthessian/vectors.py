@@ -79,14 +79,17 @@ class Layout:
         return out
 
 
+def stride_bytes(n: int, dtype: torch.dtype) -> int:
+    """Bytes from row to row of ``empty_rows``."""
+    stride = -(-n * dtype.itemsize // ALIGN) * ALIGN
+    return stride + ALIGN if stride % PAGE == 0 else stride
+
+
 def empty_rows(k: int, n: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """A zeroed (k, n) tensor whose rows start on cache lines, never a page multiple apart.
 
     The leading dimension is padded to a multiple of 64 bytes, plus 64 when that is a multiple of
     4096: k streams at the same offset of a page would evict each other from the cache.
     """
-    itemsize = dtype.itemsize
-    stride = -(-n * itemsize // ALIGN) * ALIGN
-    if stride % PAGE == 0:
-        stride += ALIGN
-    return torch.zeros(k, stride // itemsize, dtype=dtype, device=device)[:, :n]
+    stride = stride_bytes(n, dtype) // dtype.itemsize
+    return torch.zeros(k, stride, dtype=dtype, device=device)[:, :n]

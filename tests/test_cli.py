@@ -127,6 +127,20 @@ def test_the_same_seed_gives_the_same_numbers(here, capsys, problem):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_a_compressed_basis_is_used_and_told(here, capsys):
+    code, _, _ = run(capsys, "analyze", "mine:problem", *SMALL, "--seed", "3", "--out", "full")
+    assert code == 0
+    options = ("--basis", "compressed", "--seed", "3", "--out", "half")
+    code, _, _ = run(capsys, "analyze", "mine:problem", *SMALL, *options)
+    assert code == 0
+    full, half = (report.read(f"{name}/result.json") for name in ("full", "half"))
+    assert half["settings"]["basis"] == "compressed" and full["settings"]["basis"] == "full"
+    assert half["top"]["values"] == pytest.approx(full["top"]["values"], rel=1e-4)
+    assert half["density"]["nodes"][0] != full["density"]["nodes"][0]
+    assert "float16 rows" in (here / "half" / "report.html").read_text()
+    assert "float16 rows" not in (here / "full" / "report.html").read_text()
+
+
 def test_built_in_problems_train(here, capsys):
     _, out, err = run(
         capsys, "analyze", "mlp-digits", *SMALL, "--epochs", "3", "--samples", "100",
@@ -216,6 +230,8 @@ def test_doctor_and_help(capsys):
         (["analyze", "mine:problem", "--trace-rtol", "2"], "--trace-rtol 2.0"),
         (["analyze", "mine:problem", "--top", "0"], "--no-landscape"),
         (["analyze", "mine:problem", "--max-products", "4"], "--max-products 4"),
+        (["analyze", "mine:problem", "--basis", "half"], "--basis"),
+        (["analyze", "mine:problem", "--basis", "offload"], "use 'full' or 'compressed'"),
         (["analyze", "mlp-digits", "--data", "."], "takes no --data"),
         (["analyze", "resnet20", "--data", "absent"], "absent is not a folder"),
         (["analyze", "mlp-digits", "--samples", "5000"], "samples=5000 is not in 1..1437"),

@@ -1,9 +1,14 @@
 """The Krylov engine: identities on chosen spectra, in every schedule and backend."""
 
+import gc
+import weakref
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasthessian as fh
+from fasthessian import basis as bases
 from fasthessian import kernels
 from fasthessian.algorithms.lanczos import Lanczos
 from fasthessian.study.resnet import resnet
@@ -33,7 +38,7 @@ def grown(A, steps, **options):
 
 def defects(krylov, spectrum):
     """max |V V' - I| and max |V H V' - T| / max |T| in float64."""
-    V, T = krylov.V[: krylov.size].double(), krylov.T[: krylov.size, : krylov.size]
+    V, T = krylov.basis.rows(krylov.size).double(), krylov.T[: krylov.size, : krylov.size]
     orthogonality = (V @ V.T - torch.eye(krylov.size)).abs().max()
     projection = (V @ (spectrum[:, None] * V.T) - T).abs().max() / T.abs().max()
     return float(orthogonality), float(projection)
@@ -55,7 +60,7 @@ def test_orthogonal_at_100_steps_on_a_resnet20():
         model, x, y = resnet(20), torch.randn(4, 3, 16, 16), torch.arange(4)
     A = fh.Hessian(model, torch.nn.CrossEntropyLoss(), (x, y))
     assert A.n == 272_474
-    V = grown(A, 100).V[:100].double()
+    V = grown(A, 100).basis.rows(100).double()
     assert (V @ V.T - torch.eye(100)).abs().max() <= 1e-6
 
 
@@ -64,11 +69,11 @@ def test_lanczos_relation_holds(schedule):
     """H V' = V' T + beta q e' to rounding, the last row's link included."""
     spectrum = outliers(2000)
     krylov = grown(diagonal(spectrum), 30, schedule=schedule)
-    V, T = krylov.V[:30], krylov.T[:30, :30]
+    V, T = krylov.basis.rows(30), krylov.T[:30, :30]
     R = spectrum[:, None] * V.T - V.T @ T
     assert R[:, :-1].abs().max() < 1e-12 * 100
     assert abs(R[:, -1].norm() - krylov.beta) < 1e-10 * 100
-    candidate = krylov.V[30] / krylov.V[30].norm()
+    candidate = krylov.W[krylov._u] / krylov.W[krylov._u].norm()
     assert abs(abs(candidate @ R[:, -1]) - krylov.beta) < 1e-10 * 100
 
 
@@ -91,6 +96,7 @@ def test_restart_keeps_the_space_and_the_relation(schedule, dtype):
     torch.testing.assert_close(krylov.ritz()[0], values[[0, 16, 17, 18, 19]])
     for _ in range(15):
         krylov.step()
+    assert not krylov.broke_down and krylov.A.matvecs == 35
     bound = 1e-6 if dtype is F32 else 1e-13
     orthogonality, projection = defects(krylov, spectrum.to(dtype).double())
     assert orthogonality <= bound and projection <= bound
@@ -101,6 +107,7 @@ def test_breakdown_ends_or_gets_a_fresh_direction(schedule):
     values = torch.tensor([2.0] * 30 + [5.0] * 10, dtype=F64)
     krylov = grown(diagonal(values), 12, schedule=schedule, refill=False)
     assert krylov.size == 2 and krylov.exhausted and krylov.broke_down
+    assert krylov.A.matvecs == 2
     torch.testing.assert_close(krylov.ritz()[0], torch.tensor([2.0, 5.0], dtype=F64))
     krylov = grown(diagonal(values), 12, schedule=schedule)
     assert krylov.size == 12 and defects(krylov, values)[0] < 1e-13
@@ -135,3 +142,194 @@ def test_full_basis_and_unknown_schedule_are_errors():
         krylov.step()
     with pytest.raises(ValueError, match="schedule must be one of dcgs2, cgs2"):
         grown(diagonal(torch.ones(3)), 2, schedule="mgs")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_deferred_steps_are_the_same_steps(schedule):
+    """Looking late changes nothing: the same bits as looking at every step."""
+    spectrum = outliers(2000)
+    late = Lanczos(diagonal(spectrum), 30, seed=0, schedule=schedule, deferred=True)
+    assert not late.look(wait=False)
+    for _ in range(12):
+        late.step()
+    assert late.look(wait=False) and len(late.T) == 1  # the state before the first step
+    for _ in range(4):
+        late.step()
+    assert late.look(wait=False)
+    assert torch.equal(late.T, grown(diagonal(spectrum), 12, schedule=schedule).T)
+    while late.size < 30:
+        late.step()
+    assert late.look(wait=True) and len(late.T) == 31
+    direct = grown(diagonal(spectrum), 30, schedule=schedule)
+    assert torch.equal(late.T, direct.T) and late.beta == direct.beta
+    assert torch.equal(late.basis.rows(30), direct.basis.rows(30))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("refill", [False, True])
+def test_a_breakdown_noticed_late_takes_the_later_rows_back(schedule, refill):
+    values = torch.tensor([2.0] * 30 + [5.0] * 10, dtype=F64)
+    krylov = Lanczos(diagonal(values), 12, seed=0, schedule=schedule, refill=refill, deferred=True)
+    while krylov.size < 12 and not krylov.exhausted:
+        krylov.step()
+        if krylov.size == 12 or krylov.size % 4 == 0:
+            krylov.look(wait=krylov.size == 12)
+    assert krylov.broke_down
+    if refill:
+        assert krylov.size == 12 and max(defects(krylov, values)) < 1e-13
+    else:
+        assert krylov.size == 2 and krylov.exhausted
+    ritz = krylov.ritz()[0]
+    assert bool((((ritz - 2).abs() < 1e-12) | ((ritz - 5).abs() < 1e-12)).all())
+
+
+def test_a_candidate_within_the_basis_takes_the_later_rows_back():
+    krylov = Lanczos(diagonal(outliers(2000)), 12, seed=0, deferred=True)
+    for _ in range(8):
+        krylov.step()
+    krylov.ledger.gauges[5, 1] = 0.9e-4 * krylov.ledger.gauges[5, 0]
+    krylov.look(wait=True)
+    assert krylov.broke_down and krylov.size == 5 and not krylov.T[5].any()
+
+
+def test_nan_in_a_deferred_product_is_reported():
+    def matvec(v):
+        return v * float("nan") if calls.append(0) or len(calls) > 5 else v * values
+
+    values, calls = torch.arange(1.0, 41.0), []
+    A = fh.SymmetricOperator(matvec, 40, check=False)
+    krylov = Lanczos(A, 20, seed=0, deferred=True)
+    with pytest.raises(ValueError, match="NaN or Inf for a finite vector"):
+        for _ in range(10):
+            krylov.step()
+        krylov.look(wait=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("basis", ["full", "compressed"])
+def test_a_step_that_counts_for_itself_is_the_same_step(backend, basis):
+    """What a CUDA graph would replay: the same call each time, the row counted in a cell."""
+    spectrum = outliers(2000)
+    krylov = Lanczos(diagonal(spectrum), 20, seed=0, backend=backend, basis=basis)
+    counter = krylov.ledger.counter
+    for _ in range(20):
+        krylov.delayed_step(counter[:1], counter, counter[1:])
+    direct = grown(diagonal(spectrum), 20, backend=backend, basis=basis)
+    assert counter.tolist() == [20, 19]
+    assert torch.equal(krylov.ledger.T[:20, :20], direct.T[:20, :20])
+    assert torch.equal(krylov.basis.stored, direct.basis.stored)
+    for run in (krylov, direct):
+        run.size = 20
+        run._accept(run._state())
+        run.restart(torch.tensor([19, 18, 0]))
+    for _ in range(5):
+        krylov.delayed_step(counter[:1], counter, counter[1:])
+        direct.step()
+    assert counter.tolist() == [8, 7]
+    assert torch.equal(krylov.ledger.T[:8, :8], direct.T[:8, :8])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_compressed_basis_reaches_the_accuracy_of_its_rounding(schedule, dtype):
+    """methods.md 2 measured 2e-4 for both; float16 rounds to 2^-12 = 2.4e-4 of an entry."""
+    spectrum = outliers()
+    krylov = grown(diagonal(spectrum, dtype), 100, schedule=schedule, basis="compressed")
+    orthogonality, projection = defects(krylov, spectrum)
+    assert 1e-6 < orthogonality < 1e-3 and projection < 1e-3
+    assert krylov.basis.stored.dtype is torch.float16
+    top = krylov.ritz()[0].flip(0)[:8]
+    want = spectrum.sort(descending=True).values[:8]
+    assert ((top - want) / want).abs().max() < 1e-3
+
+
+def test_offloaded_basis_equals_the_full_one():
+    """Its logic, with a host for the device: rows brought in chunks, finished rows sent back."""
+    spectrum = outliers(2000)
+    for chunk in (1, 3, 50):
+        krylov = Lanczos(diagonal(spectrum), 30, seed=0)
+        like = torch.empty(0, 2000, dtype=F64)
+        krylov.basis = bases.Offloaded(
+            torch.zeros(30, 2000, dtype=F64), like, krylov.kernels, chunk
+        )
+        while krylov.size < 20:
+            krylov.step()
+        direct = grown(diagonal(spectrum), 20)
+        torch.testing.assert_close(krylov.T[:20, :20], direct.T[:20, :20], rtol=0, atol=1e-11)
+        assert max(defects(krylov, spectrum)) < 1e-13
+        krylov.restart(torch.tensor([19, 18, 0]))
+        while krylov.size < 10:
+            krylov.step()
+        assert max(defects(krylov, spectrum)) < 1e-13
+
+
+def test_basis_that_does_not_fit_says_what_would(monkeypatch):
+    monkeypatch.setattr(bases, "available_bytes", lambda device: 6 * 10**8)
+    A = fh.SymmetricOperator(lambda v: v, 10**7, check=False)
+    with pytest.raises(MemoryError) as caught:
+        fh.density(A, steps=20)
+    message = str(caught.value)
+    assert "20 rows of 10000000 float32 numbers needs 839 MiB on cpu, 572 MiB are free" in message
+    assert "basis='compressed' needs 458 MiB" in message and "13 rows would fit" in message
+    with pytest.raises(MemoryError, match=r"float16 numbers needs .* rows would fit"):
+        fh.eigsh(A, ncv=200, basis="compressed")
+    assert A.matvecs == 0
+
+
+def test_a_run_is_freed_when_it_is_dropped():
+    """No cycle keeps a basis alive until the collector comes."""
+    gc.disable()
+    try:
+        krylov = grown(diagonal(torch.arange(1.0, 50.0)), 5)
+        kept = weakref.ref(krylov.basis.stored)
+        del krylov
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_unknown_basis_and_offload_without_a_gpu_are_errors():
+    A = diagonal(torch.arange(1.0, 50.0))
+    with pytest.raises(
+        ValueError, match="basis must be one of full, compressed, offload, none, got 'z'"
+    ):
+        fh.density(A, basis="z")
+    with pytest.raises(ValueError, match="basis must be one of full, compressed, offload, got"):
+        fh.eigsh(A, basis="none")
+    with pytest.raises(ValueError, match=r"this operator is on cpu; use 'full' or 'compressed'"):
+        fh.eigsh(A, basis="offload")
+
+
+def test_replay_says_why_steps_are_not_captured():
+    assert grown(diagonal(torch.arange(1.0, 50.0)), 5).replay == "eager: cpu has no CUDA graphs"
+    krylov = grown(diagonal(torch.arange(1.0, 50.0)), 5, graph=False)
+    assert krylov.replay == "eager: graph=False"
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Fails on every operation that would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run the operation unless its result depends on the values of a tensor."""
+        name = str(func.overloadpacket)
+        waits = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
+        assert name.removeprefix("aten.") not in waits, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("basis", ["full", "compressed"])
+def test_a_deferred_step_reads_nothing_back(schedule, basis):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    data = torch.randn(9, 4), torch.randint(3, (9,))
+    A = fh.Hessian(model, torch.nn.CrossEntropyLoss(), data)
+    options = {"seed": 0, "schedule": schedule, "basis": basis}
+    krylov = Lanczos(A, 10, deferred=True, **options)
+    krylov.step()
+    with NothingReadBack():
+        for _ in range(5):
+            krylov.step()
+        krylov.look(wait=False)  # the first look only sends the state on its way
+    krylov = Lanczos(A, 10, deferred=False, **options)
+    with NothingReadBack(), pytest.raises(AssertionError, match="waits for the device"):
+        krylov.step()

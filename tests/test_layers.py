@@ -11,9 +11,9 @@ import fasthessian
 
 ROOT = Path(fasthessian.__file__).parent
 LAYERS = [  # from the bottom; a module imports its own layer and those before it
-    {"__about__", "records"},
+    {"__about__", "records", "memory"},
     {"kernels"},
-    {"vectors"},
+    {"vectors", "basis"},
     {"operators"},
     {"algorithms"},
     {"pyhessian", "study"},

@@ -10,12 +10,15 @@ from torch import Tensor
 
 from fasthessian.algorithms.arguments import Progress, integer, operator, positive, seed_of
 from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.algorithms.threeterm import ThreeTerm
+from fasthessian.basis import FORMATS
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.records import Density
 
 REACH = 8  # kernel widths beyond the outermost nodes: the mass outside is below 1e-15
 FINENESS = 4  # grid points a kernel width: the sum of a sampled Gaussian is then exact to 1e-16
 MAX_GRID = 1 << 18
+LOOK = 16  # steps between two looks at a GPU's run
 BAND = 1.96  # standard errors in the band
 
 
@@ -28,6 +31,8 @@ def density(
     seed: int = 0,
     schedule: str = "dcgs2",
     backend: str | None = None,
+    basis: str = "full",
+    graph: bool = True,
     progress: Progress | None = None,
 ) -> Density:
     r"""The eigenvalue density ``phi(x) = 1/n sum_i g(x - lambda_i)``, g Gaussian of width sigma.
@@ -42,13 +47,18 @@ def density(
 
     Args:
         A: the operator, size n.
-        steps: Lanczos steps and products a probe, at least 1. Memory (steps + 2) * n words.
+        steps: Lanczos steps and products a probe, at least 1. Memory: steps rows of the basis and
+            two vectors.
         probes: random starts, at least 1; one is enough for n above about 1e7.
         sigma: width of the kernel, in units of the eigenvalues; default 0.5 % of their range. One
             too fine for 2^18 grid points is widened, with a warning.
         seed: probe p starts from elements p n .. (p + 1) n of the seed's stream of signs.
         schedule: orthogonalisation, "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
+        basis: "full" rows in the operator's dtype; "compressed" float16 rows, half the memory of
+            float32; "offload" rows in host memory, for a GPU; "none" keeps no basis, three vectors
+            in all: quadrature stays right, though converged nodes come back as copies.
+        graph: on a GPU, replay a step as a CUDA graph where it can be captured.
         progress: called with (products done, steps * probes at most) after each.
 
     Returns:
@@ -57,6 +67,7 @@ def density(
 
     Raises:
         ValueError, TypeError: an argument is out of range, or A is not symmetric.
+        MemoryError: the basis does not fit; the message says what would.
 
     Example:
         >>> import torch, fasthessian as fh
@@ -69,19 +80,29 @@ def density(
     steps, probes = integer("steps", steps, 1), integer("probes", probes, 1)
     sigma = None if sigma is None else positive("sigma", sigma)
     seed = seed_of(seed)
+    if basis not in (*FORMATS, "none"):
+        raise ValueError(f"basis must be one of {', '.join(FORMATS)}, none, got {basis!r}")
 
     start, total = A.matvecs, probes * min(steps, n)
     runs = []
     for probe in range(probes):
-        krylov = Lanczos(
-            A, steps, seed=seed, offset=probe * n, signs=True, refill=False,
-            schedule=schedule, backend=backend,
-        )  # fmt: skip
+        krylov: Lanczos | ThreeTerm
+        if basis == "none":
+            krylov = ThreeTerm(A, steps, seed=seed, offset=probe * n, backend=backend)
+        else:
+            krylov = Lanczos(
+                A, steps, seed=seed, offset=probe * n, signs=True, refill=False,
+                schedule=schedule, backend=backend, basis=basis, graph=graph,
+            )  # fmt: skip
         while krylov.size < krylov.capacity and not krylov.exhausted:
             krylov.step()
+            last = krylov.size == krylov.capacity or krylov.exhausted
+            if last or krylov.size % LOOK == 0:
+                krylov.look(wait=last)
             if progress is not None:
                 progress(A.matvecs - start, total)
         runs.append(krylov.T[: krylov.size, : krylov.size].clone())
+        krylov.close()
         del krylov  # the basis, before the next probe's
     full = [quadrature(T) for T in runs]
     half = [quadrature(T[: (len(T) + 1) // 2, : (len(T) + 1) // 2]) for T in runs]
@@ -126,7 +147,9 @@ def quadrature(T: Tensor) -> tuple[Tensor, Tensor]:
 
 def _grid(low: float, high: float, sigma: float) -> Tensor:
     points = math.ceil((high - low + 2 * REACH * sigma) / (sigma / FINENESS)) + 1
-    return torch.linspace(low - REACH * sigma, high + REACH * sigma, points, dtype=torch.float64)
+    return torch.linspace(
+        low - REACH * sigma, high + REACH * sigma, points, dtype=torch.float64, device="cpu"
+    )
 
 
 def _smooth(runs: list[tuple[Tensor, Tensor]], grid: Tensor, sigma: float) -> Tensor:

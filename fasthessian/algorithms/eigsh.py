@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import torch
 from torch import Tensor
 
+from fasthessian import kernels
 from fasthessian.algorithms.arguments import (
     ConvergenceWarning,
     Progress,
@@ -16,9 +18,12 @@ from fasthessian.algorithms.arguments import (
     seed_of,
 )
 from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.basis import Basis
+from fasthessian.kernels.contract import MAX_BLOCK
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.records import Eigenpairs
 
+LOOK = 4  # steps between two looks at a GPU's run
 WHICH = ("LM", "LA", "SA", "BE")
 
 
@@ -33,6 +38,8 @@ def eigsh(
     seed: int = 0,
     schedule: str = "dcgs2",
     backend: str | None = None,
+    basis: str = "full",
+    graph: bool = True,
     progress: Progress | None = None,
 ) -> Eigenpairs:
     r"""The k extreme eigenpairs of A, each with ``||A v - theta v|| <= tol |theta|``.
@@ -48,21 +55,28 @@ def eigsh(
         tol: relative residual at which a pair is converged; never asked below the rounding of
             the operator's dtype, 16 eps ||A||.
         max_matvecs: products at most; default 20 times ncv, at least 1000.
-        ncv: basis rows at most, k + 2 to n (memory ncv * n words); default max(2 k + 30, 4 k).
+        ncv: basis rows at most, k + 2 to n; default max(2 k + 30, 4 k). Memory: ncv rows of the
+            basis, the k vectors and two more.
         seed: of the start vector; the same seed gives the same bits.
         schedule: orthogonalisation, "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
+        basis: "full" rows in A's dtype; "compressed" float16 rows, half the memory of float32;
+            "offload" rows in host memory, for a GPU.
+        graph: on a GPU, replay a step as a CUDA graph where it can be captured.
         progress: called with (products done, None) after each.
 
     Returns:
         Eigenpairs: values (k,) float64, vectors (k, n) unit rows, residuals (k,) float64 from the
-        recurrence plus the rounding floor 16 eps ||A||, converged, matvecs.
+        recurrence plus the rounding floor 16 eps ||A||, converged, matvecs. With a compressed
+        basis the pairs are refined by k more products in A's dtype (Rayleigh-Ritz on the vectors),
+        and the residuals are the explicit ||A v - theta v||: about 2e-4 ||A|| is its limit.
 
     Warns:
         ConvergenceWarning: max_matvecs were made and some pair has not converged.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or A is not symmetric.
+        MemoryError: the basis does not fit; the message says what would.
 
     Example:
         >>> import torch, fasthessian as fh
@@ -81,52 +95,110 @@ def eigsh(
     seed = seed_of(seed)
 
     start = A.matvecs
-    krylov = Lanczos(A, ncv, seed=seed, schedule=schedule, backend=backend)
+    krylov = Lanczos(
+        A, ncv, seed=seed, schedule=schedule, backend=backend, basis=basis, graph=graph
+    )
     while True:
         krylov.step()
         made = A.matvecs - start
         if progress is not None:
             progress(made, None)
-        full = krylov.size == ncv or krylov.exhausted
-        stop = made >= limit or krylov.exhausted
+        last = krylov.size == ncv or krylov.exhausted or made >= limit
         # A breakdown may hide further copies of an eigenvalue: then only a full basis is judged.
-        due = krylov.size >= k + 8 and krylov.size % max(1, krylov.size // 20) == 0
-        if krylov.size < k or not (full or stop or (due and not krylov.broke_down)):
+        every = max(LOOK if krylov.deferred else 1, krylov.size // 20)
+        due = krylov.size >= k + 8 and krylov.size % every == 0
+        if krylov.size < k or not (last or (due and not krylov.broke_down)):
             continue
-        values, S, residuals = krylov.ritz()
-        order = _wanted(values, which)
-        floor = krylov.noise
-        converged = residuals[order[:k]] <= torch.clamp(tol * values[order[:k]].abs(), min=floor)
-        if stop or bool(converged.all()):
+        converged, order = _judged(krylov, k, which, tol, wait=last)
+        if not last and bool(converged.all()):  # take what was enqueued since
+            converged, order = _judged(krylov, k, which, tol, wait=True)
+        full = krylov.size == ncv or krylov.exhausted
+        if krylov.broke_down and not (full or made >= limit):  # noticed by this look
+            continue
+        if len(order) >= k and (made >= limit or krylov.exhausted or bool(converged.all())):
             break
         if full:
             krylov.restart(order[: k + (ncv - k) // 2])
             krylov.broke_down = False
 
+    values, S, residuals = krylov.ritz()
     chosen = order[:k]
     if which == "BE":
         chosen = chosen.sort(descending=True).values
     vectors = torch.empty(k, n, dtype=A.dtype, device=A.device)
     krylov.combine(S[:, chosen], vectors)
+    krylov.close()
+    values, residuals = values[chosen], residuals[chosen] + krylov.noise
+    if basis == "compressed":
+        values, residuals = _refined(A, vectors, values)
+        converged = residuals <= torch.clamp(tol * values.abs(), min=2 * krylov.noise)
+        made = A.matvecs - start
     if not bool(converged.all()):
         warnings.warn(
             f"{int(converged.sum())} of {k} eigenpairs converged to tol={tol:g} in {made} "
-            "products; raise max_matvecs or ncv, or accept the residuals returned",
+            f"products; {_way_out(basis)}, or accept the residuals returned",
             ConvergenceWarning,
             stacklevel=2,
         )
     return Eigenpairs(
-        values=values[chosen],
+        values=values,
         vectors=vectors,
-        residuals=residuals[chosen] + floor,
+        residuals=residuals,
         converged=bool(converged.all()),
         matvecs=made,
     )
 
 
+def _judged(krylov: Lanczos, k: int, which: str, tol: float, wait: bool) -> tuple[Tensor, Tensor]:
+    """Whether each of the k wanted pairs has converged, as of a look, and all in their order."""
+    if not krylov.look(wait):
+        return torch.zeros(1, dtype=torch.bool, device="cpu"), torch.arange(0, device="cpu")
+    values, _, residuals = krylov.ritz()
+    order = _wanted(values, which)
+    if len(order) < k:
+        return torch.zeros(1, dtype=torch.bool, device="cpu"), order
+    first = order[:k]
+    return residuals[first] <= torch.clamp(tol * values[first].abs(), min=krylov.noise), order
+
+
+def _refined(A: SymmetricOperator, X: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Rayleigh-Ritz on the rows of X (k, n), in place: values in the order given, residuals."""
+    k = len(X)
+    Y = torch.empty_like(X)
+    A.apply(X, Y)
+    backend = kernels.select(X.device)
+    grams = [torch.empty(k, k, dtype=torch.float64, device=X.device) for _ in range(2)]
+    for start in range(0, k, MAX_BLOCK):
+        rows = slice(start, start + MAX_BLOCK)
+        for gram, right in zip(grams, (X, Y), strict=True):
+            gram[:, rows], _ = backend.project_(X, right[rows])
+    overlap, projection = (gram.cpu() for gram in grams)
+    # the pencil (X A X', X X') through the Cholesky factor of X X', which is I to about 1e-3
+    L = torch.linalg.cholesky(overlap)
+    inner = torch.linalg.solve_triangular(L, (projection + projection.T) / 2, upper=False)
+    inner = torch.linalg.solve_triangular(L, inner.T, upper=False)
+    found, Q = torch.linalg.eigh((inner + inner.T) / 2)
+    mix = torch.linalg.solve_triangular(L.T, Q, upper=True)
+    place = values.argsort().argsort()
+    found, mix = found[place], mix[:, place]
+    residuals = torch.empty_like(found)
+    for rows_of in (X, Y):
+        Basis(rows_of, 1.0, backend).rotate(mix)
+    for i, (x, y) in enumerate(zip(X, Y, strict=True)):
+        y.add_(x, alpha=-float(found[i]))
+        residuals[i] = math.sqrt(float(backend.project_(Y[:0], y[None])[1][0, 0]))
+    return found, residuals
+
+
+def _way_out(basis: str) -> str:
+    if basis == "compressed":
+        return "residuals under 2e-4 ||A|| need basis='full'; raise tol, max_matvecs or ncv"
+    return "raise max_matvecs or ncv"
+
+
 def _wanted(values: Tensor, which: str) -> Tensor:
     """Indices of the ascending ``values``, most wanted first."""
-    ascending = torch.arange(len(values))
+    ascending = torch.arange(len(values), device=values.device)
     if which == "SA":
         return ascending
     if which == "LA":

@@ -9,7 +9,9 @@ of two schedules over the kernel contract:
   with the symmetric recurrence).
 * ``cgs2``: classical Gram-Schmidt twice, three streams.
 
-The candidate lives in the basis buffer behind the final rows, so nothing is ever copied.
+All numbers of a step stay on the device. On a CPU each step is looked at when it is made; on a GPU
+steps are only enqueued, and a look (``look``) reads the state of some steps ago while the device
+works on. A candidate that turns out to have held nothing new takes the later rows back with it.
 """
 
 from __future__ import annotations
@@ -19,27 +21,43 @@ import math
 import torch
 from torch import Tensor
 
+from fasthessian import basis as bases
 from fasthessian import kernels
+from fasthessian.algorithms.ledger import Ledger, State
+from fasthessian.algorithms.replay import Replay
+from fasthessian.kernels.contract import CANCELLED
 from fasthessian.operators.base import ASYMMETRY, SymmetricOperator
 from fasthessian.vectors import empty_rows
 
 SCHEDULES = ("dcgs2", "cgs2")
-COLUMNS = 1 << 16  # columns combined at a time: bounds the float64 temporaries of `combine`
 NOISE = 16  # times eps ||T||: what rounding leaves of an exact zero, here and in residuals
-CANCELLED = 1e-4  # share of |u|^2 outside the basis under which u holds no new direction
 
 
 class Lanczos:
     """A growing orthonormal basis V of a Krylov space and the projection T = V H V^T.
 
+    Args:
+        A: the operator.
+        capacity: rows at most.
+        seed, offset: of the stream that the start vector is drawn from.
+        signs: start from random signs, else from normals.
+        refill: go on from a fresh random direction where an invariant subspace is met.
+        schedule: "dcgs2" or "cgs2".
+        backend: kernels by name; default the best that serves.
+        basis: where the rows are kept: "full", "compressed" or "offload" (see ``basis``).
+        graph: on a GPU, replay the step as a CUDA graph where it can be captured.
+        deferred: enqueue steps without looking at them; default on GPUs.
+
     Attributes:
-        V: (capacity + 2, n) rows; the first ``size`` are final, row ``size`` is the candidate.
-        T: (capacity + 1, capacity + 1) float64 on the CPU; the leading size x size block is
-            V H V^T: tridiagonal, but for an arrow after ``restart``.
-        size: final rows.
-        beta: norm of the candidate: H V^T = V^T T + beta q e_last^T.
+        basis: the rows; the first ``size`` are final.
+        W: (2, n) working rows: the candidate and its product.
+        size: final rows, as far as is known.
+        T: (size + 1, size + 1) float64 on the CPU, as of the last look: V H V^T and, in its last
+            row, the candidate's couplings.
+        beta: norm of the candidate at the last look.
         exhausted: the rows span the whole space, or an invariant subspace was met and
             ``refill`` is False.
+        replay: "captured", or why steps are not replayed as a CUDA graph.
     """
 
     def __init__(
@@ -53,143 +71,197 @@ class Lanczos:
         refill: bool = True,
         schedule: str = "dcgs2",
         backend: str | None = None,
+        basis: str = "full",
+        graph: bool = True,
+        deferred: bool | None = None,
     ) -> None:
         if schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         self.A, self.capacity, self.refill = A, min(capacity, A.n), refill
+        self.deferred = A.device.type == "cuda" if deferred is None else deferred
+        self.delayed = schedule == "dcgs2"
         self.kernels = kernels.select(A.device, backend)
-        self.V = empty_rows(self.capacity + 2, A.n, A.dtype, A.device)
-        self.T = torch.zeros(self.capacity + 1, self.capacity + 1, dtype=torch.float64)
-        self.size = 0
-        self.beta = 0.0
-        self.exhausted = self.broke_down = False
-        self._delayed = schedule == "dcgs2"
+        # cgs2 appends its candidate before the product
+        rows = self.capacity + (not self.delayed)
+        self.basis = bases.allocate(basis, rows, A.n, A.dtype, A.device, self.kernels)
+        self.W = empty_rows(2, A.n, A.dtype, A.device)
+        self._u = 0  # the row of W that holds the candidate
+        self.ledger = Ledger(self.capacity, A.device)
+        self._pending: State | None = None
         self._eps = torch.finfo(A.dtype).eps
+        # dots with rows rounded to float16 differ by 2e-4 of the scale
+        self._asymmetry = 10 * ASYMMETRY[torch.float32 if basis == "compressed" else A.dtype]
         self._seed, self._drawn = seed, offset
-        # row `size` of T, but for its diagonal, is the candidate's norm times this
-        self._link = torch.zeros(0, dtype=torch.float64)
+        self.T = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
+        self.beta = 1.0
+        self.size = self._judged = 0
+        self.exhausted = self.broke_down = False
         self._draw(signs)
+        self._accept(self._state().wait())
+        self._replay = Replay(self, graph)
+
+    @property
+    def replay(self) -> str:
+        """Whether steps are replayed as a CUDA graph, or why not."""
+        return self._replay.words
 
     @property
     def noise(self) -> float:
         """The size under which a residual or a coupling is rounding: NOISE eps ||T||."""
-        size = self.size
+        size = len(self.T) - 1
         return NOISE * self._eps * float(self.T[:size, :size].abs().sum(1).max()) if size else 0.0
 
     def step(self) -> None:
         """Make one product and one more final row, unless the space is exhausted."""
         if self.size >= self.capacity:
             raise ValueError(f"the basis is full at {self.capacity} rows; restart it")
-        while not self.exhausted:
-            if self._advance():
-                self._look_for_breakdown()
-                return
-            self._replace_candidate()
+        goal = self.size + 1
+        while self.size < goal and not self.exhausted:
+            self._replay.step(self)
+            self.size += 1
+            self.exhausted = self.size == self.A.n
+            if not self.deferred:
+                self._accept(self._state().wait())
+
+    def look(self, wait: bool) -> bool:
+        """Refresh ``T``, ``beta`` and ``size``; False if nothing new is known.
+
+        Without ``wait`` the state of the last but one look is read, which the device has left
+        behind, and the steps since then go on undisturbed.
+        """
+        if not self.deferred:
+            return True
+        if wait:
+            self._pending = None
+            self._accept(self._state().wait())
+            return True
+        earlier, self._pending = self._pending, self._state()
+        if earlier is None:
+            return False
+        self._accept(earlier.wait())
+        return True
+
+    def close(self) -> None:
+        """Give back what a captured run holds: the operator's graphs belong to its stream."""
+        if self.replay == "captured":
+            self.A.rebuild()
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values ascending (j,), T's eigenvectors (j, j) in columns, residual norms (j,)."""
-        T = self.T[: self.size, : self.size]
-        values, S = torch.linalg.eigh(T)
-        return values, S, self.beta * S[-1].abs()
+        j = len(self.T) - 1
+        values, S = torch.linalg.eigh(self.T[:j, :j])
+        return values, S, (self._couplings() @ S).abs()
 
     def combine(self, S: Tensor, out: Tensor) -> None:
-        """``out = S^T V`` for S (size, p) and out (p, n); out may be the leading rows of V."""
-        V, mix = self.V[: self.size], S.T.to(self.V.device)
-        for start in range(0, V.shape[1], COLUMNS):
-            out[:, start : start + COLUMNS] = mix @ V[:, start : start + COLUMNS].double()
+        """``out = S^T V`` for S (size, p) and out (p, n)."""
+        self.basis.rotate(S, out)
 
     def restart(self, keep: Tensor) -> None:
         """Thick restart (Wu, Simon 2000): keep the Ritz vectors of the indices ``keep`` (p,)."""
         values, S, _ = self.ritz()
         p = len(keep)
-        self.combine(S[:, keep], self.V[:p])
-        self.V[p].copy_(self.V[self.size])
-        self._link = self._link[-1] * S[-1, keep]
-        self.T.zero_()
-        self.T[range(p), range(p)] = values[keep]
-        self.size = p
+        self.basis.rotate(S[:, keep])
+        if not self.delayed:
+            self.basis.store(p, self.W[self._u])
+        T = torch.diag(torch.nn.functional.pad(values[keep], (0, 1)))
+        T[p, :p] = self.T[-1, :-1] @ S[:, keep]
+        self.size = self._judged = p
+        self.T = T
+        self.ledger.rewrite(T)
+        self.ledger.candidate(p, self.beta**2)
 
-    def _advance(self) -> bool:
-        """The product and the orthogonalisation; False if the candidate held nothing new."""
-        j, V = self.size, self.V
-        self.A.apply(V[j : j + 1], V[j + 1 : j + 2])
-        if self._delayed:
-            C, G = (x.cpu() for x in self.kernels.project_(V[:j], V[j : j + 2]))
-            s, z, uu, uw = C[:, 0], C[:, 1], float(G[0, 0]), float(G[0, 1])
-            nu2 = uu - float(s @ s)
-            if not nu2 > CANCELLED * uu:
-                return False
-            nu, t = math.sqrt(nu2), (uw - float(s @ z)) / nu2
-            mix = torch.tensor([[1 / nu, 0.0], [-t / nu, 1 / nu]], dtype=torch.float64)
-            self.kernels.update_(V[:j], V[j : j + 2], C.to(V.device), mix.to(V.device))
-            coupling = (z - self.T[:j, :j] @ s) / nu
-            alpha = t - float(self._link @ s)
+    def eager_step(self) -> None:
+        """One step by the schedule, kernel by kernel."""
+        if self.delayed:
+            self.delayed_step(self.size, self.size, self.size)
         else:
-            nu, V = self.beta, V[: j + 1]
-            W = self.V[j + 1 : j + 2]
-            first, _ = self.kernels.project_(V, W)
-            second, G = self.kernels.project_(V, W, first)
-            self.kernels.update_(V, W, second)
-            C = (first + second).cpu()[:, 0]
-            coupling, alpha = C[:j], float(C[j])
-        self._accept(nu, alpha, coupling)
-        return True
+            self._classical_step()
 
-    def _accept(self, nu: float, alpha: float, coupling: Tensor) -> None:
-        j, T = self.size, self.T
-        T[j, :j] = T[:j, j] = nu * self._link
-        T[j, j] = alpha
-        self.size = j + 1
-        # q_i' H q_j was measured from both sides: the free symmetry check of the recurrence
-        asymmetry = float((coupling - T[j, :j]).abs().max()) if j else 0.0
-        scale = float(T[: j + 1, : j + 1].abs().max())
-        if asymmetry > 10 * ASYMMETRY[self.A.dtype] * scale:
-            raise ValueError(
-                f"A is not symmetric: q_i'Aq_j and q_j'Aq_i differ by {asymmetry:.3g} "
-                f"at a scale of {scale:.3g}; pass a symmetric operator"
-            )
-        self._link = torch.zeros(j + 1, dtype=torch.float64)
-        self._link[j] = 1.0
+    def delayed_step(self, made: int | Tensor, both: int | Tensor, making: int | Tensor) -> None:
+        """One dcgs2 step; the counts are numbers, or cells of the ledger's counter."""
+        self.A.apply(self.W[:1], self.W[1:], trusted=self.deferred)
+        C, G = self.basis.project_(self.W, count=made)
+        H, S = self.kernels.recur_(
+            C, G, self.ledger.T, self.ledger.gauges, count=both, scale=self.basis.scale
+        )
+        self.basis.update_(self.W, H, S, count=making, append=True)
 
-    def _look_for_breakdown(self) -> None:
-        """Measure the candidate; an invariant subspace ends the run or gets a fresh direction."""
-        if self.size == self.A.n:
-            self.beta, self.exhausted = 0.0, True
-            return
-        candidate = self.V[self.size : self.size + 1]
-        _, G = self.kernels.project_(self.V[:0], candidate)
-        self.beta = math.sqrt(float(G[0, 0]))
-        if self.beta <= self.noise:
-            self._replace_candidate()
-        elif not self._delayed:
-            self._scale(1 / self.beta)
+    def _classical_step(self) -> None:
+        j, scale, basis = self.size, self.basis.scale, self.basis
+        u, w = self.W[self._u][None], self.W[1 - self._u][None]
+        self.A.apply(u, w, trusted=self.deferred)
+        first, _ = basis.project_(w, count=j + 1)
+        second, G = basis.project_(w, basis.coefficients(first), count=j + 1)
+        nu2 = G[0, 0] - (second / scale).square().sum()
+        S = torch.where(nu2 > 0, nu2, torch.inf).rsqrt().reshape(1, 1)
+        basis.update_(w, basis.coefficients(second), S, count=j + 1, append=True)
+        self._u = 1 - self._u
+        self.ledger.write(j, (first + second)[: j + 1, 0] / scale, nu2)
 
-    def _replace_candidate(self) -> None:
+    def _couplings(self) -> Tensor:
+        """q_i'H u for the candidate u; T's last row has it but for the norm of a delayed one."""
+        return self.T[-1, :-1] * (self.beta if self.delayed else 1.0)
+
+    def _state(self) -> State:
+        """The ledger with the candidate's norm, on its way to the host."""
+        if self.delayed:
+            _, G = self.kernels.project_(self.W[:0], self.W[:1])
+            self.ledger.candidate(self.size, G[0, 0])
+        return State(self.ledger, self.size)
+
+    def _accept(self, state: State) -> None:
+        """Take a state over; look for a breakdown and for asymmetry in its new rows."""
+        self.T, gauges = state.T, state.gauges
+        self.beta = math.sqrt(max(float(gauges[-1, 0]), 0.0))
+        broken = state.size
+        for j in range(self._judged, state.size):
+            uu, nu2, asymmetry = gauges[j].tolist()
+            scale = float(self.T[: j + 1, : j + 1].abs().max())
+            if not all(map(math.isfinite, (uu, nu2, asymmetry, scale))):
+                raise ValueError(f"{self.A} returned NaN or Inf for a finite vector")
+            if not nu2 > CANCELLED * uu or (j and math.sqrt(uu) <= self._noise_of(j)):
+                broken = j
+                break
+            if asymmetry > self._asymmetry * scale:
+                raise ValueError(
+                    f"A is not symmetric: q_i'Aq_j and q_j'Aq_i differ by {asymmetry:.3g} "
+                    f"at a scale of {scale:.3g}; pass a symmetric operator"
+                )
+        self._judged = broken
+        if broken == self.A.n:
+            self.beta = 0.0
+        elif broken < state.size or (state.size and self.beta <= self._noise_of(state.size)):
+            self._take_back(broken)
+
+    def _noise_of(self, j: int) -> float:
+        return NOISE * self._eps * float(self.T[:j, :j].abs().sum(1).max())
+
+    def _take_back(self, size: int) -> None:
+        """Drop the rows from ``size`` on; the run ends or goes on from a fresh direction."""
+        self._pending = None
         self.broke_down = True
+        self.size = self._judged = size
         self.beta = 0.0
-        if not self.refill:
-            self.exhausted = True
+        self.T = self.T[: size + 1, : size + 1].clone()
+        self.T[size] = self.T[:, size] = 0.0
+        self.ledger.rewrite(self.T)
+        self.exhausted = not self.refill
+        if self.exhausted:
             return
         self._draw(signs=False)
-        V, W = self.V[: self.size], self.V[self.size : self.size + 1]
-        for _ in range(2):  # the fresh vector is orthogonalised twice, then has norm 1
-            C, G = self.kernels.project_(V, W)
-            self.kernels.update_(V, W, C)
-        _, G = self.kernels.project_(V, W)
-        self._scale(1 / math.sqrt(float(G[0, 0])))
-        self._link.zero_()
 
     def _draw(self, signs: bool) -> None:
         """A random unit candidate from the next n elements of the stream."""
-        row = self.V[self.size]
+        row, size = self.W[self._u][None], self.size
         fill = self.kernels.signs_ if signs else self.kernels.normal_
-        fill(row, self._seed, self._drawn)
+        fill(row[0], self._seed, self._drawn)
         self._drawn += self.A.n
-        _, G = self.kernels.project_(self.V[:0], row[None])
-        self._scale(1 / math.sqrt(float(G[0, 0])))
-
-    def _scale(self, factor: float) -> None:
-        W = self.V[self.size : self.size + 1]
-        none = torch.zeros(0, 1, dtype=torch.float64, device=W.device)
-        mix = torch.tensor([[factor]], dtype=torch.float64, device=W.device)
-        self.kernels.update_(self.V[:0], W, none, mix)
+        for _ in range(2 if size else 0):
+            C, _ = self.basis.project_(row, count=size)
+            self.basis.update_(row, self.basis.coefficients(C), count=size)
+        _, G = self.kernels.project_(row[:0], row)
+        none = torch.zeros(0, 1, dtype=torch.float64, device=row.device)
+        self.kernels.update_(row[:0], row, none, G.rsqrt())
+        if not self.delayed:
+            self.basis.store(size, row[0])
+        self.ledger.candidate(size, 1.0)

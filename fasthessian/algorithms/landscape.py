@@ -63,10 +63,10 @@ def landscape(
         raise ValueError(
             f"directions must be {A.dtype} on {A.device}, got {rows.dtype} on {rows.device}"
         )
-    alphas = torch.linspace(-span, span, points, dtype=torch.float64)
+    alphas = torch.linspace(-span, span, points, dtype=torch.float64, device="cpu")
     betas = alphas.clone() if len(rows) == 2 else alphas[:0].clone()
     steps = [(a,) for a in alphas] if len(rows) == 1 else torch.cartesian_prod(alphas, betas)
-    losses = torch.empty(len(steps), dtype=torch.float64)
+    losses = torch.empty(len(steps), dtype=torch.float64, device="cpu")
     for i, step in enumerate(steps):
         # spelled out, so that the centre is exactly theta
         offset = sum(float(x) * row for x, row in zip(step, rows, strict=True))

@@ -77,7 +77,7 @@ def trace(
 
     rows = empty_rows(BLOCK, n, A.dtype, A.device)
     products = torch.empty(min(BLOCK, limit), n, dtype=A.dtype, device=A.device)
-    samples = torch.empty(0, dtype=torch.float64)
+    samples = torch.empty(0, dtype=torch.float64, device="cpu")
     start, converged, needed = A.matvecs, False, min(FIRST_LOOK, limit)
     while len(samples) < limit and not converged:
         b = min(BLOCK, limit - len(samples))
@@ -123,7 +123,9 @@ def student_t(confidence: float, df: int) -> float:
         return math.tan(math.pi * confidence / 2)
     if df == 2:
         return confidence * math.sqrt(2 / (1 - confidence**2))
-    z = math.sqrt(2) * float(torch.erfinv(torch.tensor(confidence, dtype=torch.float64)))
+    z = math.sqrt(2) * float(
+        torch.erfinv(torch.tensor(confidence, dtype=torch.float64, device="cpu"))
+    )
     terms = (
         z,
         (z**3 + z) / 4,

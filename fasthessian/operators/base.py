@@ -96,10 +96,12 @@ class SymmetricOperator:
             self._product(V, out)
             return out.view(v.shape)
 
-    def apply(self, V: Tensor, out: Tensor) -> None:
+    def apply(self, V: Tensor, out: Tensor, *, trusted: bool = False) -> None:
         """Write the products of the rows of V (b, n) into the rows of ``out`` (b, n).
 
-        The rows may be strided views but are contiguous each. V and out must not overlap.
+        The rows may be strided views but are contiguous each. V and out must not overlap. With
+        ``trusted`` nothing is read back from a GPU: the caller looks for NaN and Inf, and changes
+        of parameters that leave no trace in autograd's versions go unnoticed.
         """
         self._accepts("V", V, (2,))
         self._accepts("out", out, (2,))
@@ -109,21 +111,33 @@ class SymmetricOperator:
             out.copy_(self @ V)
         else:
             with torch.inference_mode(False):
-                self._product(V.detach(), out)
+                self._product(V.detach(), out, trusted)
 
-    def _product(self, V: Tensor, out: Tensor) -> None:
+    def capturable(self) -> str | None:
+        """Why a product cannot be captured in a CUDA graph; None if it can."""
+        return "a matvec may depend on more than its argument"
+
+    def rebuild(self) -> str | None:
+        """Drop what is kept from product to product; see ``Curvature``."""
+        return None
+
+    def kept(self) -> tuple[Any, ...]:
+        """What a captured product reads."""
+        return ()
+
+    def _product(self, V: Tensor, out: Tensor, trusted: bool = False) -> None:
         """Products, the finiteness check and the count, common to ``@`` and ``apply``."""
         if V.shape[0] == 0:
             return
         with torch.no_grad():
-            self._apply(V, out)
-            if not bool(torch.isfinite(out).all()):
+            self._apply(V, out, trusted)
+            if not trusted and not bool(torch.isfinite(out).all()):
                 if not bool(torch.isfinite(V).all()):
                     raise ValueError("v holds NaN or Inf; a product needs finite numbers")
                 raise ValueError(f"{self} returned NaN or Inf for a finite vector")
         self.matvecs += V.shape[0]
 
-    def _apply(self, V: Tensor, out: Tensor) -> None:
+    def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
         if self._unchecked:
             self._probe()
             self._unchecked = False

@@ -81,17 +81,19 @@ def terms(model: nn.Module, criterion: Any, batch: Batch) -> float:
     return float(targets.numel())
 
 
-def call(model: nn.Module, criterion: Any, batch: Batch) -> Any:
-    """Forward pass and criterion, as the form of the batch asks."""
+def call(model: nn.Module, criterion: Any, batch: Batch) -> tuple[Any, Any]:
+    """Outputs and loss: forward pass and criterion, as the form of the batch asks."""
     if isinstance(batch, Mapping):
         outputs = model(**batch)
-        return _own_loss(outputs) if criterion is None else criterion(outputs, batch)
+        return outputs, _own_loss(outputs) if criterion is None else criterion(outputs, batch)
     if criterion is None:
-        return _own_loss(model(*batch))
+        outputs = model(*batch)
+        return outputs, _own_loss(outputs)
     inputs = batch[:-1]
     if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
         inputs = inputs[0]
-    return criterion(model(*inputs), batch[-1])
+    outputs = model(*inputs)
+    return outputs, criterion(outputs, batch[-1])
 
 
 def _own_loss(outputs: Any) -> Any:
@@ -231,12 +233,12 @@ class ModelLoss:
                 if count > 0:
                     yield Part(next(position), count / self._total, batch, size(batch))
 
-    def evaluate(self, part: Part) -> Tensor:
-        """The scalar loss of one part, with its graph."""
+    def evaluate(self, part: Part) -> tuple[Any, Tensor]:
+        """The model's outputs and the scalar loss of one part, with their graph."""
         batch = to_device(part.batch, self._device)
         try:
             with seeded(part.position), own_buffers(self.roots):
-                loss = call(self._model, self._criterion, batch)
+                outputs, loss = call(self._model, self._criterion, batch)
         except TypeError as error:
             raise TypeError(f"data does not fit the model and criterion: {error}") from error
         except RuntimeError as error:
@@ -254,7 +256,7 @@ class ModelLoss:
         except IndexError as error:
             raise ValueError(f"data does not fit the model and criterion: {error}") from error
         self._fits = True
-        return scalar(loss, self.origin)
+        return outputs, scalar(loss, self.origin)
 
 
 class ClosureLoss:
@@ -289,10 +291,10 @@ class ClosureLoss:
         """The one part."""
         yield Part(0, 1.0, None, 1)
 
-    def evaluate(self, part: Part) -> Tensor:
-        """The closure's loss, with its graph."""
+    def evaluate(self, part: Part) -> tuple[Any, Tensor]:
+        """No outputs, and the closure's loss with its graph."""
         with seeded(part.position):
-            return scalar(self._closure(), self.origin)
+            return None, scalar(self._closure(), self.origin)
 
 
 def _checked(weights: Any) -> list[float] | Callable[[Batch], float] | None:

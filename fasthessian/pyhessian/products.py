@@ -27,7 +27,7 @@ def gradients(model: Any, criterion: Any, batch: Any, params: list[Tensor]) -> l
     """The gradients of one batch's loss with their graph; zeros for unused parameters."""
     modules = [x for x in (model, criterion) if isinstance(x, nn.Module)]
     with engaged(modules, "eval", params[0].device):
-        loss = scalar(call(model, criterion, batch), "criterion")
+        loss = scalar(call(model, criterion, batch)[1], "criterion")
         examine(loss, params)
         return list(
             torch.autograd.grad(

@@ -41,6 +41,7 @@ class Plan:
     density: bool = True
     steps: int = 60
     probes: int = 1
+    basis: str = "full"  # see `fasthessian.basis`
     landscape: bool = True
     points: int = 15
     span: float | None = None  # None: see `default_span`
@@ -106,7 +107,15 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
         run(
             key,
             f"{key} {k} eigenvalues",
-            lambda p: eigsh(A, k, which, max_matvecs=plan.max_products, seed=plan.seed, progress=p),
+            lambda p: eigsh(
+                A,
+                k,
+                which,
+                max_matvecs=plan.max_products,
+                seed=plan.seed,
+                basis=plan.basis,
+                progress=p,
+            ),
             plan.max_products,
         )
 
@@ -140,6 +149,7 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
                     steps=min(plan.steps, A.n),
                     probes=plan.probes,
                     seed=plan.seed,
+                    basis=plan.basis,
                     progress=p,
                 ),
             )

@@ -1,0 +1,90 @@
+"""A Lanczos step as one CUDA graph: product, both streams and the scalars, replayed per step.
+
+The row that a step makes is counted on the device, so that every step is the same graph. The kept
+first-order graph is built anew on the capturing stream, because autograd runs a backward node on
+the stream of its forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from fasthessian.algorithms.lanczos import Lanczos
+
+FEW = 8  # steps: a capture costs about as much as making them kernel by kernel
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One a device, because cuBLAS keeps a workspace for each stream it has seen."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
+class Replay:
+    """Makes the steps of a run: by replaying a captured one, or kernel by kernel."""
+
+    def __init__(self, run: Lanczos, wanted: bool) -> None:
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._kept: tuple[Any, ...] = ()
+        self._reason = _obstacle(run, wanted)
+
+    @property
+    def words(self) -> str:
+        """Whether the steps are captured, or why they are made kernel by kernel."""
+        if self._reason is not None:
+            return f"eager: {self._reason}"
+        return "captured" if self._graph is not None else "to be captured at the first step"
+
+    def step(self, run: Lanczos) -> None:
+        """Enqueue one step; the first is made kernel by kernel, to warm up for the capture."""
+        if self._graph is not None:
+            self._graph.replay()
+            run.A.matvecs += 1
+        elif self._reason is not None:
+            run.eager_step()
+        else:
+            self._warm_up_and_capture(run)
+
+    def _warm_up_and_capture(self, run: Lanczos) -> None:
+        device, counter = run.A.device, run.ledger.counter
+        side, ahead = _side_stream(device), torch.cuda.current_stream(device)
+        self._reason = run.A.rebuild()
+        if self._reason is not None:
+            run.eager_step()
+            return
+        side.wait_stream(ahead)
+        with torch.cuda.stream(side):
+            counter.fill_(run.size)
+            run.delayed_step(counter[:1], counter, counter[1:])
+        graph, made = torch.cuda.CUDAGraph(), run.A.matvecs
+        try:
+            # the outer context brings the caller's stream back where a failed capture does not
+            with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
+                run.delayed_step(counter[:1], counter, counter[1:])
+            self._graph, self._kept = graph, run.A.kept()
+        except RuntimeError as error:
+            self._reason = f"the capture failed: {str(error).splitlines()[0]}"
+            graph.reset()
+        run.A.matvecs = made  # a capture makes no product
+        ahead.wait_stream(side)
+
+
+def _obstacle(run: Lanczos, wanted: bool) -> str | None:
+    """Why the steps of a run cannot be captured; None if they can."""
+    if not wanted:
+        return "graph=False"
+    if run.A.device.type != "cuda":
+        return f"{run.A.device.type} has no CUDA graphs"
+    if run.capacity < FEW:
+        return f"{run.capacity} steps are too few to pay for a capture"
+    if not run.delayed:
+        return "only the dcgs2 schedule counts its rows on the device"
+    if not run.basis.graphable:
+        return "an offloaded basis is copied in a growing number of pieces"
+    if run.kernels.NAME == "reference":
+        return "the reference kernels read the counter on the host"
+    return run.A.capturable()

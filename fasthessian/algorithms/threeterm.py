@@ -1,0 +1,89 @@
+"""Lanczos without a basis: three vectors, for quadrature alone.
+
+Without reorthogonalisation converged Ritz values come back as copies ("ghosts"), which share the
+weight of their eigenvalue: the quadrature stays right (Greenbaum 1989; Chen, Trogdon, Ubaru 2021,
+arXiv:2105.06595), the Ritz vectors are gone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fasthessian import kernels
+from fasthessian.algorithms.lanczos import NOISE
+from fasthessian.operators.base import SymmetricOperator
+from fasthessian.vectors import empty_rows
+
+
+class ThreeTerm:
+    """The tridiagonal T of a Krylov space from a vector of random signs; see ``Lanczos``.
+
+    Attributes:
+        T: (size, size) float64 on the CPU, as of the last look.
+        size, capacity: steps made, and at most.
+        exhausted: an invariant subspace was met.
+    """
+
+    def __init__(
+        self,
+        A: SymmetricOperator,
+        capacity: int,
+        *,
+        seed: int,
+        offset: int = 0,
+        backend: str | None = None,
+        deferred: bool | None = None,
+    ) -> None:
+        self.A, self.capacity, self.size = A, min(capacity, A.n), 0
+        self.exhausted = False
+        self.T = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+        self._deferred = A.device.type == "cuda" if deferred is None else deferred
+        self._kernels = kernels.select(A.device, backend)
+        self._rows = empty_rows(3, A.n, A.dtype, A.device)  # q_j in row j mod 3
+        # row j: the diagonal entry, and the coupling to row j + 1
+        self._entries = torch.zeros(self.capacity, 2, dtype=torch.float64, device=A.device)
+        self._kernels.signs_(self._rows[0], seed, offset)
+        self._rescale(self._rows[:1], torch.full((1, 1), A.n, dtype=torch.float64, device=A.device))
+
+    def step(self) -> None:
+        """Make one product and one more row of T, unless the space is exhausted."""
+        j, rows, project_ = self.size, self._rows, self._kernels.project_
+        q, w = (rows[i % 3][None] for i in (j, j + 1))
+        self.A.apply(q, w, trusted=self._deferred)
+        if j:
+            project_(rows[(j - 1) % 3][None], w, self._entries[j - 1, 1:, None])
+        C, _ = project_(q, w)
+        _, G = project_(q, w, C)
+        self._entries[j] = torch.cat((C[0], G[0].sqrt()))
+        self._rescale(w, G)
+        self.size += 1
+        if not self._deferred:
+            self._read()
+
+    def look(self, wait: bool) -> bool:
+        """Refresh T; without ``wait`` a GPU is left alone."""
+        if self._deferred and wait:
+            self._read()
+        return wait or not self._deferred
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+    def _read(self) -> None:
+        entries = self._entries[: self.size].cpu()
+        if not bool(torch.isfinite(entries).all()):
+            raise ValueError(f"{self.A} returned NaN or Inf for a finite vector")
+        diagonal, beside = entries.unbind(1)
+        eps = torch.finfo(self.A.dtype).eps
+        small = beside <= NOISE * eps * (diagonal.abs() + beside).cummax(0).values
+        if bool(small.any()):
+            self.exhausted = True
+            self.size = int(small.nonzero()[0]) + 1
+        diagonal, beside = diagonal[: self.size], beside[: self.size - 1]
+        self.T = torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1)
+
+    def _rescale(self, row: Tensor, norm2: Tensor) -> None:
+        none = torch.zeros(0, 1, dtype=torch.float64, device=row.device)
+        S = torch.where(norm2 > 0, norm2, torch.inf).rsqrt()
+        self._kernels.update_(row[:0], row, none, S)

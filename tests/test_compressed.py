@@ -1,0 +1,192 @@
+"""eigsh and density on a float16 basis, without one, and with steps that are looked at late."""
+
+import functools
+import importlib
+import warnings
+
+import pytest
+import torch
+from models import PROBLEMS
+from test_lanczos import diagonal, outliers
+
+import fasthessian as fh
+from fasthessian.algorithms.arguments import ConvergenceWarning
+from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.algorithms.threeterm import ThreeTerm
+
+F32, F64 = torch.float32, torch.float64
+
+
+def explicit(A, pairs):
+    """||A v - theta v|| in float64 for operators that are diagonal matrices."""
+    X = pairs.vectors.double()
+    return torch.stack(
+        [(A @ x.to(A.dtype)).double() - t * x for x, t in zip(X, pairs.values, strict=True)]
+    ).norm(dim=1)
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_compressed_eigenpairs_report_explicit_residuals(which, dtype):
+    spectrum = outliers(4000)
+    A = diagonal(spectrum, dtype)
+    k = {"SA": 1, "BE": 2}.get(which, 6)  # eigenvalues within the bulk are out of reach
+    found = fh.eigsh(A, k, which, tol=2e-3, basis="compressed")
+    assert found.converged and A.matvecs == found.matvecs
+    torch.testing.assert_close(found.residuals, explicit(A, found), rtol=1e-3, atol=1e-6)
+    want = fh.eigsh(diagonal(spectrum), len(found.values), which, tol=1e-10).values
+    # an eigenvalue lies within each residual; Rayleigh-Ritz makes the error its square
+    assert bool(((found.values - want).abs() <= found.residuals).all())
+    assert ((found.values - want).abs() / want.abs()).max() < 1e-5
+    gram = found.vectors.double() @ found.vectors.double().T
+    assert (gram - torch.eye(len(gram))).abs().max() < 1e-6
+    assert bool((found.residuals <= 2e-3 * found.values.abs() + 1e-4).all())
+
+
+def test_compressed_pairs_out_of_reach_say_so():
+    A = diagonal(outliers(4000))
+    with pytest.warns(ConvergenceWarning, match="residuals under 2e-4 .* need basis='full'"):
+        found = fh.eigsh(A, 6, tol=1e-7, basis="compressed", max_matvecs=120)
+    assert not found.converged and bool((found.residuals < 0.1).all())
+
+
+def test_compressed_eigenpairs_of_more_than_a_block_stay_in_order():
+    values = torch.cat([torch.linspace(10, 30, 20), torch.rand(500)]).double()
+    found = fh.eigsh(diagonal(values), 20, "LA", tol=1e-2, basis="compressed")
+    want = torch.linspace(30, 10, 20, dtype=F64)
+    torch.testing.assert_close(found.values, want, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
+def test_compressed_results_agree_with_the_dense_matrix(name):
+    problem = PROBLEMS[name]
+    dense = torch.linalg.eigvalsh(problem.dense(*problem.make(F64)))
+    made = problem.make(F32)
+    found = fh.eigsh(problem.operator(*made), 3, "LA", tol=5e-3, basis="compressed")
+    want = dense.flip(0)[:3]
+    assert bool(((found.values - want).abs() <= found.residuals + 1e-4 * want[0]).all())
+    A = problem.operator(*made)
+    full = fh.density(A, steps=40, sigma=0.01 * float(want[0]))
+    half = fh.density(A, steps=40, sigma=0.01 * float(want[0]), basis="compressed")
+    # the nodes at the ends, and the mass below points between, agree to float16's rounding
+    assert abs(half.nodes.max() / full.nodes.max() - 1) < 2e-3
+    for at in (0.02 * want[0], 0.5 * want[0]):
+        mass = [float(d.weights[d.nodes <= at].sum()) for d in (full, half)]
+        assert abs(mass[0] - mass[1]) < 5e-3
+    torch.testing.assert_close(half.weights.sum(), torch.tensor(1.0, dtype=F64))
+
+
+def test_compressed_basis_takes_half_the_memory():
+    A = diagonal(torch.arange(1.0, 10001.0), F32)
+    sizes = [
+        Lanczos(A, 50, seed=0, basis=basis).basis.stored.untyped_storage().nbytes()
+        for basis in ("full", "compressed")
+    ]
+    assert sizes[1] <= 0.51 * sizes[0]
+
+
+def test_same_seed_same_bits_on_a_compressed_basis():
+    A = diagonal(outliers(3000), F32)
+    first, second = (fh.density(A, steps=40, basis="compressed") for _ in range(2))
+    assert torch.equal(first.nodes, second.nodes) and torch.equal(first.weights, second.weights)
+
+
+def moments(d, powers):
+    return [float((d.weights * d.nodes**p).sum()) for p in powers]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64])
+@pytest.mark.parametrize("deferred", [False, True])
+def test_density_without_a_basis_is_the_same_quadrature(dtype, deferred, monkeypatch):
+    module = importlib.import_module("fasthessian.algorithms.density")
+    monkeypatch.setattr(module, "ThreeTerm", functools.partial(ThreeTerm, deferred=deferred))
+    spectrum = outliers(5000)
+    A = diagonal(spectrum, dtype)
+    full = fh.density(A, steps=60, sigma=0.5)
+    bare = fh.density(A, steps=60, sigma=0.5, basis="none")
+    assert bare.matvecs == 60
+    tolerance = 1e-4 if dtype is F32 else 1e-10
+    for a, b in zip(moments(full, range(5)), moments(bare, range(5)), strict=True):
+        assert abs(a - b) < tolerance * max(abs(a), 1)
+    at = torch.linspace(-2, 2, 9, dtype=F64)
+    for x in at:
+        a, b = (float(d.values[(d.grid - x).abs().argmin()]) for d in (full, bare))
+        assert abs(a - b) < 2e-2 * max(full.values)
+    if dtype is F32:  # and it did lose orthogonality: copies of the largest eigenvalue
+        assert int(((bare.nodes - 100).abs() < 1e-3).sum()) > 1
+        assert int(((full.nodes - 100).abs() < 1e-3).sum()) == 1
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_density_without_a_basis_ends_at_an_invariant_subspace(deferred, monkeypatch):
+    module = importlib.import_module("fasthessian.algorithms.density")
+    monkeypatch.setattr(module, "ThreeTerm", functools.partial(ThreeTerm, deferred=deferred))
+    values = torch.tensor([2.0] * 30 + [5.0] * 10, dtype=F64)
+    d = fh.density(diagonal(values), steps=12, basis="none")
+    nodes = d.nodes[d.weights > 0]
+    torch.testing.assert_close(nodes, torch.tensor([2.0, 5.0], dtype=F64))
+    torch.testing.assert_close(d.weights.sum(), torch.tensor(1.0, dtype=F64))
+    assert d.matvecs == (12 if deferred else 2)
+
+
+def test_density_without_a_basis_keeps_three_vectors():
+    run = ThreeTerm(diagonal(torch.arange(1.0, 10001.0), F32), 50, seed=0)
+    assert run._rows.untyped_storage().nbytes() < 3.1 * 4 * 10_000
+    for _ in range(50):
+        run.step()
+    assert len(run.T) == 50
+
+
+@pytest.fixture
+def late(monkeypatch):
+    """Every run of eigsh and density is deferred, as on a GPU."""
+    for name in ("eigsh", "density"):
+        module = importlib.import_module(f"fasthessian.algorithms.{name}")
+        monkeypatch.setattr(module, "Lanczos", functools.partial(Lanczos, deferred=True))
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+@pytest.mark.parametrize("basis", ["full", "compressed"])
+def test_late_looks_find_the_same_eigenvalues(late, which, basis):
+    spectrum = outliers(3000)
+    A = diagonal(spectrum, F32)
+    k = 1 if which == "SA" else 5
+    found = fh.eigsh(A, k, which, tol=2e-3, basis=basis)
+    assert found.converged and found.matvecs == A.matvecs
+    order = {
+        "LM": spectrum.abs().argsort(descending=True),
+        "LA": spectrum.argsort(descending=True),
+        "SA": spectrum.argsort(),
+    }
+    if which == "BE":
+        ends = spectrum.sort().values
+        want = torch.cat([ends[-3:], ends[:2]]).sort(descending=True).values
+    else:
+        want = spectrum[order[which]][:k]
+    assert bool(((found.values - want).abs() <= found.residuals).all())
+
+
+def test_late_looks_survive_breakdowns_and_restarts(late):
+    multiple = torch.tensor([9.0] * 3 + [5.0] * 2 + [1.0] * 60, dtype=F64)
+    found = fh.eigsh(diagonal(multiple), 6, "LA", tol=1e-8)
+    torch.testing.assert_close(
+        found.values, torch.tensor([9.0, 9, 9, 5, 5, 1], dtype=F64), rtol=1e-8, atol=0
+    )
+    d = fh.density(diagonal(multiple), steps=30)
+    nodes = d.nodes[d.weights > 1e-12]
+    torch.testing.assert_close(nodes, torch.tensor([1.0, 5, 9], dtype=F64))
+    found = fh.eigsh(diagonal(outliers(3000)), 4, "LA", ncv=12, tol=1e-6)
+    assert found.converged and found.matvecs > 12
+    torch.testing.assert_close(
+        found.values, torch.tensor([100.0, 60, 40, 30], dtype=F64), rtol=1e-6, atol=0
+    )
+
+
+def test_late_looks_end_at_full_rank_and_at_the_limit(late):
+    values = torch.linspace(-3, 7, 24, dtype=F64)
+    found = fh.eigsh(diagonal(values), 24, "LA", tol=1e-10)
+    torch.testing.assert_close(found.values, values.flip(0), rtol=0, atol=1e-12)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = fh.eigsh(diagonal(outliers(3000)), 4, "LA", tol=1e-12, max_matvecs=12)
+    assert found.matvecs == 12 and not found.converged
