@@ -1,10 +1,12 @@
 # make demo | test | lint | bench | clean        (one environment, .venv, made on first use)
+# make gpu                                       (with PYTHON as it is: no network, no environment)
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?=
 OUT ?= report
+SOURCES := $(shell find csrc tests/cudasim tests/simulated.cpp -type f)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench gpu clean
 .DEFAULT_GOAL := test
 
 # Rebuilt when the native sources or the dependencies change.
@@ -25,17 +27,20 @@ lint: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: .venv/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -type f)
+	$(BIN)/clang-format -i $(SOURCES)
 
 bench: .venv/.ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt pyhessian
 	$(BIN)/python -m pytest -q -s bench
+
+gpu:
+	$(PYTHON) bench/gpu.py
 
 clean:
 	rm -rf .venv build *.egg-info fasthessian/_native*.so
