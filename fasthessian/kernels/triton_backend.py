@@ -1,0 +1,320 @@
+"""The kernel contract in Triton: NVIDIA and AMD GPUs, and its interpreter on a CPU.
+
+Triton is imported at first use. ``TRITON_INTERPRET=1`` before that lets tensors on a CPU be served.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import itertools
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fasthessian.kernels.contract import (
+    Count,
+    check_block,
+    check_pack,
+    check_recurrence,
+    check_stream,
+)
+
+NAME = "triton"
+OLDEST = (3, 6)
+THREADS = 128  # a program's
+CHUNK_BYTES = 1 << 16  # of W that a program reads again for every BK rows of V: stays in L1
+STEPS = 8  # tiles a program of project takes at most: one sum across threads for all
+SUM_OUTPUTS = 8  # sums over chunks that a program makes: a line of 64 bytes of every chunk
+PROGRAMS = 4  # at most, in the interpreter: each takes milliseconds
+PACKED = 4096  # numbers a program of pack copies
+TABLES = 64  # pointer tables of pack kept
+
+
+class Tile(NamedTuple):
+    """What a stream is compiled for; see ``triton_kernels``."""
+
+    T: int  # groups of F numbers, one a thread
+    F: int  # numbers of V in 16 bytes
+    B: int  # rows of W, rounded up to a power of two
+    BK: int  # rows of V at a time: 16 bytes of each are in flight in every thread
+    registers: int  # most a thread may use: 65,536 of a multiprocessor serve 512 threads with 128
+    halves: bool  # W's 16 bytes are F / 2 numbers
+
+
+# by numbers of V in 16 bytes, then for 1, 2, 4 and 8 rows of W: BK of project without H, BK of the
+# kernels that subtract, registers; each compiles without a spill (tests/test_triton_aot.py)
+TABLE = {
+    2: ((8, 8, 80), (8, 8, 96), (4, 4, 128), (4, 4, 168)),
+    4: ((8, 8, 96), (8, 8, 128), (4, 4, 128), (4, 2, 168)),
+    8: ((4, 4, 80), (4, 4, 128), (4, 2, 168), (2, 1, 255)),
+}
+
+
+def tile(V: Tensor, W: Tensor, subtract: bool) -> Tile:
+    """The configuration. The number of V's rows has no part in it: same sums for any."""
+    F, power = 16 // V.itemsize, (W.shape[0] - 1).bit_length()
+    dots, corrections, registers = TABLE[F][power]
+    halves = 2 * (16 // W.itemsize) == F
+    return Tile(THREADS, F, 1 << power, corrections if subtract else dots, registers, halves)
+
+
+def unavailable(device: torch.device | str = "cpu") -> str | None:
+    """Why this backend cannot serve tensors on ``device``; None when it can."""
+    device = torch.device(device)
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; pip install triton"
+    if device.type == "cpu":
+        return None if _interpreted() else "CPU tensors need TRITON_INTERPRET=1 (slow, for tests)"
+    if device.type != "cuda":  # also the name of ROCm's devices
+        return f"it does not serve {device.type}"
+    if not torch.cuda.is_available():
+        return "this torch sees no CUDA or ROCm device"
+    if _interpreted():
+        return "TRITON_INTERPRET=1 serves CPU tensors only; unset it"
+    return _too_old()
+
+
+def _interpreted() -> bool:
+    if "fasthessian.kernels.triton_kernels" in sys.modules:
+        return bool(_kernels()[0].INTERPRETED)
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+@functools.cache
+def _too_old() -> str | None:
+    version: str = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST:
+        return None
+    return f"Triton {version} is older than {'.'.join(map(str, OLDEST))}; pip install -U triton"
+
+
+def describe() -> str:
+    """The version, and whether kernels are compiled or interpreted."""
+    if importlib.util.find_spec("triton") is None:
+        return "not installed"
+    version = importlib.import_module("triton").__version__
+    return f"{version}, {'interpreted' if _interpreted() else 'compiled at first use'}"
+
+
+@functools.cache
+def _kernels() -> tuple[Any, Any]:
+    return (
+        importlib.import_module("fasthessian.kernels.triton_kernels"),
+        importlib.import_module("fasthessian.kernels.triton_vectors"),
+    )
+
+
+@functools.cache
+def _hardware(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, threads in a warp)."""
+    chip = torch.cuda.get_device_properties(device)
+    return chip.multi_processor_count, getattr(chip, "warp_size", 32)
+
+
+def _launch(kernel: Any, device: torch.device, programs: int, *args: Any, **options: Any) -> None:
+    """Run ``programs`` programs of THREADS or ``threads`` threads on the current stream."""
+    threads, registers = options.pop("threads", THREADS), options.pop("registers", None)
+    if device.type != "cpu":
+        options |= {"num_warps": threads // _hardware(device)[1], "num_stages": 1}
+        if registers is not None and torch.version.hip is None:
+            options["maxnreg"] = registers
+    with _at(device):
+        kernel[(programs,)](*args, **options)
+
+
+def _at(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Where kernels run; the interpreter's NumPy leaves NaN and overflow to the caller to find."""
+    return np.errstate(all="ignore") if device.type == "cpu" else torch.cuda.device(device)
+
+
+def _power(number: int, least: int = 1) -> int:
+    return max(least, 1 << (number - 1).bit_length())
+
+
+def _cut(V: Tensor, W: Tensor, subtract: bool) -> tuple[Tile, int]:
+    """The tile, and how many of them a program of project takes."""
+    shape, n = tile(V, W, subtract), V.shape[1]
+    if V.device.type == "cpu":
+        groups = _power(-(-n // (shape.F * PROGRAMS * 2)), 16)
+        return shape._replace(T=groups, BK=4 * shape.BK), 2
+    columns = shape.T * shape.F
+    # with H all of V's columns that a program holds are read twice: few, to be found in L2
+    most = max(1, shape.B // 4) if subtract else CHUNK_BYTES // (shape.B * columns * W.itemsize)
+    fair = n // (columns * 4 * _hardware(V.device)[0])
+    return shape, max(1, min(most, STEPS, fair))
+
+
+def _rows(A: Tensor, numbers: int) -> tuple[Tensor, int, int]:
+    """A, its leading dimension in units, and the unit: 16 bytes' numbers if A is aligned so."""
+    ld = A.stride(0) if A.shape[0] > 1 else 0
+    unit = numbers if ld % numbers == 0 and A.data_ptr() % 16 == 0 else 1
+    return A, ld // unit, unit
+
+
+def _matrix(M: Tensor | None) -> tuple[Tensor | None, int, int]:
+    return (M, 0, 0) if M is None else (M, M.stride(0), M.stride(1))
+
+
+def project_(
+    V: Tensor, W: Tensor, H: Tensor | None = None, *, count: Count = None
+) -> tuple[Tensor, Tensor]:
+    """``W -= H^T V`` if H is given, then return ``C = V W^T`` (k, b) and ``G = W W^T`` (b, b)."""
+    check_block(V, W, H, count=count)
+    (k, n), b, device = V.shape, W.shape[0], V.device
+    streams = _kernels()[0]
+    shape, steps = _cut(V, W, H is not None)
+    chunks = -(-n // (shape.T * shape.F * steps))
+    live, on_device = k if count is None else count, isinstance(count, Tensor)
+    v, ldv, unit_v = _rows(V, shape.F)
+    w, ldw, unit_w = _rows(W, 16 // W.itemsize)
+    sums = torch.empty(k + b, b, dtype=torch.float64, device=device)
+    parts = torch.empty(chunks, k + b, b, dtype=torch.float64, device=device)
+    if chunks:
+        _launch(
+            streams.project, device, chunks,
+            v, ldv, w, ldw, *_matrix(H), parts, live, k, b, n, steps,
+            B=shape.B, BK=shape.BK, T=shape.T, F=shape.F, HALVES=shape.halves,
+            UNIT_V=unit_v, UNIT_W=unit_w, ON_DEVICE=on_device, registers=shape.registers,
+        )  # fmt: skip
+    outputs, at_once = SUM_OUTPUTS, 512 if chunks > 64 else 32
+    if device.type == "cpu":
+        outputs, at_once = _power(-(-sums.numel() // PROGRAMS)), 2
+    _launch(
+        streams.total, device, -(-sums.numel() // outputs),
+        parts, sums, live, k, b, chunks, BC=at_once, BO=outputs, ON_DEVICE=on_device,
+        threads=2 * THREADS,
+    )  # fmt: skip
+    return sums[:k], sums[k:]
+
+
+def update_(
+    V: Tensor,
+    W: Tensor,
+    H: Tensor,
+    S: Tensor | None = None,
+    *,
+    count: Count = None,
+    append: float | None = None,
+) -> Tensor:
+    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity.
+
+    With ``append`` row ``count`` of V receives ``append`` times the first row of the result, the
+    first row of W the last, and W's other rows keep what they held.
+    """
+    check_block(V, W, H, S, count, append)
+    (k, n), b = V.shape, W.shape[0]
+    shape, _ = _cut(V, W, True)
+    v, ldv, unit_v = _rows(V, shape.F)
+    w, ldw, unit_w = _rows(W, 16 // W.itemsize)
+    if n:
+        _launch(
+            _kernels()[0].update, V.device, -(-n // (shape.T * shape.F)),
+            v, ldv, w, ldw, *_matrix(H), *_matrix(S), k if count is None else count, b, n,
+            1.0 if append is None else append,
+            B=shape.B, BK=shape.BK, T=shape.T, F=shape.F,
+            UNIT_V=unit_v, UNIT_W=unit_w, APPEND=append is not None,
+            ON_DEVICE=isinstance(count, Tensor), registers=shape.registers,
+        )  # fmt: skip
+    return W
+
+
+def recur_(
+    C: Tensor, G: Tensor, T: Tensor, gauges: Tensor, *, count: int | Tensor, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """The scalars of one delayed Gram-Schmidt step of Lanczos: ``reference.recur_`` as a kernel."""
+    check_recurrence(C, G, T, gauges, count)
+    k, large = C.shape[0], T.shape[0] > 256
+    H = torch.empty(k, 2, dtype=torch.float64, device=C.device)
+    S = torch.empty(2, 2, dtype=torch.float64, device=C.device)
+    _launch(
+        _kernels()[1].recur, C.device, 1,
+        C, C.stride(0), G, G.stride(0), T, T.stride(0), gauges, gauges.stride(0), count, k, scale,
+        H, S, R=16 if large else 32, L=512 if large else 128, ON_DEVICE=isinstance(count, Tensor),
+        threads=THREADS * (4 if large else 2), registers=128 if large else 255,
+    )  # fmt: skip
+    return H, S
+
+
+def _fill(kernel: Any, out: Tensor, seed: int, offset: int, per_block: int, blocks: int) -> Tensor:
+    first, skip = divmod(offset, per_block)
+    total = -(-(skip + out.numel()) // per_block)
+    if out.device.type == "cpu":
+        blocks = _power(-(-total // PROGRAMS))
+    if out.numel():
+        args = (out, out.numel(), seed, first, skip)
+        _launch(kernel, out.device, -(-total // blocks), *args, BLOCKS=blocks)
+    return out
+
+
+def signs_(out: Tensor, seed: int, offset: int = 0) -> Tensor:
+    """Fill out (n,) with +-1: element i is bit ``offset + i`` of the stream (set bit: -1)."""
+    check_stream(out, seed, offset)
+    return _fill(_kernels()[1].signs, out, seed, offset, 128, 16)
+
+
+def normal_(out: Tensor, seed: int, offset: int = 0) -> Tensor:
+    """Fill out (n,) with N(0, 1) by Box-Muller in float64: two words give two elements."""
+    check_stream(out, seed, offset)
+    return _fill(_kernels()[1].normal, out, seed, offset, 4, 256)
+
+
+_tables: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
+_recorded: list[Tensor] = []  # host tables that CUDA graphs copy from at every replay
+
+
+def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """``numbers`` on the device, without waiting: from a copy made before, or from pinned memory.
+
+    A graph under capture gets a copy of its own, in its own memory, from numbers that stay.
+    """
+    if device.type == "cpu":
+        return torch.tensor(numbers, dtype=torch.int64)
+    recording = torch.cuda.is_current_stream_capturing()
+    stream = torch.cuda.current_stream(device).cuda_stream
+    key = (device, stream, numbers)
+    if not recording and key in _tables:
+        _tables.move_to_end(key)
+        return _tables[key][1]
+    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
+    table = host.to(device, non_blocking=True)
+    if recording:
+        _recorded.append(host)
+    else:
+        _tables[key] = host, table
+        if len(_tables) > TABLES:
+            _tables.popitem(last=False)
+    return table
+
+
+def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """``out = beta * out + alpha * concat(tensors)``; beta = 0 does not read out."""
+    check_pack(out, tensors)
+    n, device = out.numel(), out.device
+    if n == 0:
+        return out
+    pieces = [tensor.detach().contiguous() for tensor in tensors if tensor.numel()]
+    ends = list(itertools.accumulate(piece.numel() for piece in pieces))
+    bases = [
+        piece.data_ptr() - (end - piece.numel()) * out.itemsize
+        for piece, end in zip(pieces, ends, strict=True)
+    ]
+    with _at(device):
+        table = _table((*bases, *ends), device)
+    chunk, block = PACKED, 1024
+    if device.type == "cpu":
+        chunk = -(-n // PROGRAMS)
+        block = _power(chunk)
+    _launch(
+        _kernels()[1].pack, device, -(-n // chunk),
+        out, table, len(pieces), n, chunk, alpha, beta, BN=block, ADD=beta != 0.0,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,233 @@
+"""The Triton kernels behind ``triton_backend``; needs triton at import.
+
+A column tile is T groups of F numbers, F numbers of V being 16 bytes, and every tensor of a stream
+has the full shape (rows of W, rows of V, T, F): then a thread owns whole groups, so that loads are
+16 bytes wide, sums over F and over rows stay in registers, and no layout is ever converted through
+shared memory. All arithmetic is in float64. The last tile alone has masked columns: it is compiled
+apart (FULL = False), so that any n is read 16 bytes at a time.
+"""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were made
+# values that change from call to call must not compile a kernel each
+PROJECT_SIZES = ["ldv", "ldw", "hk", "hb", "count", "k", "b", "n", "steps"]
+UPDATE_SIZES = ["ldv", "ldw", "hk", "hb", "si", "sr", "count", "b", "n"]
+
+
+@triton.jit
+def _load(A, ld, rows, live, start, n, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr):
+    """Rows (., ., 1, 1) of A at columns start .. start + T F, 0 where a row is not live."""
+    col = (tl.arange(0, T) * F)[None, None, :, None] + tl.arange(0, F)[None, None, None, :]
+    mask = rows < live
+    if not FULL:
+        mask = mask & (col < tl.minimum(n - start, T * F).to(tl.int32))
+    return tl.load(A + start + rows.to(tl.int64) * ld + col, mask=mask, other=0.0)
+
+
+@triton.jit
+def _load_halves(A, ld, rows, live, start, n, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr):
+    """As _load for numbers of which only F / 2 are 16 bytes: two loads, then each thread's own."""
+    HALF: tl.constexpr = F // 2
+    col = (tl.arange(0, T) * F)[None, None, :, None] + tl.arange(0, HALF)[None, None, None, :]
+    row = A + start + rows.to(tl.int64) * ld
+    low = rows < live
+    high = low
+    if not FULL:
+        left = tl.minimum(n - start, T * F).to(tl.int32)
+        low = low & (col < left)
+        high = high & (col + HALF < left)
+    a = tl.load(row + col, mask=low, other=0.0)
+    c = tl.load(row + col + HALF, mask=high, other=0.0)
+    pairs = tl.permute(tl.join(a, c), (0, 1, 2, 4, 3))
+    return tl.reshape(pairs, (a.shape[0], a.shape[1], T, F))
+
+
+@triton.jit
+def _store(A, ld, rows, live, start, n, x, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr):
+    """The inverse of _load: x rounded once to A's type."""
+    col = (tl.arange(0, T) * F)[None, None, :, None] + tl.arange(0, F)[None, None, None, :]
+    mask = rows < live
+    if not FULL:
+        mask = mask & (col < tl.minimum(n - start, T * F).to(tl.int32))
+    at = A + start + rows.to(tl.int64) * ld + col
+    tl.store(at, x.to(A.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _small(M, i, si, j, sj, mask, T: tl.constexpr):
+    """M[i, j] for i and j along the first two axes, held by every thread: (., ., T, 1)."""
+    spread = tl.zeros((1, 1, T, 1), tl.int64)
+    return tl.load(M + i * si + j * sj + spread, mask=mask, other=0.0).to(tl.float64)
+
+
+@triton.jit
+def _subtract(
+    V, ldv, W, ldw, H, hk, hb, live, b, start, n,
+    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """W - H^T V of one tile: (B, 1, T, F)."""
+    r = tl.arange(0, B)[:, None, None, None]
+    w = _load(W, ldw, r, b, start, n, T, F, FULL).to(tl.float64)
+    for first in range(0, live, BK):
+        rows = first + tl.arange(0, BK)[None, :, None, None]
+        v = _load(V, ldv, rows, live, start, n, T, F, FULL).to(tl.float64)
+        h = _small(H, rows.to(tl.int64), hk, r, hb, (rows < live) & (r < b), T)
+        w -= tl.sum(h * v, axis=1, keep_dims=True)
+    return w
+
+
+@triton.jit
+def _dots(
+    A, lda, live, W, ldw, b, P, start, steps, n,
+    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr,
+    HALVES_A: tl.constexpr, HALVES_W: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """P[row, r] = A[row] . W[r] over ``steps`` tiles; W comes from L1 after the first rows.
+
+    Threads keep sums of their own over the tiles: one sum across threads for BK rows.
+    """
+    r = tl.arange(0, B)
+    for first in range(0, live, BK):
+        rows = first + tl.arange(0, BK)
+        a_rows, w_rows = rows[None, :, None, None], r[:, None, None, None]
+        sums = tl.zeros((B, BK, T), tl.float64)
+        for step in range(steps):
+            at = start + step * (T * F)
+            if HALVES_A:
+                a = _load_halves(A, lda, a_rows, live, at, n, T, F, FULL).to(tl.float64)
+            else:
+                a = _load(A, lda, a_rows, live, at, n, T, F, FULL).to(tl.float64)
+            if HALVES_W:
+                w = _load_halves(W, ldw, w_rows, b, at, n, T, F, FULL).to(tl.float64)
+            else:
+                w = _load(W, ldw, w_rows, b, at, n, T, F, FULL).to(tl.float64)
+            sums += tl.sum(w * a, axis=3)
+        at = P + rows[None, :].to(tl.int64) * b + r[:, None]
+        tl.store(at, tl.sum(sums, axis=2), mask=(rows < live)[None, :] & (r < b)[:, None])
+
+
+@triton.jit
+def _chunk(
+    V, ldv, W, ldw, H, hk, hb, P, live, k, b, start, steps, n,
+    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, HALVES: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    if H is not None:
+        r = tl.arange(0, B)[:, None, None, None]
+        for step in range(steps):
+            at = start + step * (T * F)
+            w = _subtract(V, ldv, W, ldw, H, hk, hb, live, b, at, n, B, BK, T, F, FULL)
+            _store(W, ldw, r, b, at, n, w, T, F, FULL)
+        tl.debug_barrier()  # the dots read what other threads stored
+    GK: tl.constexpr = B if B < BK else BK
+    _dots(W, ldw, b, W, ldw, b, P + k.to(tl.int64) * b, start, steps, n,
+          B, GK, T, F, HALVES, HALVES, FULL)  # fmt: skip
+    _dots(V, ldv, live, W, ldw, b, P, start, steps, n, B, BK, T, F, False, HALVES, FULL)
+
+
+@triton.jit(do_not_specialize=PROJECT_SIZES)
+def project(
+    V, ldv: tl.int64, W, ldw: tl.int64, H, hk: tl.int64, hb: tl.int64, P, count,
+    k: tl.int64, b: tl.int32, n: tl.int64, steps: tl.int32,
+    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, HALVES: tl.constexpr,
+    UNIT_V: tl.constexpr, UNIT_W: tl.constexpr, ON_DEVICE: tl.constexpr,
+):  # fmt: skip
+    """W -= H^T V unless H is None, then P[program] = [V W^T; W W^T] (k + b, b) of its columns.
+
+    Leading dimensions come in units that keep their divisibility in sight of the compiler.
+    """
+    live = _rows_that_take_part(count, ON_DEVICE)
+    chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # the masked one starts first
+    start = chunk * steps * (T * F)
+    mine = P + chunk * (k + b) * b
+    if start + steps * (T * F) <= n:
+        _chunk(V, ldv * UNIT_V, W, ldw * UNIT_W, H, hk, hb, mine, live, k, b, start, steps, n,
+               B, BK, T, F, HALVES, True)  # fmt: skip
+    else:
+        _chunk(V, ldv * UNIT_V, W, ldw * UNIT_W, H, hk, hb, mine, live, k, b, start, steps, n,
+               B, BK, T, F, HALVES, False)  # fmt: skip
+
+
+@triton.jit
+def _rows_that_take_part(count, ON_DEVICE: tl.constexpr):
+    if ON_DEVICE:
+        live = tl.load(count).to(tl.int32)
+    else:
+        live = count
+    return live
+
+
+@triton.jit(do_not_specialize=["count", "k", "b", "chunks"])
+def total(
+    P, out, count, k: tl.int64, b: tl.int32, chunks: tl.int32,
+    BC: tl.constexpr, BO: tl.constexpr, ON_DEVICE: tl.constexpr,
+):  # fmt: skip
+    """out[i] = sum over chunks of P[chunk, i], i < (k + b) b, in fixed order; 0 for dead rows."""
+    live = _rows_that_take_part(count, ON_DEVICE)
+    size = (k + b) * b
+    i = tl.program_id(0).to(tl.int64) * BO + tl.arange(0, BO)
+    row = i // b
+    kept = (i < size) & ((row < live) | (row >= k))
+    sums = tl.zeros((BC, BO), tl.float64)
+    for first in range(0, chunks, BC):
+        chunk = first + tl.arange(0, BC)
+        at = P + chunk[:, None].to(tl.int64) * size + i[None, :]
+        sums += tl.load(at, mask=(chunk < chunks)[:, None] & kept[None, :], other=0.0)
+    tl.store(out + i, tl.sum(sums, axis=0), mask=i < size)
+
+
+@triton.jit
+def _mixed(S, si, sr, i, w, b, B: tl.constexpr, T: tl.constexpr):
+    """Row i of S w: (1, 1, T, F)."""
+    r = tl.arange(0, B)[:, None, None, None]
+    s = _small(S, i, si, r.to(tl.int64), sr, r < b, T)
+    return tl.sum(s * w, axis=0, keep_dims=True)
+
+
+@triton.jit
+def _update_tile(
+    V, ldv, W, ldw, H, hk, hb, S, si, sr, live, b, start, n, scale,
+    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, APPEND: tl.constexpr,
+    FULL: tl.constexpr,
+):  # fmt: skip
+    r = tl.arange(0, B)[:, None, None, None]
+    one = tl.zeros((1, 1, 1, 1), tl.int32)
+    w = _subtract(V, ldv, W, ldw, H, hk, hb, live, b, start, n, B, BK, T, F, FULL)
+    free = V + live.to(tl.int64) * ldv
+    if S is None:
+        if APPEND:  # rows other than the first, then than the last, are masked by their index
+            _store(free, 0, r, 1, start, n, w * scale, T, F, FULL)
+            _store(W, 0, tl.where(r == b - 1, 0, 1), 1, start, n, w, T, F, FULL)
+        else:
+            _store(W, ldw, r, b, start, n, w, T, F, FULL)
+    else:  # row by row: in and out of S at once would not fit the registers
+        if APPEND:
+            x = _mixed(S, si, sr, 0, w, b, B, T)
+            _store(free, 0, one, 1, start, n, x * scale, T, F, FULL)
+            x = _mixed(S, si, sr, b - 1, w, b, B, T)
+            _store(W, 0, one, 1, start, n, x, T, F, FULL)
+        else:
+            for i in tl.static_range(B):
+                x = _mixed(S, si, sr, i, w, b, B, T)
+                _store(W, ldw, one + i, b, start, n, x, T, F, FULL)
+
+
+@triton.jit(do_not_specialize=UPDATE_SIZES)
+def update(
+    V, ldv: tl.int64, W, ldw: tl.int64, H, hk: tl.int64, hb: tl.int64, S, si: tl.int64,
+    sr: tl.int64, count, b: tl.int32, n: tl.int64, scale: tl.float64,
+    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr,
+    UNIT_V: tl.constexpr, UNIT_W: tl.constexpr, APPEND: tl.constexpr, ON_DEVICE: tl.constexpr,
+):  # fmt: skip
+    """W' = S (W - H^T V), to W or, with APPEND, its first row to V[count] and its last to W[0]."""
+    live = _rows_that_take_part(count, ON_DEVICE)
+    chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # the masked one starts first
+    start = chunk * (T * F)
+    if start + T * F <= n:
+        _update_tile(V, ldv * UNIT_V, W, ldw * UNIT_W, H, hk, hb, S, si, sr, live, b, start, n,
+                     scale, B, BK, T, F, APPEND, True)  # fmt: skip
+    else:
+        _update_tile(V, ldv * UNIT_V, W, ldw * UNIT_W, H, hk, hb, S, si, sr, live, b, start, n,
+                     scale, B, BK, T, F, APPEND, False)  # fmt: skip
