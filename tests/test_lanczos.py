@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from backends import ROWS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasthessian as fh
@@ -13,7 +14,7 @@ from fasthessian import kernels
 from fasthessian.algorithms.lanczos import Lanczos
 from fasthessian.study.resnet import resnet
 
-BACKENDS = [name for name, module in kernels.BACKENDS.items() if module.unavailable() is None]
+BACKENDS = [row.name for row in ROWS if row.device == "cpu" and not row.slow]
 SCHEDULES = ["dcgs2", "cgs2"]
 F32, F64 = torch.float32, torch.float64
 
@@ -203,6 +204,17 @@ def test_nan_in_a_deferred_product_is_reported():
         for _ in range(10):
             krylov.step()
         krylov.look(wait=True)
+
+
+def test_a_run_on_interpreted_triton_kernels():
+    if kernels.BACKENDS["triton"].unavailable() is not None:
+        pytest.skip(f"no interpreted Triton: {kernels.BACKENDS['triton'].unavailable()}")
+    spectrum = outliers(300)
+    krylov, direct = (
+        grown(diagonal(spectrum), 8, backend=name) for name in ("triton", "reference")
+    )
+    torch.testing.assert_close(krylov.T, direct.T, rtol=0, atol=1e-11)
+    assert max(defects(krylov, spectrum)) < 1e-13
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
