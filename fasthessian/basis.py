@@ -210,17 +210,17 @@ def allocate(
         # at most 1 GiB each, and an eighth of what the card has left
         room = min(1 << 30, available_bytes(device) // 8)
         chunk = max(1, min(rows, room // stride_bytes(n, dtype) - 1))
-        _check_room(kind, rows, n, dtype, torch.device("cpu"), device, 0)
-        _check_room(kind, 2 * (chunk + 1), n, dtype, device, device, 2)
+        check_room(kind, rows, n, dtype, torch.device("cpu"), device, 0)
+        check_room(kind, 2 * (chunk + 1), n, dtype, device, device, 2)
         like = torch.empty(0, n, dtype=dtype, device=device)
         pinned = torch.empty(rows, n, dtype=dtype, device="cpu", pin_memory=True)
         return Offloaded(pinned, like, kernels, chunk)
-    _check_room(kind, rows, n, stored, device, device, 2 * dtype.itemsize / stored.itemsize)
+    check_room(kind, rows, n, stored, device, device, 2 * dtype.itemsize / stored.itemsize)
     scale = min(math.sqrt(n), LARGEST) if kind == "compressed" else 1.0
     return Basis(empty_rows(rows, n, stored, device), scale, kernels)
 
 
-def _check_room(
+def check_room(
     kind: str,
     rows: int,
     n: int,
@@ -245,7 +245,9 @@ def _check_room(
         if 2 * needs <= host:
             ways.append(f"basis='offload' puts it into the {readable(host)} of the host")
     fit = max(0, int(free / row - vectors))
-    ways.append(f"{fit} rows would fit (fewer steps, or a smaller ncv)")
+    if fit:
+        ways.append(f"{fit} rows would fit (fewer steps, or a smaller ncv)")
+    ways = ways or ["use a machine with more memory"]
     raise MemoryError(
         f"the basis of {rows} rows of {n} {str(stored).removeprefix('torch.')} numbers needs "
         f"{readable(needs)} on {where}, {readable(free)} are free; {', or '.join(ways)}"

@@ -43,6 +43,39 @@ def test_compressed_eigenpairs_report_explicit_residuals(which, dtype):
     assert bool((found.residuals <= 2e-3 * found.values.abs() + 1e-4).all())
 
 
+@pytest.mark.parametrize("schedule", ["dcgs2", "cgs2"])
+@pytest.mark.parametrize("n", [40, 600])
+@pytest.mark.parametrize("ratio", [1e3, 1e5])
+def test_outliers_far_above_what_float16_resolves(schedule, n, ratio):
+    """The bulk then is noise to the basis: no false alarm, no invented node, the outliers right."""
+    d = torch.linspace(0.01, 1, n, dtype=F64)
+    d[:3] = ratio * torch.arange(1, 4)
+    found = fh.eigsh(diagonal(d), 3, tol=1e-2, basis="compressed", schedule=schedule)
+    want = torch.tensor([3.0, 2.0, 1.0], dtype=F64) * ratio
+    torch.testing.assert_close(found.values, want, rtol=1e-5, atol=0)
+    nodes = fh.density(diagonal(d), steps=60, basis="compressed", schedule=schedule).nodes
+    assert nodes.min() > -2e-3 * 3 * ratio and abs(nodes.max() / want[0] - 1) < 1e-3
+
+
+@pytest.mark.parametrize("schedule", ["dcgs2", "cgs2"])
+def test_invariant_subspaces_end_on_a_compressed_basis(schedule):
+    found = fh.eigsh(diagonal(torch.full((1000,), 2.0)), 1, basis="compressed", schedule=schedule)
+    assert found.converged and abs(found.values[0] - 2) < 1e-12
+    M = torch.ones(40, 40, dtype=F64)
+    A = fh.SymmetricOperator(lambda v: M @ v, 40, dtype=F64)
+    found = fh.eigsh(A, 40, "SA", basis="compressed", schedule=schedule)
+    want = torch.tensor([0.0] * 39 + [40.0], dtype=F64)
+    torch.testing.assert_close(found.values, want, rtol=0, atol=1e-10)
+    gram = found.vectors @ found.vectors.T
+    torch.testing.assert_close(gram, torch.eye(40, dtype=F64), rtol=0, atol=1e-10)
+
+
+def test_compressed_runs_keep_to_their_products():
+    with pytest.warns(ConvergenceWarning):
+        found = fh.eigsh(diagonal(outliers(2000)), 5, basis="compressed", max_matvecs=15)
+    assert found.matvecs <= 15
+
+
 def test_compressed_pairs_out_of_reach_say_so():
     A = diagonal(outliers(4000))
     with pytest.warns(ConvergenceWarning, match="residuals under 2e-4 .* need basis='full'"):

@@ -1,5 +1,7 @@
 """The Gauss-Newton matrix against J' M J from torch's jacobian and hessian, in float64."""
 
+import collections
+
 import pytest
 import torch
 from models import ENGINES, PROBLEMS, columns, error, refused
@@ -122,6 +124,26 @@ def test_what_it_cannot_serve_is_one_clear_line():
     refused(
         lambda: fh.GaussNewton(model, lambda z, y: -criterion(z, y), data),
         ValueError, "criterion is not convex in the outputs",
+    )  # fmt: skip
+
+    refused(
+        lambda: fh.GaussNewton(model, lambda z, y: -criterion(z, y), data, engine="recompute"),
+        ValueError, "criterion is not convex in the outputs",
+    )  # fmt: skip
+
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 3).double(), nn.Linear(5, 3).double()
+
+        def forward(self, x):
+            return collections.namedtuple("O", "logits more")(self.a(x), self.b(x))
+
+    refused(
+        lambda: fh.GaussNewton(
+            Heads(), lambda o, y: criterion(o.logits, y) + criterion(o.more, y), data
+        ),
+        ValueError, "depends on the parameters other than through the outputs",
     )  # fmt: skip
 
     class Two(nn.Module):

@@ -356,6 +356,10 @@ BAD = [
     (lambda b: b.project_(torch.ones(2, 5), torch.ones(1, 5), count=3), "count must be in 0..2"),
     (lambda b: b.project_(torch.ones(2, 5), torch.ones(1, 5), count=torch.ones(1)), "count must"),
     (
+        lambda b: b.project_(torch.ones(2, 5), torch.ones(1, 5), count=torch.tensor([3])),
+        "count must be in 0..2",
+    ),
+    (
         lambda b: b.update_(torch.ones(2, 5), torch.ones(1, 5), torch.ones(2, 1), append=1.0),
         "append needs count",
     ),

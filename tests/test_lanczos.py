@@ -184,6 +184,17 @@ def test_a_breakdown_noticed_late_takes_the_later_rows_back(schedule, refill):
     assert bool((((ritz - 2).abs() < 1e-12) | ((ritz - 5).abs() < 1e-12)).all())
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("scale", [1e-12, 1e12])
+def test_breakdowns_end_at_any_scale(schedule, scale):
+    """A fresh direction has norm 1, whatever the scale of the operator."""
+    values = torch.tensor([2.0] * 30 + [5.0] * 10, dtype=F64) * scale
+    krylov = grown(diagonal(values, F32), 12, schedule=schedule)
+    assert krylov.size == 12 and krylov.A.matvecs < 30
+    ritz = krylov.ritz()[0] / scale
+    assert bool((((ritz - 2).abs() < 1e-5) | ((ritz - 5).abs() < 1e-5)).all())
+
+
 def test_a_candidate_within_the_basis_takes_the_later_rows_back():
     krylov = Lanczos(diagonal(outliers(2000)), 12, seed=0, deferred=True)
     for _ in range(8):

@@ -56,8 +56,9 @@ def density(
         schedule: orthogonalisation, "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
         basis: "full" rows in the operator's dtype; "compressed" float16 rows, half the memory of
-            float32; "offload" rows in host memory, for a GPU; "none" keeps no basis, three vectors
-            in all: quadrature stays right, though converged nodes come back as copies.
+            float32, nodes good to about 1e-3 ||A||; "offload" rows in host memory, for a GPU;
+            "none" keeps no basis, three vectors in all: quadrature stays right, though converged
+            nodes come back as copies.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
         progress: called with (products done, steps * probes at most) after each.
 

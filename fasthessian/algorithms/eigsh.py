@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fasthessian import kernels
 from fasthessian.algorithms.arguments import (
     ConvergenceWarning,
     Progress,
@@ -54,7 +54,8 @@ def eigsh(
             (ascending), "BE" both ends (descending; the larger half, rounded up, from the top).
         tol: relative residual at which a pair is converged; never asked below the rounding of
             the operator's dtype, 16 eps ||A||.
-        max_matvecs: products at most; default 20 times ncv, at least 1000.
+        max_matvecs: products at most (at least 2 k on a compressed basis); default 20 times ncv,
+            at least 1000.
         ncv: basis rows at most, k + 2 to n; default max(2 k + 30, 4 k). Memory: ncv rows of the
             basis, the k vectors and two more.
         seed: of the start vector; the same seed gives the same bits.
@@ -69,10 +70,12 @@ def eigsh(
         Eigenpairs: values (k,) float64, vectors (k, n) unit rows, residuals (k,) float64 from the
         recurrence plus the rounding floor 16 eps ||A||, converged, matvecs. With a compressed
         basis the pairs are refined by k more products in A's dtype (Rayleigh-Ritz on the vectors),
-        and the residuals are the explicit ||A v - theta v||: about 2e-4 ||A|| is its limit.
+        and the residuals are the explicit ||A v - theta v||: about 2e-4 ||A|| is its limit, and
+        what lies below 1e-3 ||A|| apart from the largest is not resolved.
 
     Warns:
-        ConvergenceWarning: max_matvecs were made and some pair has not converged.
+        ConvergenceWarning: max_matvecs were made and some pair has not converged, or a residual
+            measured on a compressed basis is above tol.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or A is not symmetric.
@@ -95,6 +98,9 @@ def eigsh(
     seed = seed_of(seed)
 
     start = A.matvecs
+    compressed = basis == "compressed"
+    if compressed:  # k products are kept for the refinement, and a margin for what it measures
+        limit = max(limit - k, k)
     krylov = Lanczos(
         A, ncv, seed=seed, schedule=schedule, backend=backend, basis=basis, graph=graph
     )
@@ -109,9 +115,10 @@ def eigsh(
         due = krylov.size >= k + 8 and krylov.size % every == 0
         if krylov.size < k or not (last or (due and not krylov.broke_down)):
             continue
-        converged, order = _judged(krylov, k, which, tol, wait=last)
+        aim = tol / 2 if compressed else tol
+        converged, order = _judged(krylov, k, which, aim, wait=last)
         if not last and bool(converged.all()):  # take what was enqueued since
-            converged, order = _judged(krylov, k, which, tol, wait=True)
+            converged, order = _judged(krylov, k, which, aim, wait=True)
         full = krylov.size == ncv or krylov.exhausted
         if krylov.broke_down and not (full or made >= limit):  # noticed by this look
             continue
@@ -129,9 +136,11 @@ def eigsh(
     krylov.combine(S[:, chosen], vectors)
     krylov.close()
     values, residuals = values[chosen], residuals[chosen] + krylov.noise
-    if basis == "compressed":
-        values, residuals = _refined(A, vectors, values)
-        converged = residuals <= torch.clamp(tol * values.abs(), min=2 * krylov.noise)
+    if compressed:
+        floor, backend_used = 2 * krylov.noise, krylov.kernels
+        del krylov  # the basis, before the products of the vectors
+        values, residuals = _refined(A, vectors, values, backend_used)
+        converged = residuals <= torch.clamp(tol * values.abs(), min=floor)
         made = A.matvecs - start
     if not bool(converged.all()):
         warnings.warn(
@@ -161,12 +170,13 @@ def _judged(krylov: Lanczos, k: int, which: str, tol: float, wait: bool) -> tupl
     return residuals[first] <= torch.clamp(tol * values[first].abs(), min=krylov.noise), order
 
 
-def _refined(A: SymmetricOperator, X: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def _refined(
+    A: SymmetricOperator, X: Tensor, values: Tensor, backend: ModuleType
+) -> tuple[Tensor, Tensor]:
     """Rayleigh-Ritz on the rows of X (k, n), in place: values in the order given, residuals."""
     k = len(X)
     Y = torch.empty_like(X)
     A.apply(X, Y)
-    backend = kernels.select(X.device)
     grams = [torch.empty(k, k, dtype=torch.float64, device=X.device) for _ in range(2)]
     for start in range(0, k, MAX_BLOCK):
         rows = slice(start, start + MAX_BLOCK)
@@ -192,7 +202,7 @@ def _refined(A: SymmetricOperator, X: Tensor, values: Tensor) -> tuple[Tensor, T
 
 def _way_out(basis: str) -> str:
     if basis == "compressed":
-        return "residuals under 2e-4 ||A|| need basis='full'; raise tol, max_matvecs or ncv"
+        return "residuals under 2e-4 ||A|| need basis='full'; take it, or raise tol"
     return "raise max_matvecs or ncv"
 
 

@@ -31,6 +31,7 @@ from fasthessian.vectors import empty_rows
 
 SCHEDULES = ("dcgs2", "cgs2")
 NOISE = 16  # times eps ||T||: what rounding leaves of an exact zero, here and in residuals
+HALF_NOISE = 1e-3  # of ||T||: the same for rows rounded to float16, relative error 2^-12 each
 
 
 class Lanczos:
@@ -88,9 +89,9 @@ class Lanczos:
         self._u = 0  # the row of W that holds the candidate
         self.ledger = Ledger(self.capacity, A.device)
         self._pending: State | None = None
-        self._eps = torch.finfo(A.dtype).eps
-        # dots with rows rounded to float16 differ by 2e-4 of the scale
-        self._asymmetry = 10 * ASYMMETRY[torch.float32 if basis == "compressed" else A.dtype]
+        compressed = basis == "compressed"
+        self._rounding = HALF_NOISE if compressed else NOISE * torch.finfo(A.dtype).eps
+        self._asymmetry = 10 * ASYMMETRY[torch.float32 if compressed else A.dtype]
         self._seed, self._drawn = seed, offset
         self.T = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
         self.beta = 1.0
@@ -107,9 +108,10 @@ class Lanczos:
 
     @property
     def noise(self) -> float:
-        """The size under which a residual or a coupling is rounding: NOISE eps ||T||."""
+        """The size under which a residual is rounding of A's dtype: NOISE eps ||T||."""
         size = len(self.T) - 1
-        return NOISE * self._eps * float(self.T[:size, :size].abs().sum(1).max()) if size else 0.0
+        rounding = NOISE * torch.finfo(self.A.dtype).eps
+        return rounding / self._rounding * self._noise_of(size) if size else 0.0
 
     def step(self) -> None:
         """Make one product and one more final row, unless the space is exhausted."""
@@ -219,7 +221,7 @@ class Lanczos:
             scale = float(self.T[: j + 1, : j + 1].abs().max())
             if not all(map(math.isfinite, (uu, nu2, asymmetry, scale))):
                 raise ValueError(f"{self.A} returned NaN or Inf for a finite vector")
-            if not nu2 > CANCELLED * uu or (j and math.sqrt(uu) <= self._noise_of(j)):
+            if not nu2 > CANCELLED * uu or self._is_noise(j, math.sqrt(uu)):
                 broken = j
                 break
             if asymmetry > self._asymmetry * scale:
@@ -230,11 +232,15 @@ class Lanczos:
         self._judged = broken
         if broken == self.A.n:
             self.beta = 0.0
-        elif broken < state.size or (state.size and self.beta <= self._noise_of(state.size)):
+        elif broken < state.size or self._is_noise(broken, self.beta):
             self._take_back(broken)
 
+    def _is_noise(self, j: int, norm: float) -> bool:
+        """Whether a candidate behind j rows is what rounding left; a fresh one never is."""
+        return bool(self.T[j, :j].any()) and norm <= self._noise_of(j)
+
     def _noise_of(self, j: int) -> float:
-        return NOISE * self._eps * float(self.T[:j, :j].abs().sum(1).max())
+        return self._rounding * float(self.T[:j, :j].abs().sum(1).max())
 
     def _take_back(self, size: int) -> None:
         """Drop the rows from ``size`` on; the run ends or goes on from a fresh direction."""

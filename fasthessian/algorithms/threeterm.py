@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.algorithms.lanczos import NOISE
+from fasthessian.basis import check_room
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.vectors import empty_rows
 
@@ -20,7 +21,7 @@ class ThreeTerm:
     """The tridiagonal T of a Krylov space from a vector of random signs; see ``Lanczos``.
 
     Attributes:
-        T: (size, size) float64 on the CPU, as of the last look.
+        T: (size, size) float64 on the CPU.
         size, capacity: steps made, and at most.
         exhausted: an invariant subspace was met.
     """
@@ -37,9 +38,10 @@ class ThreeTerm:
     ) -> None:
         self.A, self.capacity, self.size = A, min(capacity, A.n), 0
         self.exhausted = False
-        self.T = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+        self._seen, self._largest = 0, 0.0
         self._deferred = A.device.type == "cuda" if deferred is None else deferred
         self._kernels = kernels.select(A.device, backend)
+        check_room("none", 3, A.n, A.dtype, A.device, A.device, 0)
         self._rows = empty_rows(3, A.n, A.dtype, A.device)  # q_j in row j mod 3
         # row j: the diagonal entry, and the coupling to row j + 1
         self._entries = torch.zeros(self.capacity, 2, dtype=torch.float64, device=A.device)
@@ -71,17 +73,23 @@ class ThreeTerm:
         """Nothing to give back."""
 
     def _read(self) -> None:
-        entries = self._entries[: self.size].cpu()
-        if not bool(torch.isfinite(entries).all()):
+        """Look at the entries since the last look: for NaN, and for the end of the space."""
+        fresh = self._entries[self._seen : self.size].cpu()
+        if not bool(torch.isfinite(fresh).all()):
             raise ValueError(f"{self.A} returned NaN or Inf for a finite vector")
-        diagonal, beside = entries.unbind(1)
         eps = torch.finfo(self.A.dtype).eps
-        small = beside <= NOISE * eps * (diagonal.abs() + beside).cummax(0).values
-        if bool(small.any()):
-            self.exhausted = True
-            self.size = int(small.nonzero()[0]) + 1
-        diagonal, beside = diagonal[: self.size], beside[: self.size - 1]
-        self.T = torch.diag(diagonal) + torch.diag(beside, 1) + torch.diag(beside, -1)
+        for i, (diagonal, beside) in enumerate(fresh.abs().tolist()):
+            self._largest = max(self._largest, diagonal + beside)
+            if beside <= NOISE * eps * self._largest:
+                self.size, self.exhausted = self._seen + i + 1, True
+                break
+        self._seen = self.size
+
+    @property
+    def T(self) -> Tensor:
+        """(size, size) float64 on the CPU."""
+        diagonal, beside = self._entries[: self.size].cpu().unbind(1)
+        return torch.diag(diagonal) + torch.diag(beside[:-1], 1) + torch.diag(beside[:-1], -1)
 
     def _rescale(self, row: Tensor, norm2: Tensor) -> None:
         none = torch.zeros(0, 1, dtype=torch.float64, device=row.device)

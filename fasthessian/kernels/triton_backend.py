@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fasthessian.kernels import reference
 from fasthessian.kernels.contract import (
     Count,
     check_block,
@@ -50,21 +51,22 @@ class Tile(NamedTuple):
     halves: bool  # W's 16 bytes are F / 2 numbers
 
 
-# by numbers of V in 16 bytes, then for 1, 2, 4 and 8 rows of W: BK of project without H, BK of the
-# kernels that subtract, registers; each compiles without a spill (tests/test_triton_aot.py)
+# By numbers of V in 16 bytes, then for 1, 2, 4 and 8 rows of W: BK of project without H, of project
+# with H and of update; registers. For sm_90 all compile without a spill (tests/test_triton_aot.py).
 TABLE = {
-    2: ((8, 8, 80), (8, 8, 96), (4, 4, 128), (4, 4, 168)),
-    4: ((8, 8, 96), (8, 8, 128), (4, 4, 128), (4, 2, 168)),
-    8: ((4, 4, 80), (4, 4, 128), (4, 2, 168), (2, 1, 255)),
+    2: ((8, 8, 8, 80), (8, 8, 8, 128), (4, 4, 4, 128), (4, 4, 4, 168)),
+    4: ((8, 8, 8, 96), (8, 4, 8, 128), (4, 4, 4, 128), (4, 2, 2, 168)),
+    8: ((4, 4, 4, 96), (4, 4, 4, 128), (4, 2, 2, 168), (2, 1, 1, 255)),
 }
+DOTS, BOTH, UPDATE = range(3)
 
 
-def tile(V: Tensor, W: Tensor, subtract: bool) -> Tile:
+def tile(V: Tensor, W: Tensor, kind: int) -> Tile:
     """The configuration. The number of V's rows has no part in it: same sums for any."""
     F, power = 16 // V.itemsize, (W.shape[0] - 1).bit_length()
-    dots, corrections, registers = TABLE[F][power]
+    line = TABLE[F][power]
     halves = 2 * (16 // W.itemsize) == F
-    return Tile(THREADS, F, 1 << power, corrections if subtract else dots, registers, halves)
+    return Tile(THREADS, F, 1 << power, line[kind], line[3], halves)
 
 
 def unavailable(device: torch.device | str = "cpu") -> str | None:
@@ -140,15 +142,16 @@ def _power(number: int, least: int = 1) -> int:
     return max(least, 1 << (number - 1).bit_length())
 
 
-def _cut(V: Tensor, W: Tensor, subtract: bool) -> tuple[Tile, int]:
+def _cut(V: Tensor, W: Tensor, kind: int) -> tuple[Tile, int]:
     """The tile, and how many of them a program of project takes."""
-    shape, n = tile(V, W, subtract), V.shape[1]
+    shape, n = tile(V, W, kind), V.shape[1]
     if V.device.type == "cpu":
         groups = _power(-(-n // (shape.F * PROGRAMS * 2)), 16)
         return shape._replace(T=groups, BK=4 * shape.BK), 2
     columns = shape.T * shape.F
-    # with H all of V's columns that a program holds are read twice: few, to be found in L2
-    most = max(1, shape.B // 4) if subtract else CHUNK_BYTES // (shape.B * columns * W.itemsize)
+    most = CHUNK_BYTES // (shape.B * columns * W.itemsize)
+    if kind == BOTH:  # all of V's columns of a program are read twice: few, to be found in L2
+        most = shape.B // 4
     fair = n // (columns * 4 * _hardware(V.device)[0])
     return shape, max(1, min(most, STEPS, fair))
 
@@ -161,7 +164,11 @@ def _rows(A: Tensor, numbers: int) -> tuple[Tensor, int, int]:
 
 
 def _matrix(M: Tensor | None) -> tuple[Tensor | None, int, int]:
-    return (M, 0, 0) if M is None else (M, M.stride(0), M.stride(1))
+    if M is None:
+        return None, 0, 0
+    if M.dtype is torch.bfloat16:
+        M = M.float()  # the interpreter takes its bits for a number
+    return M, M.stride(0), M.stride(1)
 
 
 def project_(
@@ -169,9 +176,13 @@ def project_(
 ) -> tuple[Tensor, Tensor]:
     """``W -= H^T V`` if H is given, then return ``C = V W^T`` (k, b) and ``G = W W^T`` (b, b)."""
     check_block(V, W, H, count=count)
+    if H is not None and torch.version.hip is not None:
+        # a barrier orders no stores to global memory there: the dots may not read W behind one
+        update_(V, W, H, count=count)
+        H = None
     (k, n), b, device = V.shape, W.shape[0], V.device
     streams = _kernels()[0]
-    shape, steps = _cut(V, W, H is not None)
+    shape, steps = _cut(V, W, DOTS if H is None else BOTH)
     chunks = -(-n // (shape.T * shape.F * steps))
     live, on_device = k if count is None else count, isinstance(count, Tensor)
     v, ldv, unit_v = _rows(V, shape.F)
@@ -212,7 +223,7 @@ def update_(
     """
     check_block(V, W, H, S, count, append)
     (k, n), b = V.shape, W.shape[0]
-    shape, _ = _cut(V, W, True)
+    shape, _ = _cut(V, W, UPDATE)
     v, ldv, unit_v = _rows(V, shape.F)
     w, ldw, unit_w = _rows(W, 16 // W.itemsize)
     if n:
@@ -232,14 +243,15 @@ def recur_(
 ) -> tuple[Tensor, Tensor]:
     """The scalars of one delayed Gram-Schmidt step of Lanczos: ``reference.recur_`` as a kernel."""
     check_recurrence(C, G, T, gauges, count)
-    k, large = C.shape[0], T.shape[0] > 256
+    k = C.shape[0]
+    rows, threads = (16, 128) if T.shape[0] <= 256 else (8, 512)
     H = torch.empty(k, 2, dtype=torch.float64, device=C.device)
     S = torch.empty(2, 2, dtype=torch.float64, device=C.device)
     _launch(
         _kernels()[1].recur, C.device, 1,
-        C, C.stride(0), G, G.stride(0), T, T.stride(0), gauges, gauges.stride(0), count, k, scale,
-        H, S, R=16 if large else 32, L=512 if large else 128, ON_DEVICE=isinstance(count, Tensor),
-        threads=THREADS * (4 if large else 2), registers=128 if large else 255,
+        C, C.stride(0), G, T, T.stride(0), gauges, gauges.stride(0), count, k, 1 / scale, H, S,
+        R=rows, L=threads, ON_DEVICE=isinstance(count, Tensor),
+        threads=threads, registers=min(255, 65536 // threads),
     )  # fmt: skip
     return H, S
 
@@ -268,31 +280,20 @@ def normal_(out: Tensor, seed: int, offset: int = 0) -> Tensor:
 
 
 _tables: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
-_recorded: list[Tensor] = []  # host tables that CUDA graphs copy from at every replay
 
 
 def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """``numbers`` on the device, without waiting: from a copy made before, or from pinned memory.
-
-    A graph under capture gets a copy of its own, in its own memory, from numbers that stay.
-    """
+    """``numbers`` on the device without waiting: as copied before, or from pinned memory."""
     if device.type == "cpu":
         return torch.tensor(numbers, dtype=torch.int64)
-    recording = torch.cuda.is_current_stream_capturing()
-    stream = torch.cuda.current_stream(device).cuda_stream
-    key = (device, stream, numbers)
-    if not recording and key in _tables:
-        _tables.move_to_end(key)
-        return _tables[key][1]
-    host = torch.tensor(numbers, dtype=torch.int64, pin_memory=True)
-    table = host.to(device, non_blocking=True)
-    if recording:
-        _recorded.append(host)
-    else:
-        _tables[key] = host, table
+    key = (device, torch.cuda.current_stream(device), numbers)
+    if key not in _tables:
+        host = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
+        _tables[key] = host, host.to(device, non_blocking=True)
         if len(_tables) > TABLES:
             _tables.popitem(last=False)
-    return table
+    _tables.move_to_end(key)
+    return _tables[key][1]
 
 
 def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: float = 0.0) -> Tensor:
@@ -308,6 +309,11 @@ def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: floa
         for piece, end in zip(pieces, ends, strict=True)
     ]
     with _at(device):
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # a graph would read the table's host memory at every replay, when it is long another's;
+            # torch.cat hands its pointers over by value
+            flat = torch.cat([piece.view(-1) for piece in pieces])
+            return reference.pack_(out, [flat], alpha, beta)
         table = _table((*bases, *ends), device)
     chunk, block = PACKED, 1024
     if device.type == "cpu":

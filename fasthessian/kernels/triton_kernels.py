@@ -1,10 +1,11 @@
 """The Triton kernels behind ``triton_backend``; needs triton at import.
 
-A column tile is T groups of F numbers, F numbers of V being 16 bytes, and every tensor of a stream
-has the full shape (rows of W, rows of V, T, F): then a thread owns whole groups, so that loads are
-16 bytes wide, sums over F and over rows stay in registers, and no layout is ever converted through
-shared memory. All arithmetic is in float64. The last tile alone has masked columns: it is compiled
-apart (FULL = False), so that any n is read 16 bytes at a time.
+A column tile is T groups of F numbers, F numbers of V being 16 bytes, and the tensors of a stream
+all have the axes (rows of W, rows of V, T F columns), of length 1 where they do not vary: so each
+thread owns a group of every row, loads are 16 bytes wide, sums over rows and groups stay in
+registers, and no tile changes its layout through shared memory. Other axes, or their order, cost
+that in Triton 3.6 or 3.7. All arithmetic is in float64. Only the last tile masks columns: it is
+compiled apart (FULL = False), so that any n is read 16 bytes at a time.
 """
 
 import triton
@@ -18,8 +19,8 @@ UPDATE_SIZES = ["ldv", "ldw", "hk", "hb", "si", "sr", "count", "b", "n"]
 
 @triton.jit
 def _load(A, ld, rows, live, start, n, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr):
-    """Rows (., ., 1, 1) of A at columns start .. start + T F, 0 where a row is not live."""
-    col = (tl.arange(0, T) * F)[None, None, :, None] + tl.arange(0, F)[None, None, None, :]
+    """Rows (., ., 1) of A at columns start .. start + T F, 0 where a row is not live."""
+    col = tl.arange(0, T * F)[None, None, :]
     mask = rows < live
     if not FULL:
         mask = mask & (col < tl.minimum(n - start, T * F).to(tl.int32))
@@ -30,7 +31,8 @@ def _load(A, ld, rows, live, start, n, T: tl.constexpr, F: tl.constexpr, FULL: t
 def _load_halves(A, ld, rows, live, start, n, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr):
     """As _load for numbers of which only F / 2 are 16 bytes: two loads, then each thread's own."""
     HALF: tl.constexpr = F // 2
-    col = (tl.arange(0, T) * F)[None, None, :, None] + tl.arange(0, HALF)[None, None, None, :]
+    i = tl.arange(0, T * HALF)
+    col = (i // HALF * F + i % HALF)[None, None, :]
     row = A + start + rows.to(tl.int64) * ld
     low = rows < live
     high = low
@@ -40,14 +42,16 @@ def _load_halves(A, ld, rows, live, start, n, T: tl.constexpr, F: tl.constexpr, 
         high = high & (col + HALF < left)
     a = tl.load(row + col, mask=low, other=0.0)
     c = tl.load(row + col + HALF, mask=high, other=0.0)
-    pairs = tl.permute(tl.join(a, c), (0, 1, 2, 4, 3))
-    return tl.reshape(pairs, (a.shape[0], a.shape[1], T, F))
+    X: tl.constexpr = a.shape[0]
+    Y: tl.constexpr = a.shape[1]
+    pairs = tl.join(tl.reshape(a, (X, Y, T, HALF)), tl.reshape(c, (X, Y, T, HALF)))
+    return tl.reshape(tl.permute(pairs, (0, 1, 2, 4, 3)), (X, Y, T * F))
 
 
 @triton.jit
 def _store(A, ld, rows, live, start, n, x, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr):
     """The inverse of _load: x rounded once to A's type."""
-    col = (tl.arange(0, T) * F)[None, None, :, None] + tl.arange(0, F)[None, None, None, :]
+    col = tl.arange(0, T * F)[None, None, :]
     mask = rows < live
     if not FULL:
         mask = mask & (col < tl.minimum(n - start, T * F).to(tl.int32))
@@ -56,10 +60,12 @@ def _store(A, ld, rows, live, start, n, x, T: tl.constexpr, F: tl.constexpr, FUL
 
 
 @triton.jit
-def _small(M, i, si, j, sj, mask, T: tl.constexpr):
-    """M[i, j] for i and j along the first two axes, held by every thread: (., ., T, 1)."""
-    spread = tl.zeros((1, 1, T, 1), tl.int64)
-    return tl.load(M + i * si + j * sj + spread, mask=mask, other=0.0).to(tl.float64)
+def _small(M, i, si, j, sj, mask):
+    """M[i, j] for i and j along the first two axes: (., ., 1), of fewer numbers than threads.
+
+    More would be dealt out to the threads by a layout of their own, and V's tiles made to follow.
+    """
+    return tl.load(M + i * si + j * sj, mask=mask, other=0.0).to(tl.float64)
 
 
 @triton.jit
@@ -67,13 +73,13 @@ def _subtract(
     V, ldv, W, ldw, H, hk, hb, live, b, start, n,
     B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """W - H^T V of one tile: (B, 1, T, F)."""
-    r = tl.arange(0, B)[:, None, None, None]
+    """W - H^T V of one tile: (B, 1, T F)."""
+    r = tl.arange(0, B)[:, None, None]
     w = _load(W, ldw, r, b, start, n, T, F, FULL).to(tl.float64)
     for first in range(0, live, BK):
-        rows = first + tl.arange(0, BK)[None, :, None, None]
+        rows = first + tl.arange(0, BK)[None, :, None]
         v = _load(V, ldv, rows, live, start, n, T, F, FULL).to(tl.float64)
-        h = _small(H, rows.to(tl.int64), hk, r, hb, (rows < live) & (r < b), T)
+        h = _small(H, rows.to(tl.int64), hk, r, hb, (rows < live) & (r < b))
         w -= tl.sum(h * v, axis=1, keep_dims=True)
     return w
 
@@ -91,7 +97,7 @@ def _dots(
     r = tl.arange(0, B)
     for first in range(0, live, BK):
         rows = first + tl.arange(0, BK)
-        a_rows, w_rows = rows[None, :, None, None], r[:, None, None, None]
+        a_rows, w_rows = rows[None, :, None], r[:, None, None]
         sums = tl.zeros((B, BK, T), tl.float64)
         for step in range(steps):
             at = start + step * (T * F)
@@ -103,7 +109,7 @@ def _dots(
                 w = _load_halves(W, ldw, w_rows, b, at, n, T, F, FULL).to(tl.float64)
             else:
                 w = _load(W, ldw, w_rows, b, at, n, T, F, FULL).to(tl.float64)
-            sums += tl.sum(w * a, axis=3)
+            sums += tl.sum(tl.reshape(w * a, (B, BK, T, F)), axis=3)
         at = P + rows[None, :].to(tl.int64) * b + r[:, None]
         tl.store(at, tl.sum(sums, axis=2), mask=(rows < live)[None, :] & (r < b)[:, None])
 
@@ -115,7 +121,7 @@ def _chunk(
     FULL: tl.constexpr,
 ):  # fmt: skip
     if H is not None:
-        r = tl.arange(0, B)[:, None, None, None]
+        r = tl.arange(0, B)[:, None, None]
         for step in range(steps):
             at = start + step * (T * F)
             w = _subtract(V, ldv, W, ldw, H, hk, hb, live, b, at, n, B, BK, T, F, FULL)
@@ -179,10 +185,10 @@ def total(
 
 
 @triton.jit
-def _mixed(S, si, sr, i, w, b, B: tl.constexpr, T: tl.constexpr):
-    """Row i of S w: (1, 1, T, F)."""
-    r = tl.arange(0, B)[:, None, None, None]
-    s = _small(S, i, si, r.to(tl.int64), sr, r < b, T)
+def _mixed(S, si, sr, i, w, b, B: tl.constexpr):
+    """Row i of S w: (1, 1, T F)."""
+    r = tl.arange(0, B)[:, None, None]
+    s = _small(S, i, si, r.to(tl.int64), sr, r < b)
     return tl.sum(s * w, axis=0, keep_dims=True)
 
 
@@ -192,8 +198,8 @@ def _update_tile(
     B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, APPEND: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
-    r = tl.arange(0, B)[:, None, None, None]
-    one = tl.zeros((1, 1, 1, 1), tl.int32)
+    r = tl.arange(0, B)[:, None, None]
+    one = tl.zeros((1, 1, 1), tl.int32)
     w = _subtract(V, ldv, W, ldw, H, hk, hb, live, b, start, n, B, BK, T, F, FULL)
     free = V + live.to(tl.int64) * ldv
     if S is None:
@@ -204,13 +210,13 @@ def _update_tile(
             _store(W, ldw, r, b, start, n, w, T, F, FULL)
     else:  # row by row: in and out of S at once would not fit the registers
         if APPEND:
-            x = _mixed(S, si, sr, 0, w, b, B, T)
+            x = _mixed(S, si, sr, 0, w, b, B)
             _store(free, 0, one, 1, start, n, x * scale, T, F, FULL)
-            x = _mixed(S, si, sr, b - 1, w, b, B, T)
+            x = _mixed(S, si, sr, b - 1, w, b, B)
             _store(W, 0, one, 1, start, n, x, T, F, FULL)
         else:
             for i in tl.static_range(B):
-                x = _mixed(S, si, sr, i, w, b, B, T)
+                x = _mixed(S, si, sr, i, w, b, B)
                 _store(W, ldw, one + i, b, start, n, x, T, F, FULL)
 
 

@@ -8,21 +8,20 @@ from fasthessian.kernels import contract
 CANCELLED = tl.constexpr(contract.CANCELLED)
 TWO_PI = tl.constexpr(6.283185307179586)
 # values that change from call to call must not compile a kernel each
-RECUR_SIZES = ["ldc", "ldg", "ldt", "lda", "count", "k"]
+RECUR_SIZES = ["ldc", "ldt", "lda", "count", "k"]
 
 
 @triton.jit(do_not_specialize=RECUR_SIZES)
 def recur(
-    C, ldc: tl.int64, G, ldg: tl.int64, M, ldt: tl.int64, gauges, lda: tl.int64, count,
-    k: tl.int32, scale: tl.float64, H, S,
+    C, ldc: tl.int64, G, M, ldt: tl.int64, gauges, lda: tl.int64, count,
+    k: tl.int32, shrink: tl.float64, H, S,
     R: tl.constexpr, L: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """``reference.recur_`` by one program; M is its T, read in tiles (R, L)."""
+    """``reference.recur_`` by one program; M is its T, in tiles (R, L), and shrink 1 / scale."""
     if ON_DEVICE:
         j = tl.load(count).to(tl.int32)
     else:
         j = count
-    shrink = 1.0 / scale.to(tl.float64)
     link_row = M + j.to(tl.int64) * ldt
     ss = tl.zeros((L,), tl.float64)
     sz = tl.zeros((L,), tl.float64)
@@ -146,7 +145,7 @@ def pack(
     out, table, tensors: tl.int32, n: tl.int64, chunk: tl.int64, alpha: tl.float64,
     beta: tl.float64, BN: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """out = alpha * concat (+ beta * out) for elements chunk * program .. of out.
+    """Write alpha * concat (+ beta * out) to elements chunk * program .. of out.
 
     ``table`` (2, tensors): where element 0 of out would be in the memory of each tensor, and the
     element after its last.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from fasthessian.operators.engines import Graph
 from fasthessian.operators.losses import Part
 
 PROBES = 8  # random directions in which the criterion is looked at
+OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
 CONCAVE = 1e-4  # of |u| |M u|: how far below 0 rounding takes u'Mu
 
 
@@ -31,7 +33,8 @@ class GaussNewton(Curvature):
 
     Raises:
         TypeError: criterion is None, or the outputs are no tensor.
-        ValueError: the criterion is not convex in the outputs.
+        ValueError: the criterion is not convex in the outputs, as looked at on the first batch; or
+            the loss depends on the parameters in another way than through the output.
 
     Example:
         >>> import torch, fasthessian as fh
@@ -50,6 +53,9 @@ class GaussNewton(Curvature):
             )
         self._checked = False
         super().__init__(model, criterion, data, **options)
+        if not self._checked:  # no graph is kept
+            with self._pass() as params, closing(self._loss.parts()) as parts:
+                self._graph(next(parts), params)
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
         outputs, loss = self._evaluated(part)
@@ -59,8 +65,14 @@ class GaussNewton(Curvature):
                 f"the model must return a tensor or an output with .logits for GaussNewton, "
                 f"got {type(outputs).__name__}"
             )
+        if not (z.is_floating_point() and z.requires_grad and loss.requires_grad):
+            raise ValueError(
+                f"the outputs ({z.dtype}) do not depend on the parameters; GaussNewton needs real "
+                f"outputs that do"
+            )
         graph = OuterGraph(z, loss, params, part.weight)
         if not self._checked:
+            graph.check_path(loss)
             graph.check_convex()
             self._checked = True
         return graph
@@ -71,7 +83,9 @@ class OuterGraph(Graph):
 
     def __init__(self, z: Tensor, loss: Tensor, params: Sequence[Tensor], weight: float) -> None:
         self._params, self._weight = params, weight
-        (self._slopes,) = torch.autograd.grad(loss, z, create_graph=True)
+        (self._slopes,) = torch.autograd.grad(
+            loss, z, create_graph=True, allow_unused=True, materialize_grads=True
+        )
         # J'u is linear in u, so its derivative in u is J
         self._u = torch.zeros_like(z, requires_grad=True)
         grads = torch.autograd.grad(z, params, self._u, create_graph=True, allow_unused=True)
@@ -95,16 +109,38 @@ class OuterGraph(Graph):
         )
 
     def _times_m(self, tangent: Tensor) -> Tensor:
-        (out,) = torch.autograd.grad(self._slopes, self._z, tangent, retain_graph=True)
+        (out,) = torch.autograd.grad(
+            self._slopes, self._z, tangent, retain_graph=True, allow_unused=True,
+            materialize_grads=True,
+        )  # fmt: skip
         return out
+
+    def check_path(self, loss: Tensor) -> None:
+        """Raise ValueError if the loss depends on the parameters other than through z."""
+        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+        params = self._params
+        whole = torch.autograd.grad(loss, params, retain_graph=True, **options)
+        slopes = self._slopes.detach()
+        through = torch.autograd.grad(self._z, params, slopes, retain_graph=True, **options)
+        size = sum(float(g.double().square().sum()) for g in whole) ** 0.5
+        pairs = zip(whole, through, strict=True)
+        missed = sum(float((a - b).double().square().sum()) for a, b in pairs) ** 0.5
+        if missed > OTHER_WAY * size:
+            raise ValueError(
+                f"the loss depends on the parameters other than through the outputs (or .logits): "
+                f"{missed / size:.1%} of its gradient; GaussNewton needs a criterion of one output "
+                f"alone, use Hessian"
+            )
 
     def check_convex(self) -> None:
         """Raise ValueError if u'Mu is negative for a random u."""
         if not self._curved:
             return
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator("cpu").manual_seed(0)
         for _ in range(PROBES):
-            u = torch.randn(self._z.shape, generator=generator, dtype=torch.float64).to(self._z)
+            u = torch.randn(
+                self._z.shape, generator=generator, dtype=torch.float64, device="cpu"
+            ).to(self._z)
             Mu = self._times_m(u)
             curvature, size = float((u * Mu).sum()), float(u.norm() * Mu.norm())
             if curvature < -CONCAVE * size:
