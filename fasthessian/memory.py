@@ -10,7 +10,10 @@ import torch
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of the device; on a CPU also within the limit of the control group."""
+    """Free memory of the device; on a CPU within the limit of a container's control group, v2.
+
+    Limits of version 1, or of groups below the root, are not seen.
+    """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(torch.cuda.mem_get_info(device)[0]) + cached
