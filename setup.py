@@ -122,7 +122,9 @@ setup(
             depends=[str(path) for path in sorted(Path("csrc").rglob("*.*"))],
             cxx_std=17,
             extra_compile_args=[
-                "-O3", "-fno-math-errno", "-fvisibility=hidden", "-fopenmp", "-Wno-psabi", "-g0",
+                # a choice between floats becomes a vector's only where comparisons cannot trap
+                "-O3", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-fopenmp",
+                "-Wno-psabi", "-g0",
             ],
             extra_link_args=["-fopenmp", "-s"],
             optional=CUDA != "1",  # without a compiler the pure-torch backend serves

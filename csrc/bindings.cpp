@@ -82,6 +82,12 @@ void bind_cpu(py::module_ m) {
     kernels->pack((void*)out, (FhType)type, (const void* const*)pieces.data(), sizes.data(),
                   (int64_t)pieces.size(), alpha, beta, threads);
   });
+  m.def("softmax_curvature", [](Address u, Address z, int type, int64_t outer, int64_t classes,
+                                int64_t inner, Address scale, int threads) {
+    py::gil_scoped_release released;
+    kernels->softmax_curvature((void*)u, (const void*)z, (FhType)type, outer, classes, inner,
+                               (const double*)scale, threads);
+  });
 }
 }  // namespace
 

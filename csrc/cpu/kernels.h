@@ -37,6 +37,10 @@ struct FhCpuKernels {
   void (*normal)(void* out, FhType type, int64_t n, uint64_t seed, int64_t offset, int threads);
   void (*pack)(void* out, FhType type, const void* const* pieces, const int64_t* sizes,
                int64_t count, double alpha, double beta, int threads);
+  // Of each row over the classes of u and z (outer, classes, inner): with p = softmax(z),
+  // u = scale (p u - p (p . u)); scale (outer, inner), where it is 0 u becomes 0.
+  void (*softmax_curvature)(void* u, const void* z, FhType type, int64_t outer, int64_t classes,
+                            int64_t inner, const double* scale, int threads);
 };
 
 extern "C" {

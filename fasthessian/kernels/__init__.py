@@ -1,7 +1,7 @@
 """Backends of the kernel contract, and the choice between them.
 
-A backend is a module with ``project_, update_, recur_, signs_, normal_, pack_`` (see
-``reference``) and ``unavailable(device) -> reason | None``.
+A backend is a module with ``project_, update_, recur_, signs_, normal_, pack_,
+softmax_curvature_`` (see ``reference``) and ``unavailable(device) -> reason | None``.
 """
 
 from __future__ import annotations

@@ -132,3 +132,28 @@ def check_pack(out: Tensor, tensors: Sequence[Tensor]) -> None:
             )
     if total != out.numel():
         raise ValueError(f"tensors hold {total} numbers but out has room for {out.numel()}")
+
+
+def check_softmax(U: Tensor, Z: Tensor, scale: Tensor) -> None:
+    """Raise ValueError unless U and Z (o, c, i) and scale (o, i) fit and are contiguous."""
+    if U.dim() != 3 or U.dtype not in FLOATS:
+        raise ValueError(
+            f"U must be a float32 or float64 tensor (outer, classes, inner), got shape "
+            f"{tuple(U.shape)} of {U.dtype}; give a matrix of rows as (rows, classes, 1)"
+        )
+    rows = (U.shape[0], U.shape[2])
+    for name, tensor, shape, dtype in (
+        ("U", U, tuple(U.shape), U.dtype),
+        ("Z", Z, tuple(U.shape), U.dtype),
+        ("scale", scale, rows, torch.float64),
+    ):
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != U.device:
+            raise ValueError(
+                f"{name} must have shape {shape} of {dtype} on {U.device} to fit U, got "
+                f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
+            )
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous, got strides {tensor.stride()}; "
+                f"pass {name}.contiguous()"
+            )

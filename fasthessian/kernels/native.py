@@ -16,6 +16,7 @@ from fasthessian.kernels.contract import (
     check_block,
     check_pack,
     check_recurrence,
+    check_softmax,
     check_stream,
 )
 
@@ -206,3 +207,13 @@ def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: floa
         alpha, beta, *place,
     )  # fmt: skip
     return out
+
+
+def softmax_curvature_(U: Tensor, Z: Tensor, scale: Tensor) -> Tensor:
+    """``u = scale (diag(p) - p p^T) u``, ``p = softmax(z)``: ``reference.softmax_curvature_``."""
+    check_softmax(U, Z, scale)
+    entry, place = _entry(U)
+    entry.softmax_curvature(
+        U.data_ptr(), Z.data_ptr(), TYPES[U.dtype], *U.shape, scale.data_ptr(), *place
+    )
+    return U

@@ -6,6 +6,7 @@ float64. Each column tile of W is rounded to W's dtype once, after the whole sub
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -18,11 +19,13 @@ from fasthessian.kernels.contract import (
     check_block,
     check_pack,
     check_recurrence,
+    check_softmax,
     check_stream,
 )
 
 NAME = "reference"
 TILE = 1 << 16  # columns widened to float64 at a time: bounds the temporary at k * 512 KiB
+LOGITS = 1 << 17  # widened to float64 at a time, or those of one row: 1 MiB
 SIGNS, NORMAL = 0, 1  # third counter word of Philox: the two streams of one seed never meet
 
 
@@ -190,3 +193,26 @@ def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: floa
         else:
             piece.mul_(beta).add_(tensor.reshape(-1), alpha=alpha)
     return out
+
+
+def softmax_curvature_(U: Tensor, Z: Tensor, scale: Tensor) -> Tensor:
+    """``u = scale (diag(p) - p p^T) u`` with ``p = softmax(z)``, for each row u of U and z of Z.
+
+    The product with the Hessian of the cross-entropy at its logits. U and Z (o, c, i) hold o i rows
+    over c classes, scale (o, i) is float64; all are contiguous. A row of scale 0 becomes 0 whatever
+    it held.
+    """
+    check_softmax(U, Z, scale)
+    outer, classes, inner = U.shape
+    if U.numel() == 0:
+        return U
+    width = min(inner, max(1, LOGITS // classes))
+    height = max(1, LOGITS // (classes * width))
+    for top, left in itertools.product(range(0, outer, height), range(0, inner, width)):
+        u, z, factor = (
+            X[top : top + height, ..., left : left + width] for X in (U, Z, scale.unsqueeze(1))
+        )
+        p, wide = torch.softmax(z.double(), 1), u.double()
+        product = factor * p * (wide - (p * wide).sum(1, keepdim=True))
+        u.copy_(torch.where(factor == 0, 0.0, product))
+    return U
