@@ -8,6 +8,7 @@ from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.trace import trace
 from fasthessian.kernels import doctor
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.fisher import EmpiricalFisher, Fisher
 from fasthessian.operators.gaussnewton import GaussNewton
 from fasthessian.operators.hessian import Hessian
 from fasthessian.pyhessian import hessian
@@ -17,7 +18,9 @@ __all__ = [
     "ConvergenceWarning",
     "Density",
     "Eigenpairs",
+    "EmpiricalFisher",
     "Estimate",
+    "Fisher",
     "GaussNewton",
     "Hessian",
     "Landscape",

@@ -27,16 +27,24 @@ class Layout:
         tensor([6., 7.])
     """
 
-    def __init__(self, named: Mapping[str, Tensor]) -> None:
+    def __init__(self, named: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
+        """``dtype`` is that of the vectors, by default the first tensor's."""
         if not named:
             raise ValueError("a layout needs at least one named tensor, got none")
         first = next(iter(named.values()))
         self.names: tuple[str, ...] = tuple(named)
         self.shapes: tuple[torch.Size, ...] = tuple(t.shape for t in named.values())
-        self.dtype: torch.dtype = first.dtype
+        self.dtype: torch.dtype = dtype or first.dtype
         self.device: torch.device = first.device
         self._sizes = [t.numel() for t in named.values()]
         self.n: int = sum(self._sizes)
+
+    def subset(self, positions: Sequence[int]) -> Layout:
+        """The layout of the tensors at some places alone."""
+        meta = {self.names[i]: torch.empty(self.shapes[i], device="meta") for i in positions}
+        chosen = Layout(meta, self.dtype)
+        chosen.device = self.device
+        return chosen
 
     def views(self, v: Tensor) -> list[Tensor]:
         """The pieces of v (n,) in their shapes, sharing v's memory."""

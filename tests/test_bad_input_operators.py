@@ -123,7 +123,7 @@ MODEL = {
     "frozen": (on_model(net().requires_grad_(False)), ValueError, "model has no trainable param"),
     "without parameters": (on_model(nn.Identity()), ValueError, "model has no trainable param"),
     "function": (on_model(lambda x: x), TypeError, "model must be a torch.nn.Module.*from_closure"),
-    "half": (on_model(net(dtype=torch.float16)), TypeError, "'0.weight' is torch.float16.*float()"),
+    "half": (on_model(net(dtype=torch.float16)), TypeError, "data holds torch.float32 but the par"),
     "complex": (on_model(of_complex()), TypeError, "'weight' is torch.complex64"),
     "mixed": (lambda: on_model(mixed())(), ValueError, "mix dtypes: '0.weight' is torch.float32"),
     "devices": (lambda: on_model(on_two_devices())(), ValueError, "on several devices"),
@@ -143,7 +143,10 @@ MODEL = {
 }  # fmt: skip
 OPTION = {
     "engine": (on_model(net(), engine="fast"), ValueError, "engine must be one of auto, r"),
-    "precision": (on_model(net(), precision="bf16"), ValueError, "precision must be None"),
+    "precision": (on_model(net(), precision="fp8"), ValueError, "precision must be None, 'bf16'"),
+    "tf32": (on_model(net(), precision="tf32"), ValueError, "None or 'bf16' on cpu, got 'tf32'"),
+    "microbatch": (on_model(net(), microbatch=0), ValueError, "microbatch must be None or a posi"),
+    "decay": (on_model(net(), weight_decay=-1.0), ValueError, "weight_decay must be a finite"),
     "group": (on_model(net(), group=0), ValueError, "group must be None, got 0"),
     "mode": (on_model(net(), mode="test"), ValueError, "mode must be 'eval' or 'train'"),
     "budget": (on_model(net(), memory_budget=-1), ValueError, "memory_budget must be .*got -1"),

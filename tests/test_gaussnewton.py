@@ -120,7 +120,20 @@ def test_the_model_is_left_as_it_was():
 
 def test_what_it_cannot_serve_is_one_clear_line():
     model, criterion, data = PROBLEMS["mlp"].make()
-    refused(lambda: fh.GaussNewton(model, None, data), TypeError, "criterion must be given")
+    refused(
+        lambda: fh.GaussNewton(model, None, data), TypeError,
+        "criterion is None, so the model gets the whole batch",
+    )  # fmt: skip
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x, y):
+            return criterion(self.inner(x), y)
+
+    refused(lambda: fh.GaussNewton(Own(), None, data), TypeError, "criterion must be given")
     refused(
         lambda: fh.GaussNewton(model, lambda z, y: -criterion(z, y), data),
         ValueError, "criterion is not convex in the outputs",

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
-from fasthessian.algorithms.arguments import Progress, integer, operator, positive, seed_of
+from fasthessian.algorithms.arguments import Progress, integer, positive, seed_of
 from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.algorithms.rounds import Run, solve
 from fasthessian.algorithms.threeterm import ThreeTerm
 from fasthessian.basis import FORMATS
 from fasthessian.operators.base import SymmetricOperator
@@ -22,8 +24,16 @@ LOOK = 16  # steps between two looks at a GPU's run
 BAND = 1.96  # standard errors in the band
 
 
-def density(
-    A: SymmetricOperator,
+@overload
+def density(A: SymmetricOperator, **options: Any) -> Density: ...
+
+
+@overload
+def density(A: Mapping[str, SymmetricOperator], **options: Any) -> dict[str, Density]: ...
+
+
+def density(  # type: ignore[misc]  # the overloads leave the options to this one
+    A: SymmetricOperator | Mapping[str, SymmetricOperator],
     *,
     steps: int = 100,
     probes: int = 1,
@@ -34,7 +44,7 @@ def density(
     basis: str = "full",
     graph: bool = True,
     progress: Progress | None = None,
-) -> Density:
+) -> Density | dict[str, Density]:
     r"""The eigenvalue density ``phi(x) = 1/n sum_i g(x - lambda_i)``, g Gaussian of width sigma.
 
     Stochastic Lanczos quadrature (Golub and Welsch 1969; Lin, Saad, Yang 2016; Ghorbani,
@@ -46,7 +56,8 @@ def density(
     for one probe too - and the change from half the steps. It is pointwise.
 
     Args:
-        A: the operator, size n.
+        A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
+            together, and a dictionary of results is returned.
         steps: Lanczos steps and products a probe, at least 1. Memory: steps rows of the basis and
             two vectors.
         probes: random starts, at least 1; one is enough for n above about 1e7.
@@ -77,26 +88,39 @@ def density(
         >>> round(float((d.nodes * d.weights).sum()), 3)
         50.5
     """
-    n = operator(A).n
     steps, probes = integer("steps", steps, 1), integer("probes", probes, 1)
     sigma = None if sigma is None else positive("sigma", sigma)
     seed = seed_of(seed)
     if basis not in (*FORMATS, "none"):
         raise ValueError(f"basis must be one of {', '.join(FORMATS)}, none, got {basis!r}")
 
-    start, total = A.matvecs, probes * min(steps, n)
+    def start(B: SymmetricOperator, told: Progress | None) -> Run[Density]:
+        def krylov(probe: int) -> Lanczos | ThreeTerm:
+            options: dict[str, Any] = {"seed": seed, "offset": probe * B.n, "backend": backend}
+            if basis == "none":
+                return ThreeTerm(B, steps, **options)
+            options |= {"schedule": schedule, "basis": basis, "graph": graph}
+            return Lanczos(B, steps, signs=True, refill=False, **options)
+
+        return _run(B, krylov, steps, probes, sigma, told)
+
+    return solve(A, start, progress)
+
+
+def _run(
+    A: SymmetricOperator,
+    begin: Callable[[int], Lanczos | ThreeTerm],
+    steps: int,
+    probes: int,
+    sigma: float | None,
+    progress: Progress | None,
+) -> Run[Density]:
+    n, start, total = A.n, A.matvecs, probes * min(steps, A.n)
     runs = []
     for probe in range(probes):
-        krylov: Lanczos | ThreeTerm
-        if basis == "none":
-            krylov = ThreeTerm(A, steps, seed=seed, offset=probe * n, backend=backend)
-        else:
-            krylov = Lanczos(
-                A, steps, seed=seed, offset=probe * n, signs=True, refill=False,
-                schedule=schedule, backend=backend, basis=basis, graph=graph,
-            )  # fmt: skip
+        krylov = begin(probe)
         while krylov.size < krylov.capacity and not krylov.exhausted:
-            krylov.step()
+            yield from krylov.advance()
             last = krylov.size == krylov.capacity or krylov.exhausted
             if last or krylov.size % LOOK == 0:
                 krylov.look(wait=last)
@@ -113,12 +137,12 @@ def density(
     if sigma is None:
         size = max(abs(low), abs(high)) or 1.0
         sigma = max(0.005 * (high - low), 1e-4 * size)
+    shortfall = None
     finest = (high - low) * FINENESS / (MAX_GRID - 2 * REACH * FINENESS - 2)
     if sigma < finest:
-        warnings.warn(
+        shortfall = UserWarning(
             f"sigma={sigma:.3g} needs more than {MAX_GRID} grid points for the range "
-            f"[{low:.4g}, {high:.4g}]; {finest:.3g} is used, nodes and weights are unaffected",
-            stacklevel=2,
+            f"[{low:.4g}, {high:.4g}]; {finest:.3g} is used, nodes and weights are unaffected"
         )
         sigma = finest
     grid = _grid(low, high, sigma)
@@ -127,7 +151,7 @@ def density(
     narrow = _smooth(full, grid, sigma / math.sqrt(2))
     variance = 2 * narrow / (2 * math.sqrt(math.pi) * sigma) / (n * probes)
     spread = torch.sqrt(BAND**2 * variance + (values - _smooth(half, grid, sigma)) ** 2)
-    return Density(
+    found = Density(
         nodes=torch.stack([_padded(nodes, steps, float(nodes[-1])) for nodes, _ in full]),
         weights=torch.stack([_padded(weights, steps, 0.0) for _, weights in full]),
         grid=grid,
@@ -137,6 +161,7 @@ def density(
         sigma=sigma,
         matvecs=A.matvecs - start,
     )
+    return found, shortfall
 
 
 def quadrature(T: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Generator, Mapping
 from types import ModuleType
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from fasthessian.algorithms.arguments import (
     seed_of,
 )
 from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.algorithms.rounds import Request, Run, solve
 from fasthessian.basis import Basis
 from fasthessian.kernels.contract import MAX_BLOCK
 from fasthessian.operators.base import SymmetricOperator
@@ -27,8 +29,18 @@ LOOK = 4  # steps between two looks at a GPU's run
 WHICH = ("LM", "LA", "SA", "BE")
 
 
+@overload
+def eigsh(A: SymmetricOperator, k: int = 1, which: str = "LM", **options: Any) -> Eigenpairs: ...
+
+
+@overload
 def eigsh(
-    A: SymmetricOperator,
+    A: Mapping[str, SymmetricOperator], k: int = 1, which: str = "LM", **options: Any
+) -> dict[str, Eigenpairs]: ...
+
+
+def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
+    A: SymmetricOperator | Mapping[str, SymmetricOperator],
     k: int = 1,
     which: str = "LM",
     *,
@@ -41,15 +53,16 @@ def eigsh(
     basis: str = "full",
     graph: bool = True,
     progress: Progress | None = None,
-) -> Eigenpairs:
+) -> Eigenpairs | dict[str, Eigenpairs]:
     r"""The k extreme eigenpairs of A, each with ``||A v - theta v|| <= tol |theta|``.
 
     Thick-restart Lanczos (Wu and Simon 2000) with full reorthogonalisation. By the residual
     theorem an eigenvalue of A lies within the residual of each theta.
 
     Args:
-        A: the operator, size n.
-        k: how many pairs, 1 to n.
+        A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
+            together, and a dictionary of results is returned.
+        k: how many pairs, 1 to n; of a dictionary, as many as an operator has at most.
         which: "LM" largest magnitude (descending), "LA" largest (descending), "SA" smallest
             (ascending), "BE" both ends (descending; the larger half, rounded up, from the top).
         tol: relative residual at which a pair is converged; never asked below the rounding of
@@ -87,25 +100,45 @@ def eigsh(
         >>> [round(x, 3) for x in fh.eigsh(A, 2, "LA").values.tolist()]
         [100.0, 99.0]
     """
-    n = operator(A).n
-    k = integer("k", k, 1, n)
     if which not in WHICH:
         raise ValueError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
-    tol = positive("tol", tol)
-    default_rows = min(n, max(2 * k + 30, 4 * k))
-    ncv = default_rows if ncv is None else integer("ncv", ncv, min(k + 2, n), n)
-    limit = max(1000, 20 * ncv) if max_matvecs is None else integer("max_matvecs", max_matvecs, k)
-    seed = seed_of(seed)
+    tol, seed = positive("tol", tol), seed_of(seed)
+    each = A.values() if isinstance(A, Mapping) else [A]
+    largest = max((operator(B).n for B in each), default=1)
+    k = integer("k", k, 1, largest)
 
-    start = A.matvecs
+    def start(B: SymmetricOperator, told: Progress | None) -> Run[Eigenpairs]:
+        count = min(k, B.n)
+        default_rows = min(B.n, max(2 * count + 30, 4 * count))
+        rows = default_rows
+        if ncv is not None:
+            rows = min(integer("ncv", ncv, min(count + 2, B.n), largest), B.n)
+        limit = max(1000, 20 * rows)
+        if max_matvecs is not None:
+            limit = integer("max_matvecs", max_matvecs, count)
+        options: dict[str, Any] = {"schedule": schedule, "backend": backend}
+        options |= {"basis": basis, "graph": graph}
+        krylov = Lanczos(B, rows, seed=seed, **options)
+        return _run(krylov, count, which, tol, limit, basis, told)
+
+    return solve(A, start, progress)
+
+
+def _run(
+    krylov: Lanczos,
+    k: int,
+    which: str,
+    tol: float,
+    limit: int,
+    basis: str,
+    progress: Progress | None,
+) -> Run[Eigenpairs]:
+    A, ncv, start = krylov.A, krylov.capacity, krylov.A.matvecs
     compressed = basis == "compressed"
     if compressed:  # k products are kept for the refinement, and a margin for what it measures
         limit = max(limit - k, k)
-    krylov = Lanczos(
-        A, ncv, seed=seed, schedule=schedule, backend=backend, basis=basis, graph=graph
-    )
     while True:
-        krylov.step()
+        yield from krylov.advance()
         made = A.matvecs - start
         if progress is not None:
             progress(made, None)
@@ -132,30 +165,30 @@ def eigsh(
     chosen = order[:k]
     if which == "BE":
         chosen = chosen.sort(descending=True).values
-    vectors = torch.empty(k, n, dtype=A.dtype, device=A.device)
+    vectors = torch.empty(k, A.n, dtype=A.dtype, device=A.device)
     krylov.combine(S[:, chosen], vectors)
     krylov.close()
     values, residuals = values[chosen], residuals[chosen] + krylov.noise
     if compressed:
         floor, backend_used = 2 * krylov.noise, krylov.kernels
         del krylov  # the basis, before the products of the vectors
-        values, residuals = _refined(A, vectors, values, backend_used)
+        values, residuals = yield from _refined(vectors, values, backend_used)
         converged = residuals <= torch.clamp(tol * values.abs(), min=floor)
         made = A.matvecs - start
+    shortfall = None
     if not bool(converged.all()):
-        warnings.warn(
+        shortfall = ConvergenceWarning(
             f"{int(converged.sum())} of {k} eigenpairs converged to tol={tol:g} in {made} "
-            f"products; {_way_out(basis)}, or accept the residuals returned",
-            ConvergenceWarning,
-            stacklevel=2,
+            f"products; {_way_out(basis)}, or accept the residuals returned"
         )
-    return Eigenpairs(
+    found = Eigenpairs(
         values=values,
         vectors=vectors,
         residuals=residuals,
         converged=bool(converged.all()),
         matvecs=made,
     )
+    return found, shortfall
 
 
 def _judged(krylov: Lanczos, k: int, which: str, tol: float, wait: bool) -> tuple[Tensor, Tensor]:
@@ -171,12 +204,12 @@ def _judged(krylov: Lanczos, k: int, which: str, tol: float, wait: bool) -> tupl
 
 
 def _refined(
-    A: SymmetricOperator, X: Tensor, values: Tensor, backend: ModuleType
-) -> tuple[Tensor, Tensor]:
+    X: Tensor, values: Tensor, backend: ModuleType
+) -> Generator[Request, None, tuple[Tensor, Tensor]]:
     """Rayleigh-Ritz on the rows of X (k, n), in place: values in the order given, residuals."""
     k = len(X)
     Y = torch.empty_like(X)
-    A.apply(X, Y)
+    yield Request(X, Y)
     grams = [torch.empty(k, k, dtype=torch.float64, device=X.device) for _ in range(2)]
     for start in range(0, k, MAX_BLOCK):
         rows = slice(start, start + MAX_BLOCK)

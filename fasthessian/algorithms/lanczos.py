@@ -25,6 +25,7 @@ from fasthessian import basis as bases
 from fasthessian import kernels
 from fasthessian.algorithms.ledger import Ledger, State
 from fasthessian.algorithms.replay import Replay
+from fasthessian.algorithms.rounds import Asking, Request, alone
 from fasthessian.kernels.contract import CANCELLED
 from fasthessian.operators.base import ASYMMETRY, SymmetricOperator
 from fasthessian.vectors import empty_rows
@@ -114,12 +115,19 @@ class Lanczos:
         return rounding / self._rounding * self._noise_of(size) if size else 0.0
 
     def step(self) -> None:
-        """Make one product and one more final row, unless the space is exhausted."""
+        """One more final row by a product of the operator; see ``advance``."""
+        alone(self.A, self.advance())
+
+    def advance(self) -> Asking:
+        """Ask for one product and make one more final row, unless the space is exhausted."""
         if self.size >= self.capacity:
             raise ValueError(f"the basis is full at {self.capacity} rows; restart it")
         goal = self.size + 1
         while self.size < goal and not self.exhausted:
-            self._replay.step(self)
+            if not self._replay.step(self):
+                u, w = (self.W[i][None] for i in (self._u, 1 - self._u))
+                yield Request(u, w, self.deferred)
+                self._absorb()
             self.size += 1
             self.exhausted = self.size == self.A.n
             if not self.deferred:
@@ -172,26 +180,28 @@ class Lanczos:
         self.ledger.rewrite(T)
         self.ledger.candidate(p, self.beta**2)
 
-    def eager_step(self) -> None:
-        """One step by the schedule, kernel by kernel."""
-        if self.delayed:
-            self.delayed_step(self.size, self.size, self.size)
-        else:
-            self._classical_step()
-
     def delayed_step(self, made: int | Tensor, both: int | Tensor, making: int | Tensor) -> None:
         """One dcgs2 step; the counts are numbers, or cells of the ledger's counter."""
         self.A.apply(self.W[:1], self.W[1:], trusted=self.deferred)
+        self._absorb_delayed(made, both, making)
+
+    def _absorb(self) -> None:
+        """Orthogonalise the product of the candidate, and make the candidate a final row."""
+        if self.delayed:
+            self._absorb_delayed(self.size, self.size, self.size)
+        else:
+            self._absorb_classical()
+
+    def _absorb_delayed(self, made: int | Tensor, both: int | Tensor, making: int | Tensor) -> None:
         C, G = self.basis.project_(self.W, count=made)
         H, S = self.kernels.recur_(
             C, G, self.ledger.T, self.ledger.gauges, count=both, scale=self.basis.scale
         )
         self.basis.update_(self.W, H, S, count=making, append=True)
 
-    def _classical_step(self) -> None:
+    def _absorb_classical(self) -> None:
         j, scale, basis = self.size, self.basis.scale, self.basis
-        u, w = self.W[self._u][None], self.W[1 - self._u][None]
-        self.A.apply(u, w, trusted=self.deferred)
+        w = self.W[1 - self._u][None]
         first, _ = basis.project_(w, count=j + 1)
         second, G = basis.project_(w, basis.coefficients(first), count=j + 1)
         nu2 = G[0, 0] - (second / scale).square().sum()

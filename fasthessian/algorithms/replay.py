@@ -39,23 +39,23 @@ class Replay:
             return f"eager: {self._reason}"
         return "captured" if self._graph is not None else "to be captured at the first step"
 
-    def step(self, run: Lanczos) -> None:
-        """Enqueue one step; the first is made kernel by kernel, to warm up for the capture."""
+    def step(self, run: Lanczos) -> bool:
+        """Enqueue one step, product included; False where it has to be made kernel by kernel.
+
+        The first is made kernel by kernel, to warm up for the capture.
+        """
         if self._graph is not None:
             self._graph.replay()
             run.A.matvecs += 1
-        elif self._reason is not None:
-            run.eager_step()
-        else:
-            self._warm_up_and_capture(run)
+            return True
+        return self._reason is None and self._warm_up_and_capture(run)
 
-    def _warm_up_and_capture(self, run: Lanczos) -> None:
+    def _warm_up_and_capture(self, run: Lanczos) -> bool:
         device, counter = run.A.device, run.ledger.counter
         side, ahead = _side_stream(device), torch.cuda.current_stream(device)
         self._reason = run.A.rebuild()
         if self._reason is not None:
-            run.eager_step()
-            return
+            return False
         side.wait_stream(ahead)
         with torch.cuda.stream(side):
             counter.fill_(run.size)
@@ -71,6 +71,7 @@ class Replay:
             graph.reset()
         run.A.matvecs = made  # a capture makes no product
         ahead.wait_stream(side)
+        return True
 
 
 def _obstacle(run: Lanczos, wanted: bool) -> str | None:

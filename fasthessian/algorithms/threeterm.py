@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.algorithms.lanczos import NOISE
+from fasthessian.algorithms.rounds import Asking, Request, alone
 from fasthessian.basis import check_room
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.vectors import empty_rows
@@ -49,10 +50,14 @@ class ThreeTerm:
         self._rescale(self._rows[:1], torch.full((1, 1), A.n, dtype=torch.float64, device=A.device))
 
     def step(self) -> None:
-        """Make one product and one more row of T, unless the space is exhausted."""
+        """One more row of T by a product of the operator; see ``advance``."""
+        alone(self.A, self.advance())
+
+    def advance(self) -> Asking:
+        """Ask for one product and make one more row of T, unless the space is exhausted."""
         j, rows, project_ = self.size, self._rows, self._kernels.project_
         q, w = (rows[i % 3][None] for i in (j, j + 1))
-        self.A.apply(q, w, trusted=self._deferred)
+        yield Request(q, w, self._deferred)
         if j:
             project_(rows[(j - 1) % 3][None], w, self._entries[j - 1, 1:, None])
         C, _ = project_(q, w)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
+from collections.abc import Mapping
+from typing import Any, overload
 
 import torch
 
@@ -12,10 +13,10 @@ from fasthessian.algorithms.arguments import (
     ConvergenceWarning,
     Progress,
     integer,
-    operator,
     positive,
     seed_of,
 )
+from fasthessian.algorithms.rounds import Request, Run, solve
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.records import Estimate
 from fasthessian.vectors import empty_rows
@@ -25,8 +26,16 @@ BLOCK = 8  # samples between two looks at the interval, and vectors in one pass 
 FIRST_LOOK = 16  # samples: a variance from fewer stops too early too often
 
 
-def trace(
-    A: SymmetricOperator,
+@overload
+def trace(A: SymmetricOperator, **options: Any) -> Estimate: ...
+
+
+@overload
+def trace(A: Mapping[str, SymmetricOperator], **options: Any) -> dict[str, Estimate]: ...
+
+
+def trace(  # type: ignore[misc]  # the overloads leave the options to this one
+    A: SymmetricOperator | Mapping[str, SymmetricOperator],
     *,
     method: str = "auto",
     rtol: float = 0.05,
@@ -35,7 +44,7 @@ def trace(
     seed: int = 0,
     backend: str | None = None,
     progress: Progress | None = None,
-) -> Estimate:
+) -> Estimate | dict[str, Estimate]:
     r"""``tr(A)`` as the mean of v'Av over random signs v, until the interval is narrow enough.
 
     Hutchinson's estimator (1989): unbiased, variance ``2 (||A||_F^2 - sum a_ii^2)`` a sample. It
@@ -43,7 +52,8 @@ def trace(
     every 8 samples from the 16th on - never on the change of the running mean.
 
     Args:
-        A: the operator, size n.
+        A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
+            together, and a dictionary of results is returned.
         method: "hutchinson"; "auto" takes it.
         rtol: half-width of the interval over |trace|, in (0, 1).
         confidence: of the interval, in (0, 1).
@@ -67,14 +77,28 @@ def trace(
         >>> fh.trace(A).value
         5050.0
     """
-    n = operator(A).n
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
     limit = 1000 if max_matvecs is None else integer("max_matvecs", max_matvecs, 2)
     seed = seed_of(seed)
-    serve = kernels.select(A.device, backend)
 
+    def start(B: SymmetricOperator, told: Progress | None) -> Run[Estimate]:
+        return _run(B, rtol, confidence, limit, seed, backend, told)
+
+    return solve(A, start, progress)
+
+
+def _run(
+    A: SymmetricOperator,
+    rtol: float,
+    confidence: float,
+    limit: int,
+    seed: int,
+    backend: str | None,
+    progress: Progress | None,
+) -> Run[Estimate]:
+    n, serve = A.n, kernels.select(A.device, backend)
     rows = empty_rows(BLOCK, n, A.dtype, A.device)
     products = torch.empty(min(BLOCK, limit), n, dtype=A.dtype, device=A.device)
     samples = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -83,7 +107,7 @@ def trace(
         b = min(BLOCK, limit - len(samples))
         for i in range(b):
             serve.signs_(rows[i], seed, (len(samples) + i) * n)
-        A.apply(rows[:b], products[:b])
+        yield Request(rows[:b], products[:b])
         C, _ = serve.project_(rows[:b], products[:b])
         samples = torch.cat((samples, C.diagonal().cpu()))
         s = len(samples)
@@ -95,14 +119,13 @@ def trace(
             needed = int(min(limit, max(s + BLOCK, s * min(ratio, 1e4) ** 2)))
         if progress is not None:
             progress(A.matvecs - start, s if converged else needed)
+    shortfall = None
     if not converged:
-        warnings.warn(
+        shortfall = ConvergenceWarning(
             f"the trace's interval is {value:.4g} +- {half:.2g} after {len(samples)} products, "
-            f"wider than rtol={rtol:g}; raise max_matvecs or rtol",
-            ConvergenceWarning,
-            stacklevel=2,
+            f"wider than rtol={rtol:g}; raise max_matvecs or rtol"
         )
-    return Estimate(
+    found = Estimate(
         value=value,
         stderr=stderr,
         interval=(value - half, value + half),
@@ -111,6 +134,7 @@ def trace(
         matvecs=A.matvecs - start,
         converged=converged,
     )
+    return found, shortfall
 
 
 def student_t(confidence: float, df: int) -> float:

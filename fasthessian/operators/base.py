@@ -103,15 +103,19 @@ class SymmetricOperator:
         ``trusted`` nothing is read back from a GPU: the caller looks for NaN and Inf, and changes
         of parameters that leave no trace in autograd's versions go unnoticed.
         """
-        self._accepts("V", V, (2,))
-        self._accepts("out", out, (2,))
-        if V.shape != out.shape:
-            raise ValueError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
+        self.accepts(V, out)
         if V.is_inference() or out.is_inference():  # autograd can neither save nor write these
             out.copy_(self @ V)
         else:
             with torch.inference_mode(False):
                 self._product(V.detach(), out, trusted)
+
+    def accepts(self, V: Tensor, out: Tensor) -> None:
+        """Raise unless V (b, n) and ``out`` (b, n) can be multiplied and written."""
+        self._accepts("V", V, (2,))
+        self._accepts("out", out, (2,))
+        if V.shape != out.shape:
+            raise ValueError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
 
     def capturable(self) -> str | None:
         """Why a product cannot be captured in a CUDA graph; None if it can."""
@@ -131,10 +135,14 @@ class SymmetricOperator:
             return
         with torch.no_grad():
             self._apply(V, out, trusted)
-            if not trusted and not bool(torch.isfinite(out).all()):
-                if not bool(torch.isfinite(V).all()):
-                    raise ValueError("v holds NaN or Inf; a product needs finite numbers")
-                raise ValueError(f"{self} returned NaN or Inf for a finite vector")
+        self.made(V, out, trusted)
+
+    def made(self, V: Tensor, out: Tensor, trusted: bool) -> None:
+        """Count the products ``out`` of V, and raise ValueError if one is not finite."""
+        if not trusted and not bool(torch.isfinite(out).all()):
+            if not bool(torch.isfinite(V).all()):
+                raise ValueError("v holds NaN or Inf; a product needs finite numbers")
+            raise ValueError(f"{self} returned NaN or Inf for a finite vector")
         self.matvecs += V.shape[0]
 
     def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,18 +30,46 @@ def leaves(batch: Batch) -> Iterator[Tensor]:
             yield from leaves(item)
 
 
+def mapped(batch: Batch, change: Callable[[Any], Any]) -> Batch:
+    """The batch with ``change`` applied to everything in it that is no container."""
+    if isinstance(batch, Mapping):
+        return {key: mapped(batch[key], change) for key in batch}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(mapped(item, change) for item in batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(mapped(item, change) for item in batch)
+    return change(batch)
+
+
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on ``device``; tensors already there are not copied."""
-    if isinstance(batch, Tensor):
-        moved = batch.to(device, non_blocking=True)
-        return moved.clone() if moved.is_inference() else moved  # autograd cannot save those
-    if isinstance(batch, Mapping):
-        return {key: to_device(batch[key], device) for key in batch}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(item, device) for item in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(to_device(item, device) for item in batch)
-    return batch.to(device) if hasattr(batch, "to") else batch
+
+    def move(item: Any) -> Any:
+        if isinstance(item, Tensor):
+            moved = item.to(device, non_blocking=True)
+            return moved.clone() if moved.is_inference() else moved  # autograd cannot save those
+        return item.to(device) if hasattr(item, "to") else item
+
+    return mapped(batch, move)
+
+
+def cut(batch: Batch, most: int | None) -> Iterator[tuple[float, Batch]]:
+    """(share, chunk) for chunks of at most ``most`` samples; None leaves the batch whole.
+
+    Tensors as long as the batch are cut along their first dimension, others go into every chunk.
+    """
+    count = samples(batch)
+    if most is None or count <= most:
+        yield 1.0, batch
+        return
+    for start in range(0, count, most):
+        stop = min(start + most, count)
+
+        def window(item: Any, start: int = start, stop: int = stop) -> Any:
+            long = isinstance(item, Tensor) and item.dim() > 0 and len(item) == count
+            return item[start:stop] if long else item
+
+        yield (stop - start) / count, mapped(batch, window)
 
 
 def samples(batch: Batch) -> int:

@@ -1,9 +1,10 @@
-"""Products by double backward: the first-order graph of a part, what it holds, what fits."""
+"""How the products of one part are made: by double backward, forward mode, or differences."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,66 +12,191 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from fasthessian import kernels
 
-ENGINES = ("auto", "retained", "recompute")
+ENGINES = ("auto", "retained", "recompute", "forward", "difference")
+# What torch says of an operation that it cannot differentiate as asked.
+UNDIFFERENTIABLE = ("not implemented", "differentiate twice", "does not support forward", "jvp")
+
+Gradient = Callable[[Sequence[int]], Sequence[Tensor]]  # with respect to parameters at places
+
+
+class Task(NamedTuple):
+    """Products with one block of the matrix.
+
+    ``places`` are those of the block's parameters; ``rows`` holds the pieces of each vector in
+    their shapes, ``out`` (b, n of the block) receives the products.
+    """
+
+    places: Sequence[int]
+    rows: Sequence[Sequence[Tensor]]
+    out: Tensor
 
 
 class Graph:
-    """The gradient of one part, differentiable: H v = d(g'v)/d theta (Pearlmutter 1994)."""
+    """The products of one part of the loss; a subclass makes the pieces of one (``_pieces``)."""
+
+    def __init__(self, params: Sequence[Tensor], weight: float) -> None:
+        self._params, self._weight = params, weight
+
+    def products(self, tasks: Sequence[Task], *, first: bool, keep: bool) -> None:
+        """Add ``weight * H v`` to each row of each ``out``, or write it there if ``first``.
+
+        The graph can serve again only if ``keep``.
+        """
+        last = sum(len(task.rows) for task in tasks)
+        for task in tasks:
+            pack_ = kernels.select(task.out.device).pack_
+            params = [self._params[i] for i in task.places]
+            for views, row in zip(task.rows, task.out, strict=True):
+                last -= 1
+                tangents = [v.to(p.dtype) for v, p in zip(views, params, strict=True)]
+                with _named():
+                    pieces = self._pieces(task.places, tangents, keep or last > 0)
+                if pieces is not None:
+                    pieces = [piece.to(row.dtype) for piece in pieces]
+                    pack_(row, pieces, alpha=self._weight, beta=0.0 if first else 1.0)
+                elif first:
+                    row.zero_()
+
+    def _pieces(
+        self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool
+    ) -> Sequence[Tensor] | None:
+        """The product by parameter, unweighted; None if the block is 0."""
+        raise NotImplementedError
+
+
+class DoubleBackward(Graph):
+    """H v = d(g'v)/d theta (Pearlmutter 1994) from the differentiable gradient of the part."""
 
     def __init__(self, loss: Tensor, params: Sequence[Tensor], weight: float) -> None:
+        super().__init__(params, weight)
         grads: tuple[Tensor | None, ...] = (None,) * len(params)
         if loss.requires_grad:
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
         # a gradient that is constant in the parameters has no rows in H; edges of the graph stand
         # for the others, so that their values need not stay in memory
-        self._curved = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
-        self._edges = [get_gradient_edge(grads[i]) for i in self._curved]  # type: ignore[arg-type]
-        self._params, self._weight = params, weight
+        self._edges = {
+            i: get_gradient_edge(g)
+            for i, g in enumerate(grads)
+            if g is not None and g.requires_grad
+        }
 
-    def block(
-        self, rows: Sequence[Sequence[Tensor]], out: Tensor, *, first: bool, keep: bool
+    def _pieces(
+        self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool
+    ) -> Sequence[Tensor] | None:
+        curved = [(self._edges[i], v) for i, v in zip(places, tangents, strict=True)
+                  if i in self._edges]  # fmt: skip
+        if not curved:
+            return None
+        return torch.autograd.grad(
+            [edge for edge, _ in curved],
+            [self._params[i] for i in places],
+            [v for _, v in curved],
+            retain_graph=keep,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+
+class Forward(Graph):
+    """H v as the derivative of the gradient along v, forward over reverse: no graph is kept.
+
+    ``loss(places, values)`` is the loss of the part with ``values`` for the parameters at
+    ``places``. Reverse over forward is avoided: torch 2.13 is silently wrong there.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Sequence[int], Sequence[Tensor]], Tensor],
+        params: Sequence[Tensor],
+        weight: float,
     ) -> None:
-        """Add ``weight * H v`` to each row of out (b, n), or write it there if ``first``.
+        super().__init__(params, weight)
+        self._loss = loss
 
-        ``rows`` holds the pieces of each v in the shapes of the parameters. The graph can serve
-        again only if ``keep``.
-        """
-        if not self._edges:
-            if first:
-                out.zero_()
-            return
-        pack_ = kernels.select(out.device).pack_
-        for i, (views, row) in enumerate(zip(rows, out, strict=True)):
-            pieces = self._backward(views, keep or i + 1 < len(rows))
-            pack_(row, pieces, alpha=self._weight, beta=0.0 if first else 1.0)
-
-    def _backward(self, views: Sequence[Tensor], keep: bool) -> tuple[Tensor, ...]:
-        try:
-            return torch.autograd.grad(
-                self._edges,
-                self._params,
-                [views[i] for i in self._curved],
-                retain_graph=keep,
-                allow_unused=True,
-                materialize_grads=True,
+    def _pieces(
+        self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool
+    ) -> Sequence[Tensor]:
+        def gradient(*values: Tensor) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = torch.func.grad(lambda values: self._loss(places, values))(
+                values
             )
-        except RuntimeError as error:
-            if "not implemented" in str(error) or "differentiate twice" in str(error):
-                raise RuntimeError(
-                    f"the loss has no second derivative in torch: {str(error).splitlines()[0]}"
-                ) from error
-            raise
+            return found
+
+        at = tuple(self._params[i].detach() for i in places)
+        return torch.func.jvp(gradient, at, tuple(tangents))[1]  # type: ignore[no-any-return]
 
 
-def gradient_into(out: Tensor, loss: Tensor, params: Sequence[Tensor], weight: float) -> None:
-    """``out += weight * gradient of loss``."""
-    if loss.requires_grad:
-        pieces = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-        kernels.select(out.device).pack_(out, pieces, alpha=weight, beta=1.0)
+class Difference(Graph):
+    """H v as the central difference of gradients at theta +- h v, for what has no second ones.
+
+    ``gradient(places)`` is the gradient of the part where the parameters stand. Its error is of
+    the order eps^(2/3) of the dtype relative to the third derivative, about 1e-4 in float32.
+    """
+
+    def __init__(self, gradient: Gradient, params: Sequence[Tensor], weight: float) -> None:
+        super().__init__(params, weight)
+        self._gradient = gradient
+
+    def _pieces(
+        self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool
+    ) -> Sequence[Tensor] | None:
+        return difference(
+            lambda: self._gradient(places), [self._params[i] for i in places], tangents
+        )
 
 
-def examine(loss: Tensor, params: Sequence[Tensor]) -> None:
-    """Check that the loss depends on the parameters and can be differentiated twice.
+def difference(
+    function: Callable[[], Sequence[Tensor]], params: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Sequence[Tensor] | None:
+    """Central difference of a function of the parameters along the tangents; None along 0.
+
+    The step keeps its size relative to the parameters, whatever the size of the tangents.
+    """
+    size = _norm(tangents)
+    if not size:
+        return None
+    eps = max(torch.finfo(p.dtype).eps for p in params)
+    h = eps ** (1 / 3) * (_norm(params) or 1.0) / size
+    held = [p.data for p in params]
+    ends = []
+    try:
+        for step in (h, -h):
+            for p, at, v in zip(params, held, tangents, strict=True):
+                p.data = torch.add(at, v, alpha=step)
+            ends.append([end.detach() for end in function()])
+    finally:
+        for p, at in zip(params, held, strict=True):
+            p.data = at
+    return [(a - b).div_(2 * h) for a, b in zip(*ends, strict=True)]
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return float(torch.stack([t.detach().double().square().sum() for t in tensors]).sum().sqrt())
+
+
+@contextlib.contextmanager
+def _named() -> Iterator[None]:
+    """Say which engine would serve where torch has no such derivative."""
+    try:
+        yield
+    except RuntimeError as error:
+        if any(words in str(error) for words in UNDIFFERENTIABLE):
+            raise RuntimeError(
+                f"the loss has no second derivative in torch: {str(error).splitlines()[0]}; "
+                f"engine='difference' needs first ones only"
+            ) from error
+        raise
+
+
+def gradient(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradient of the loss, zeros where it does not depend on a parameter."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in params]
+    return torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+
+
+def examine(loss: Tensor, params: Sequence[Tensor], twice: bool = True) -> None:
+    """Check that the loss depends on the parameters and can be differentiated (``twice``).
 
     torch gives zeros, without a word, where the second derivative runs into a custom function
     marked ``once_differentiable``: its error node hangs off the way to the parameters. A seed that
@@ -79,7 +205,7 @@ def examine(loss: Tensor, params: Sequence[Tensor]) -> None:
     grads: tuple[Tensor | None, ...] = ()
     if loss.requires_grad:
         seed = torch.ones_like(loss, requires_grad=True)
-        grads = torch.autograd.grad(loss, params, seed, create_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(loss, params, seed, create_graph=twice, allow_unused=True)
     nodes = [grad.grad_fn for grad in grads if grad is not None]
     if not nodes:
         raise ValueError(
@@ -87,14 +213,15 @@ def examine(loss: Tensor, params: Sequence[Tensor]) -> None:
             f"is it computed from detached tensors?"
         )
     seen = set(nodes)
-    while nodes:
+    while twice and nodes:
         node = nodes.pop()
         if node is None:
             continue
         if node.name() == "torch::autograd::Error":
             raise RuntimeError(
                 "the loss has no second derivative: a custom autograd function in it is marked "
-                "once_differentiable; write its backward with differentiable operations"
+                "once_differentiable; write its backward with differentiable operations, or use "
+                "engine='difference', which needs first derivatives only"
             )
         fresh = {following for following, _ in node.next_functions} - seen
         seen |= fresh

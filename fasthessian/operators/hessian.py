@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
 from fasthessian.operators import parameters
 from fasthessian.operators.curvature import Curvature
-from fasthessian.operators.engines import Graph
+from fasthessian.operators.engines import Difference, DoubleBackward, Forward, Graph, gradient
 from fasthessian.operators.losses import ClosureLoss, Part
+from fasthessian.operators.options import Options
 
 
 class Hessian(Curvature):
@@ -63,6 +64,8 @@ class Hessian(Curvature):
         tensor([2., 0., 0.])
     """
 
+    _exact = True
+
     @classmethod
     def from_closure(
         cls,
@@ -71,6 +74,7 @@ class Hessian(Curvature):
         *,
         engine: str = "auto",
         memory_budget: int | None = None,
+        weight_decay: float = 0.0,
     ) -> Hessian:
         """The Hessian of ``closure()``, a scalar loss, with respect to the tensors ``params``.
 
@@ -91,8 +95,23 @@ class Hessian(Curvature):
         """
         self = cls.__new__(cls)
         chosen = parameters.of_closure(params)
-        self._prepare(ClosureLoss(closure, chosen), chosen, engine, "eval", memory_budget)
+        options = Options(engine, memory_budget=memory_budget, weight_decay=weight_decay)
+        self._prepare(ClosureLoss(closure, chosen), chosen, options)
         return self
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
-        return Graph(self._value(part), params, part.weight)
+        if self._options.engine == "forward":
+            names = self.layout.names
+
+            def loss(places: Sequence[int], values: Sequence[Tensor]) -> Tensor:
+                named = {names[i]: value for i, value in zip(places, values, strict=True)}
+                return self._loss.evaluate(part, named)[1]
+
+            return Forward(loss, params, part.weight)
+        if self._options.engine == "difference":
+
+            def slope(places: Sequence[int]) -> Sequence[Tensor]:
+                return gradient(self._value(part), [params[i] for i in places])
+
+            return Difference(slope, params, part.weight)
+        return DoubleBackward(self._value(part), params, part.weight)

@@ -6,7 +6,6 @@ batch is its number of terms over the total, so ragged batches give what one bat
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import math
 from collections.abc import Callable, Generator, Mapping
@@ -15,21 +14,25 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasthessian.operators.batches import (
     Batch,
     Memory,
     Stream,
     check_batch,
+    cut,
     leaves,
     samples,
     size,
     source,
     to_device,
 )
+from fasthessian.operators.criteria import call, option, scalar, terms
 from fasthessian.operators.state import own_buffers, seeded
 
-IGNORED = -100  # what torch and Hugging Face leave out of a loss over tokens
+REPEATED = 1e-3  # relative; two evaluations of one loss differ by rounding only
 
 
 class Part(NamedTuple):
@@ -39,94 +42,6 @@ class Part(NamedTuple):
     weight: float
     batch: Batch
     size: int  # numbers in the batch
-
-
-def option(criterion: Any, name: str, default: Any = None) -> Any:
-    """An option of a loss module (attribute) or loss function (default of its signature)."""
-    if hasattr(criterion, name):
-        return getattr(criterion, name)
-    try:
-        parameter = inspect.signature(criterion).parameters.get(name)
-    except (TypeError, ValueError):
-        return default
-    empty = parameter is None or parameter.default is inspect.Parameter.empty
-    return default if empty or parameter is None else parameter.default
-
-
-def terms(model: nn.Module, criterion: Any, batch: Batch) -> float:
-    """How many terms the criterion averages over in this batch (1 for a sum)."""
-    reduction = None if criterion is None else option(criterion, "reduction")
-    if reduction == "sum":
-        return 1.0
-    targets = batch.get("labels") if isinstance(batch, Mapping) else batch[-1]
-    if not isinstance(targets, Tensor):
-        return float(samples(batch))
-    ignored = None if criterion is None else option(criterion, "ignore_index")
-    whole = not targets.is_floating_point() and not targets.is_complex()
-    if isinstance(batch, Mapping) and whole and ignored is None:
-        # causal language models of Hugging Face predict the next label: the first has no term
-        if targets.dim() > 1 and type(model).__name__.endswith(("ForCausalLM", "LMHeadModel")):
-            targets = targets[:, 1:]
-        return float((targets != IGNORED).sum())
-    if ignored is not None and whole:
-        valid = targets[targets != ignored]
-        weight = option(criterion, "weight")
-        if reduction is None or not isinstance(weight, Tensor):
-            return float(valid.numel())
-        return float(weight.detach().double()[valid.to(weight.device)].sum())
-    if ignored is not None and targets.dim() > 0:  # class probabilities (C,) or (N, C, ...)
-        return float(targets.numel() // targets.shape[min(1, targets.dim() - 1)])
-    if reduction in (None, "batchmean"):
-        return float(samples(batch))
-    return float(targets.numel())
-
-
-def call(model: nn.Module, criterion: Any, batch: Batch) -> tuple[Any, Any]:
-    """Outputs and loss: forward pass and criterion, as the form of the batch asks."""
-    if isinstance(batch, Mapping):
-        outputs = model(**batch)
-        return outputs, _own_loss(outputs) if criterion is None else criterion(outputs, batch)
-    if criterion is None:
-        outputs = model(*batch)
-        return outputs, _own_loss(outputs)
-    inputs = batch[:-1]
-    if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
-        inputs = inputs[0]
-    outputs = model(*inputs)
-    return outputs, criterion(outputs, batch[-1])
-
-
-def _own_loss(outputs: Any) -> Any:
-    if isinstance(outputs, Tensor):
-        return outputs
-    loss = getattr(outputs, "loss", None)
-    if loss is None and isinstance(outputs, Mapping):
-        loss = outputs.get("loss")
-    if loss is None:
-        raise ValueError(
-            f"criterion is None, but the model returned {type(outputs).__name__} without a loss; "
-            f"pass a criterion, or labels in data"
-        )
-    return loss
-
-
-def scalar(loss: Any, origin: str) -> Tensor:
-    """The loss as a 0-dimensional tensor.
-
-    Raises:
-        TypeError: not a real floating-point tensor.
-        ValueError: more than one number.
-    """
-    if not isinstance(loss, Tensor):
-        raise TypeError(f"{origin} must return a tensor, got {type(loss).__name__}")
-    if not loss.is_floating_point():
-        raise TypeError(f"{origin} must return a real floating-point loss, got {loss.dtype}")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"{origin} must return a scalar loss, got shape {tuple(loss.shape)}; "
-            f"use reduction='mean' or 'sum'"
-        )
-    return loss.reshape(())
 
 
 class ModelLoss:
@@ -142,14 +57,23 @@ class ModelLoss:
         weights: Any,
         mode: str,
         like: Tensor,
+        microbatch: int | None = None,
+        ordered: bool = False,
     ) -> None:
         if criterion is not None and not callable(criterion):
             raise TypeError(f"criterion must be callable or None, got {type(criterion).__name__}")
         if criterion is None:
             self.origin = "model"
-        self._model, self._criterion = model, criterion
+        self.model, self.criterion = model, criterion
+        self.microbatch = microbatch
         self._device, self._dtype = like.device, like.dtype
         for name, module in model.named_modules():
+            coupling = mode == "train" or getattr(module, "running_mean", None) is None
+            if microbatch is not None and isinstance(module, _BatchNorm) and coupling:
+                raise ValueError(
+                    f"microbatch must be None for this model: {name!r} normalises over the batch; "
+                    f"use mode='eval', or batches that fit"
+                )
             if getattr(module, "max_norm", None) is not None:
                 raise ValueError(
                     f"model has {name!r} with max_norm, which rewrites its weight in the forward "
@@ -166,29 +90,28 @@ class ModelLoss:
         self._weights = _checked(weights)
         self._fits = False  # until the first batch went through
         # batch statistics, dropout masks and given weights depend on the order and the batching
-        ordered = mode == "train" or self._weights is not None
+        ordered |= mode == "train" or self._weights is not None
         self._source: Memory | Stream = source(data, ordered)
         self.replayable = self._source.replayable
         self.survey()
 
     def survey(self) -> None:
         """One pass over the data: check the batches, count the terms."""
-        counts, self.size = [], 0
-        with closing(self._source.one_pass()) as batches:
-            for index, batch in enumerate(batches):
-                check_batch(batch, self._criterion is not None)
-                counts.append(self._terms(index, batch))
+        counts, self.size, index = [], 0, -1
+        with closing(self._chunks()) as chunks:
+            for index, share, batch in chunks:
+                counts.append(self._terms(index, share, batch))
                 self.size += size(batch)
         if not counts:
             raise ValueError("data is empty: it yielded no batch")
-        if isinstance(self._weights, list) and len(self._weights) != len(counts):
+        if isinstance(self._weights, list) and len(self._weights) != index + 1:
             raise ValueError(
-                f"weights must have one entry per batch ({len(counts)}), got {len(self._weights)}"
+                f"weights must have one entry per batch ({index + 1}), got {len(self._weights)}"
             )
         total = sum(counts)
         if total <= 0:
             raise ValueError("data holds no term of the loss: every target is ignored")
-        summed = self._weights is None and option(self._criterion, "reduction") == "sum"
+        summed = self._weights is None and option(self.criterion, "reduction") == "sum"
         self._total = 1.0 if summed else total
         self.count = sum(count > 0 for count in counts)
         self.token = self._token()
@@ -198,24 +121,24 @@ class ModelLoss:
         return self._token() != self.token
 
     def _token(self) -> tuple[Any, ...]:
-        weight = option(self._criterion, "weight")
+        weight = option(self.criterion, "weight")
         held = tuple(weight.tolist()) if isinstance(weight, Tensor) else None
-        how = tuple(option(self._criterion, name) for name in ("reduction", "ignore_index"))
+        how = tuple(option(self.criterion, name) for name in ("reduction", "ignore_index"))
         return self._source.token(), held, how
 
     def named(self) -> dict[str, Tensor]:
         """The model's parameters now."""
-        return dict(self._model.named_parameters())
+        return dict(self.model.named_parameters())
 
     def watched(self) -> list[Tensor]:
         """Tensors on which the graphs depend: parameters and buffers, also frozen ones."""
         return [t for root in self.roots for t in (*root.parameters(), *root.buffers())]
 
-    def _terms(self, index: int, batch: Batch) -> float:
+    def _terms(self, index: int, share: float, batch: Batch) -> float:
         if self._weights is None:
-            return terms(self._model, self._criterion, batch)
+            return terms(self.model, self.criterion, batch)
         if isinstance(self._weights, list):
-            value = self._weights[index] if index < len(self._weights) else 0.0
+            value = share * self._weights[index] if index < len(self._weights) else 0.0
         else:
             value = float(self._weights(batch))
         if not (math.isfinite(value) and value >= 0):
@@ -224,22 +147,63 @@ class ModelLoss:
             )
         return value
 
+    def _chunks(self) -> Generator[tuple[int, float, Batch], None, None]:
+        """(index of the batch, share of its samples, microbatch), over one pass of the data."""
+        with closing(self._source.one_pass()) as batches:
+            for index, batch in enumerate(batches):
+                check_batch(batch, self.criterion is not None)
+                for share, chunk in cut(batch, self.microbatch):
+                    yield index, share, chunk
+
     def parts(self) -> Generator[Part, None, None]:
         """One pass over the data; batches without a term of the loss are left out."""
         position = itertools.count()
-        with closing(self._source.one_pass()) as batches:
-            for index, batch in enumerate(batches):
-                count = self._terms(index, batch)
+        with closing(self._chunks()) as chunks:
+            for index, share, batch in chunks:
+                count = self._terms(index, share, batch)
                 if count > 0:
                     yield Part(next(position), count / self._total, batch, size(batch))
 
-    def evaluate(self, part: Part) -> tuple[Any, Tensor]:
-        """The model's outputs and the scalar loss of one part, with their graph."""
+    def coupling(self) -> float:
+        """Relative change of the first batch's loss when it is cut into microbatches, or in two.
+
+        NaN where there is nothing to cut or the user weighs the batches.
+        """
+        with closing(self._source.one_pass()) as batches:
+            batch = next(batches)
+        half = max(1, samples(batch) // 2)
+        chunks = [chunk for _, chunk in cut(batch, self.microbatch or half)]
+        counts = [terms(self.model, self.criterion, each) for each in (batch, *chunks)]
+        if self._weights is not None or len(chunks) == 1 or not all(counts):
+            return math.nan
+        with torch.no_grad():
+            whole, *pieces = (
+                float(self.evaluate(Part(0, 1.0, each, 0))[1]) for each in (batch, *chunks)
+            )
+        together = sum(n * x for n, x in zip(counts[1:], pieces, strict=True)) / counts[0]
+        return abs(together - whole) / (abs(whole) or 1.0)
+
+    def evaluate(
+        self, part: Part, values: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, Tensor]:
+        """The model's outputs and the scalar loss of one part, with their graph.
+
+        ``values`` take the place of the parameters of these names.
+        """
         batch = to_device(part.batch, self._device)
+        model: Callable[..., Any] = self.model
+        if values is not None:
+            replaced = dict(values)
+
+            def model(*inputs: Any, **named: Any) -> Any:
+                return functional_call(self.model, replaced, inputs, named)
+
         try:
             with seeded(part.position), own_buffers(self.roots):
-                outputs, loss = call(self._model, self._criterion, batch)
+                outputs, loss = call(model, self.criterion, batch)
         except TypeError as error:
+            if self.criterion is None:
+                error = TypeError(f"{error}; criterion is None, so the model gets the whole batch")
             raise TypeError(f"data does not fit the model and criterion: {error}") from error
         except RuntimeError as error:
             held = {t.dtype for t in leaves(batch) if t.is_floating_point()}
@@ -291,7 +255,9 @@ class ClosureLoss:
         """The one part."""
         yield Part(0, 1.0, None, 1)
 
-    def evaluate(self, part: Part) -> tuple[Any, Tensor]:
+    def evaluate(
+        self, part: Part, values: Mapping[str, Tensor] | None = None
+    ) -> tuple[Any, Tensor]:
         """No outputs, and the closure's loss with its graph."""
         with seeded(part.position):
             return None, scalar(self._closure(), self.origin)

@@ -12,9 +12,37 @@ from torch.nn.parameter import is_lazy
 from fasthessian.operators.base import FLOATS
 from fasthessian.vectors import Layout
 
+LOW = (torch.bfloat16, torch.float16)  # their vectors are float32
 
-def of_model(model: Any, params: Any) -> dict[str, Tensor]:
-    """The model's parameters chosen by ``params``: None, names, or the parameters themselves."""
+
+def unwrapped(model: Any) -> tuple[Any, str]:
+    """The module inside DataParallel, DistributedDataParallel and torch.compile, and their names.
+
+    A product is made by one process without them, and they hide second derivatives.
+    """
+    names = []
+    while isinstance(model, nn.Module):
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            inner = model.module
+        elif hasattr(model, "_orig_mod"):
+            inner = model._orig_mod
+        else:
+            break
+        names.append(type(model).__name__)
+        model = inner
+    return model, " and ".join(names)
+
+
+def common_dtype(chosen: dict[str, Tensor]) -> torch.dtype:
+    """Of the vectors: float64 for parameters in float64, else float32."""
+    return torch.float64 if torch.float64 in {p.dtype for p in chosen.values()} else torch.float32
+
+
+def of_model(model: Any, params: Any, wrapper: str = "") -> dict[str, Tensor]:
+    """The model's parameters chosen by ``params``: None, names, or the parameters themselves.
+
+    Names may carry the prefixes of a ``wrapper`` that was taken off.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; "
@@ -30,11 +58,13 @@ def of_model(model: Any, params: Any) -> dict[str, Tensor]:
                 f"model has no trainable parameters ({len(named)} in all, none with requires_grad)"
             )
     else:
-        chosen = _pick(model, named, params)
+        chosen = _pick(model, named, params, bool(wrapper))
     return checked(chosen)
 
 
-def _pick(model: nn.Module, named: dict[str, nn.Parameter], params: Any) -> dict[str, Tensor]:
+def _pick(
+    model: nn.Module, named: dict[str, nn.Parameter], params: Any, prefixed: bool
+) -> dict[str, Tensor]:
     if isinstance(params, (str, Tensor)) or not isinstance(params, Iterable):
         raise TypeError(
             f"params must be None, or an iterable of names or parameters of the model, "
@@ -45,6 +75,10 @@ def _pick(model: nn.Module, named: dict[str, nn.Parameter], params: Any) -> dict
     by_name = dict(model.named_parameters(remove_duplicate=False))
     chosen: dict[str, Tensor] = {}
     for item in params:
+        while prefixed and isinstance(item, str) and item not in by_name and "." in item:
+            if not item.startswith(("module.", "_orig_mod.")):
+                break
+            item = item.partition(".")[2]
         found = by_name.get(item) if isinstance(item, str) else item
         name = by_id.get(id(found))
         if found is None or name is None:
@@ -84,17 +118,17 @@ def of_closure(params: Any) -> dict[str, Tensor]:
 
 
 def checked(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Raise unless all are float32 or all float64, on one device, and require gradients."""
+    """Raise unless all are float64 or none is, on one device, and require gradients."""
     first_name, first = next(iter(chosen.items()))
     for name, p in chosen.items():
         if is_lazy(p):
             raise ValueError(f"parameter {name!r} has no shape yet; run the model once on a batch")
-        if p.dtype not in FLOATS:
+        if p.dtype not in (*FLOATS, *LOW):
             raise TypeError(
                 f"parameter {name!r} is {p.dtype}; accepted are torch.float32 and torch.float64, "
-                f"use .float() or .double()"
+                f"bfloat16 and float16; use .float() or .double()"
             )
-        if p.dtype != first.dtype:
+        if (p.dtype is torch.float64) != (first.dtype is torch.float64):
             raise ValueError(
                 f"parameters mix dtypes: {first_name!r} is {first.dtype}, {name!r} is {p.dtype}; "
                 f"use .float() or .double()"
@@ -119,7 +153,9 @@ def checked(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
     return chosen
 
 
-def followed(layout: Layout, named: dict[str, Tensor]) -> dict[str, Tensor]:
+def followed(
+    layout: Layout, dtypes: Mapping[str, torch.dtype], named: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """The parameters of the layout as they are now.
 
     Raises:
@@ -129,9 +165,9 @@ def followed(layout: Layout, named: dict[str, Tensor]) -> dict[str, Tensor]:
         p = named.get(name)
         if p is None:
             raise RuntimeError(f"parameter {name!r} left the model; build a new Hessian")
-        if (p.shape, p.dtype, p.device) != (shape, layout.dtype, layout.device):
+        if (p.shape, p.dtype, p.device) != (shape, dtypes[name], layout.device):
             raise RuntimeError(
-                f"parameter {name!r} was {tuple(shape)} {layout.dtype} on {layout.device} and is "
+                f"parameter {name!r} was {tuple(shape)} {dtypes[name]} on {layout.device} and is "
                 f"now {tuple(p.shape)} {p.dtype} on {p.device}; build a new Hessian"
             )
     return checked({name: named[name] for name in layout.names})

@@ -23,6 +23,7 @@ aten = torch.ops.aten
 # Private names of torch; where one is missing the rewrite stays off.
 _functorch_level = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_will_run = getattr(torch._C, "_will_engine_execute_node", None)
 Optional = Tensor | None
 
 
@@ -55,7 +56,7 @@ class Convolution(torch.autograd.Function):
         if gy is None:
             return None, None, None, None
         x, w = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:3]
+        wanted = [_needed(ctx, i) for i in range(3)]
         return (*ConvolutionBackward.apply(gy, x, w, ctx.geometry, wanted), None)  # type: ignore[no-untyped-call]
 
 
@@ -80,7 +81,7 @@ class ConvolutionBackward(torch.autograd.Function):
         """Cotangents of gy, x and w from those of gx, gw and gb."""
         gy, x, w = ctx.saved_tensors
         ggy = gx = gw = None
-        if ctx.needs_input_grad[0]:
+        if _needed(ctx, 0):
             bias = ggb
             for source, kernel in ((ggx, w), (x, ggw)):
                 if source is not None and kernel is not None:
@@ -89,11 +90,22 @@ class ConvolutionBackward(torch.autograd.Function):
             if bias is not None:
                 ggy = bias.view(-1, *[1] * (gy.dim() - 2)).expand_as(gy)
         # the gradient of x by w, and of w by x: the other factor is not read
-        if ctx.needs_input_grad[1] and ggw is not None:
+        if ggw is not None and _needed(ctx, 1):
             gx = _backward(gy, x, ggw, ctx.geometry, 0)
-        if ctx.needs_input_grad[2] and ggx is not None:
+        if ggx is not None and _needed(ctx, 2):
             gw = _backward(gy, ggx, w, ctx.geometry, 1)
         return ggy, gx, gw, None, None
+
+
+def _needed(ctx: Any, which: int) -> bool:
+    """Whether the running differentiation asks for input ``which`` of a function.
+
+    ``needs_input_grad`` tells what could be asked for; products of a block ask for less.
+    """
+    if not ctx.needs_input_grad[which]:
+        return False
+    node = ctx.next_functions[which][0]
+    return _will_run is None or bool(_will_run(node))
 
 
 def _backward(gy: Tensor, x: Tensor, w: Tensor, geometry: Geometry, which: int) -> Tensor:
@@ -103,8 +115,12 @@ def _backward(gy: Tensor, x: Tensor, w: Tensor, geometry: Geometry, which: int) 
 
 
 def convolve(x: Tensor, w: Tensor, b: Optional, geometry: Geometry) -> Tensor:
-    """`Convolution` as a function."""
-    y: Tensor = Convolution.apply(x, w, b, geometry)  # type: ignore[no-untyped-call]
+    """`Convolution` as a function.
+
+    Leaves go in as views of themselves: autograd tells only of inner nodes whether they will run.
+    """
+    inner = [t.view_as(t) if t is not None and t.is_leaf else t for t in (x, w, b)]
+    y: Tensor = Convolution.apply(*inner, geometry)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -70,8 +70,8 @@ def own_buffers(roots: Sequence[nn.Module], copies: Copies | None = None) -> Ite
 
 
 @contextlib.contextmanager
-def _exact_float32() -> Iterator[None]:
-    """No TF32, which cuDNN's convolutions use unless told otherwise: 11 bits instead of 24."""
+def _float32(tf32: bool) -> Iterator[None]:
+    """TF32 or not: 11 bits instead of 24, which cuDNN's convolutions use unless told otherwise."""
     matmul = torch.get_float32_matmul_precision()
     try:
         convolution = torch.backends.cudnn.allow_tf32
@@ -79,8 +79,8 @@ def _exact_float32() -> Iterator[None]:
         yield
         return
     try:
-        torch.backends.cudnn.allow_tf32 = False
-        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = convolution
@@ -102,21 +102,26 @@ def _training(roots: Sequence[nn.Module], training: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def engaged(
-    roots: Sequence[nn.Module], mode: str, device: torch.device, copies: Copies | None = None
+    roots: Sequence[nn.Module],
+    mode: str,
+    device: torch.device,
+    copies: Copies | None = None,
+    precision: str | None = None,
 ) -> Iterator[None]:
     """Everything a forward pass and its two derivatives need, for the span of one pass.
 
-    Gradients on, autocast and TF32 off, scaled dot-product attention under its math kernel (the
-    fused ones have no second derivative), compiled code run eagerly, flags by ``mode``, buffers and
-    random states protected; ``copies`` as of ``own_buffers``.
+    Gradients on, autocast and TF32 off but for ``precision``, scaled dot-product attention under
+    its math kernel (the fused ones have no second derivative), compiled code run eagerly, flags by
+    ``mode``, buffers and random states protected; ``copies`` as of ``own_buffers``.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast(device.type, enabled=False))
+        lower = precision == "bf16"
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=lower))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if device.type == "cuda":
-            stack.enter_context(_exact_float32())
+            stack.enter_context(_float32(tf32=precision == "tf32"))
         if device.type == "cuda" and any(
             isinstance(module, nn.RNNBase) for root in roots for module in root.modules()
         ):  # cuDNN's recurrent layers have no second derivative

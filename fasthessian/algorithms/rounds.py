@@ -1,0 +1,97 @@
+"""Algorithms as generators that ask for products, so that many can advance in one pass.
+
+A run yields `Request`s, finds the products in their ``out`` when it goes on, and returns its
+record. ``solve`` answers the requests of one run by its operator, and those of the runs over a
+dictionary of operators together: one pass over the data a round for the blocks of one matrix.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from fasthessian.algorithms.arguments import Progress, operator
+from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.blocks import Job, multiply
+from fasthessian.records import Record
+
+R = TypeVar("R", bound=Record)
+
+
+class Request(NamedTuple):
+    """Products wanted: of the rows of V (b, n), into ``out`` (b, n)."""
+
+    V: Tensor
+    out: Tensor
+    trusted: bool = False  # see ``SymmetricOperator.apply``
+
+
+Asking = Generator[Request, None, None]
+Run = Generator[Request, None, tuple[R, "Warning | None"]]  # the record, and what it falls short of
+Start = Callable[[SymmetricOperator, "Progress | None"], Run[R]]
+
+
+def alone(A: SymmetricOperator, requests: Asking) -> None:
+    """Answer every request by A."""
+    for V, out, trusted in requests:
+        A.apply(V, out, trusted=trusted)
+
+
+def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R]:
+    """The record of one run over an operator, or one a name over a dictionary of operators."""
+    if not isinstance(A, Mapping):
+        run = start(operator(A), progress)
+        while True:
+            try:
+                V, out, trusted = next(run)
+            except StopIteration as stop:
+                record, shortfall = stop.value
+                break
+            A.apply(V, out, trusted=trusted)
+        if shortfall is not None:
+            warnings.warn(shortfall, stacklevel=3)
+        return record  # type: ignore[no-any-return]
+    return _together(A, start, progress)
+
+
+def _together(
+    operators: Mapping[str, SymmetricOperator], start: Start[R], progress: Progress | None
+) -> dict[str, R]:
+    """All runs in rounds: one request of each, answered in one pass where they share a matrix."""
+    if not operators:
+        raise ValueError("A is an empty dictionary; pass an operator, or blocks such as A.blocks()")
+    done: dict[str, tuple[int, int | None]] = {}
+
+    def told(name: str) -> Progress | None:
+        if progress is None:
+            return None
+
+        def tell(made: int, total: int | None) -> None:
+            done[name] = made, total
+            totals = [t for _, t in done.values()]
+            whole = None if None in totals or len(done) < len(operators) else sum(totals)  # type: ignore[arg-type]
+            progress(sum(made for made, _ in done.values()), whole)
+
+        return tell
+
+    runs = {name: start(operator(A), told(name)) for name, A in operators.items()}
+    found: dict[str, R] = {}
+    while runs:
+        jobs = []
+        for name in list(runs):
+            try:
+                V, out, trusted = next(runs[name])
+            except StopIteration as stop:
+                del runs[name]
+                found[name], shortfall = stop.value
+                if shortfall is not None:
+                    warnings.warn(type(shortfall)(f"{name}: {shortfall}"), stacklevel=4)
+                continue
+            except (ValueError, MemoryError) as error:
+                raise type(error)(f"{name}: {error}") from error
+            jobs.append(Job(operators[name], V, out, trusted))
+        multiply(jobs)
+    return {name: found[name] for name in operators}

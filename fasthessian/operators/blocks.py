@@ -1,0 +1,202 @@
+"""Diagonal blocks of a curvature matrix as operators, and products of many in one pass.
+
+The block H_ii of some parameters is the curvature of the loss in those alone. All blocks share the
+parent's kept graphs and its pass over the data; the product of one runs through the part of the
+graph that its parameters reach, and makes nothing for the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from fasthessian.operators.base import SymmetricOperator
+
+if TYPE_CHECKING:
+    from fasthessian.operators.curvature import Curvature
+
+
+ROOT = "(root)"  # the block of parameters that the model owns itself
+
+
+class Job(NamedTuple):
+    """Products to make: of the rows of V (b, n) by an operator, into ``out`` (b, n)."""
+
+    operator: SymmetricOperator
+    V: Tensor
+    out: Tensor
+    trusted: bool = False  # see ``SymmetricOperator.apply``
+
+
+class Block(SymmetricOperator):
+    """The diagonal block of ``parent`` that belongs to some of its parameters.
+
+    Made by ``blocks`` of an operator. A product has the parent's engine and counts here only.
+
+    Attributes:
+        n, dtype, device, matvecs: as of ``SymmetricOperator``.
+        layout: names, shapes and places of the block's parameters in a vector of the block.
+        parent: the operator that it is a block of.
+        positions: places of the block's parameters among the parent's.
+    """
+
+    def __init__(self, parent: Curvature, positions: Iterable[int]) -> None:
+        self.parent, self.positions = parent, tuple(positions)
+        self.layout = parent.layout.subset(self.positions)
+        self._describe(self.layout.n, parent.dtype, parent.device)
+
+    def capturable(self) -> str | None:
+        """Why a product cannot be captured in a CUDA graph."""
+        return "blocks share the graphs of one matrix"
+
+    def flatten(self, tensors: Mapping[str, Tensor] | list[Tensor]) -> Tensor:
+        """A vector (n,) from tensors by parameter name, or in the order of the parameters."""
+        return self.layout.flatten(tensors)
+
+    def unflatten(self, v: Tensor) -> dict[str, Tensor]:
+        """Views of v (n,) by parameter name, in the parameters' shapes."""
+        return self.layout.unflatten(v)
+
+    def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
+        self.parent.advance([(self, V, out)], trusted)
+
+
+def multiply(jobs: list[Job]) -> None:
+    """Answer all jobs: those over blocks of one matrix in one pass over its data.
+
+    Raises:
+        ValueError: as ``SymmetricOperator.apply``.
+    """
+    shared: dict[int, list[Job]] = {}
+    for job in jobs:
+        block = isinstance(job.operator, Block) and len(job.V) > 0
+        if block and not (job.V.is_inference() or job.out.is_inference()):
+            shared.setdefault(id(cast("Block", job.operator).parent), []).append(job)
+        else:
+            job.operator.apply(job.V, job.out, trusted=job.trusted)
+    for group in shared.values():
+        work: list[tuple[Block | None, Tensor, Tensor]] = []
+        for job in group:
+            job.operator.accepts(job.V, job.out)
+            work.append((cast("Block", job.operator), job.V.detach(), job.out))
+        parent = cast("Block", group[0].operator).parent
+        with torch.inference_mode(False), torch.no_grad():
+            parent.advance(work, all(job.trusted for job in group))
+        for job in group:
+            job.operator.made(job.V, job.out, job.trusted)
+
+
+def partition(
+    names: tuple[str, ...], by: Any, model: nn.Module | None = None
+) -> dict[str, list[int]]:
+    """Positions of parameters by block name; see ``Curvature.blocks`` for ``by``.
+
+    Raises:
+        ValueError: no parameter falls into a block, or one falls into two.
+        TypeError: ``by`` is of no known form.
+    """
+    if isinstance(by, str) and by == "layer":
+        return _grouped(names, lambda name: _layer(name, model))
+    if isinstance(by, str) and by == "stage":
+        return _grouped(names, _stages(names, model))
+    if isinstance(by, (str, re.Pattern)):
+        pattern = _compiled(by)
+        found = _grouped(names, lambda name: _label(pattern.search(name)))
+        if not found:
+            raise ValueError(_nothing(f"the pattern {pattern.pattern!r}", names))
+        return found
+    if isinstance(by, Mapping):
+        return _by_patterns(names, by)
+    if not callable(by):
+        raise TypeError(
+            f"by must be 'layer', 'stage', a regular expression, a mapping of block names to "
+            f"regular expressions, or a callable of a parameter's name, got {type(by).__name__}"
+        )
+    found = _grouped(names, by)
+    if not found:
+        raise ValueError(_nothing("the callable", names))
+    return found
+
+
+def _grouped(names: tuple[str, ...], key: Callable[[str], Any]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for position, name in enumerate(names):
+        label = key(name)
+        if label is None:
+            continue
+        if not isinstance(label, str):
+            raise TypeError(
+                f"by must return a block's name or None, got {type(label).__name__} for {name!r}"
+            )
+        found.setdefault(label, []).append(position)
+    return found
+
+
+def _by_patterns(names: tuple[str, ...], by: Mapping[Any, Any]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    owner: dict[int, str] = {}
+    for label, text in by.items():
+        pattern = _compiled(text)
+        positions = [i for i, name in enumerate(names) if pattern.search(name)]
+        if not positions:
+            raise ValueError(_nothing(f"the pattern {pattern.pattern!r} of {label!r}", names))
+        for i in positions:
+            if i in owner:
+                raise ValueError(
+                    f"the blocks {owner[i]!r} and {label!r} overlap: both patterns match "
+                    f"{names[i]!r}; make one of them narrower"
+                )
+            owner[i] = str(label)
+        found[str(label)] = positions
+    return found
+
+
+def _compiled(text: Any) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+
+
+def _label(match: re.Match[str] | None) -> str | None:
+    if match is None:
+        return None
+    return next((group for group in match.groups() if group is not None), match.group(0))
+
+
+def _nothing(what: str, names: tuple[str, ...]) -> str:
+    shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+    return f"{what} matches no parameter; their names are {shown}"
+
+
+def _layer(name: str, model: nn.Module | None) -> str:
+    """The module that owns the parameter; without a model each tensor stands for itself."""
+    owner = name.rpartition(".")[0]
+    return owner or (name if model is None else ROOT)
+
+
+def _stages(names: tuple[str, ...], model: nn.Module | None) -> Callable[[str], str]:
+    """The first part of a name in which the owners differ; an entry where that is a ModuleList.
+
+    Stages of a ResNet are Sequentials and stay whole, the layers of a transformer are listed.
+    """
+    owners = [_layer(name, model).split(".") for name in names]
+    depth = 0
+    while all(len(parts) > depth + 1 for parts in owners) and all(
+        parts[depth] == owners[0][depth] for parts in owners
+    ):
+        depth += 1
+
+    def stage(name: str) -> str:
+        parts = _layer(name, model).split(".")
+        head = ".".join(parts[: depth + 1])
+        listed = model is not None and len(parts) > depth + 1
+        if listed and isinstance(model.get_submodule(head), nn.ModuleList):  # type: ignore[union-attr]
+            return ".".join(parts[: depth + 2])
+        return head
+
+    return stage

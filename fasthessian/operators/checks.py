@@ -1,0 +1,86 @@
+"""Self-checks of an operator on the user's own model: what could silently be wrong, measured."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fasthessian import kernels
+from fasthessian.operators.base import ASYMMETRY
+from fasthessian.operators.losses import REPEATED
+from fasthessian.records import Record
+
+if TYPE_CHECKING:
+    from fasthessian.operators.curvature import Curvature
+
+# Accepted relative distance of a product from central differences of gradients: their rounding in
+# float32, and activations that switch sides within the step.
+DIFFERENCE = {torch.float32: 5e-2, torch.float64: 1e-4}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Check(Record):
+    """What ``check`` measured; every number is relative, NaN where it does not apply."""
+
+    symmetry: float  # |u'Av - v'Au| over |Au| + |Av|
+    repetition: float  # distance of two equal products
+    difference: float  # distance of a product from central differences of gradients
+    weights: float  # change of the loss when the first batch is cut in two
+    ok: bool
+    report: str
+
+    def __str__(self) -> str:
+        """One line a check: what was measured, what is accepted, what a failure means."""
+        return self.report
+
+
+def check(A: Curvature, exact: bool) -> Check:
+    """Measure A; ``exact`` where A is the derivative of the gradient, so that differences tell."""
+    u, v = (torch.empty(A.n, dtype=A.dtype, device=A.device) for _ in range(2))
+    backend = kernels.select(A.device)
+    backend.normal_(u, 1, 0)
+    backend.normal_(v, 2, 0)
+    made = A.matvecs
+    Au, Av, again = A @ u, A @ v, A @ u
+    A.matvecs = made  # for the caller none was made
+    size = float(Au.double().norm() + Av.double().norm()) or 1.0
+    uAv, vAu = (float(x.double() @ y.double()) for x, y in ((u, Av), (v, Au)))
+    symmetry = abs(uAv - vAu) / size
+    repetition = float((again.double() - Au.double()).norm()) / size
+    slope = _difference(A, u, Au) if exact else float("nan")
+    weights = A.coupling()
+    rows = (
+        ("symmetry", symmetry, ASYMMETRY[A.dtype], "products are wrong: use another engine"),
+        ("repetition", repetition, ASYMMETRY[A.dtype],
+         "the loss is no function of the parameters alone: fix its random numbers"),
+        ("difference", slope, DIFFERENCE[A.dtype],
+         "products differ from gradients: a layer's second derivative is wrong, or the loss has "
+         "kinks; compare engine='difference'"),
+        ("weights", weights, REPEATED,
+         "a batch is not the mean of its halves: pass weights=, or the model couples samples"),
+    )  # fmt: skip
+    lines, passed = [], True
+    for name, value, most, meaning in rows:
+        if value != value:
+            lines.append(f"{name:<11} does not apply")
+            continue
+        good = value <= most
+        passed &= good
+        lines.append(
+            f"{name:<11} {value:.1e} of at most {most:.0e}  " + ("ok" if good else meaning)
+        )
+    return Check(symmetry, repetition, slope, weights, passed, "\n".join(lines))
+
+
+def _difference(A: Curvature, v: Tensor, Av: Tensor) -> float:
+    """The distance of A v from central differences of gradients, at the best of three steps."""
+    size = float(Av.double().norm()) or 1.0
+    unit = float(A.theta().norm() or 1.0) / float(v.norm()) * torch.finfo(A.dtype).eps ** (1 / 3)
+    found = []
+    for h in (unit, 0.1 * unit, 0.01 * unit):  # kinks ask for small steps, rounding for large ones
+        slope = (A.gradient(h * v).double() - A.gradient(-h * v).double()) / (2 * h)
+        found.append(float((slope - Av.double()).norm()) / size)
+    return min(found)

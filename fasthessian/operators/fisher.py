@@ -1,0 +1,123 @@
+"""Fisher matrices: outer products of slopes of the loss, at the data or at drawn targets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fasthessian.operators.batches import samples
+from fasthessian.operators.criteria import option
+from fasthessian.operators.likelihood import categorical, is_slope, sampled_scores
+from fasthessian.operators.losses import Part
+from fasthessian.operators.outer import Middle, OuterCurvature, Scores
+
+
+class EmpiricalFisher(OuterCurvature):
+    """F = mean over the terms i of the loss of g_i g_i', g_i the gradient of the term's loss.
+
+    The uncentred covariance of the gradients (Kunstner, Hennig, Balles 2019, Limitations of the
+    empirical Fisher approximation), positive semidefinite for every criterion. A sum where the
+    criterion sums. The terms are the targets of a cross-entropy (each valid token of a sequence,
+    with its class weight), and otherwise the samples: the criterion must then be a mean or sum
+    over the first dimension of the outputs.
+
+    Arguments, attributes and errors are those of ``Hessian``; in addition the model must return
+    one tensor, or an output with ``.logits``.
+
+    Raises:
+        TypeError: the outputs are no tensor.
+        ValueError: the outputs' first dimension is not that of the samples.
+
+    Example:
+        >>> import torch, fasthessian as fh
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.fill_(1.0)
+        >>> x, y = torch.eye(2), torch.zeros(2, 1)
+        >>> F = fh.EmpiricalFisher(model, torch.nn.MSELoss(), (x, y))
+        >>> F @ torch.tensor([1.0, 0.0])
+        tensor([2., 0.])
+    """
+
+    def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
+        (slopes,) = torch.autograd.grad(
+            loss, z, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        model, criterion = self._loss.model, self._loss.criterion  # type: ignore[union-attr]
+        found = categorical(model, criterion, part, z)
+        if found is not None and (criterion is not None or is_slope(found, z, slopes)):
+            # total g_r / weight_r is the slope of the term alone
+            factor = torch.where(found.weights > 0, found.total / found.weights, 0.0)
+            return Scores(slopes[None], (found.axis,), factor.to(z.dtype).unsqueeze(found.axis))
+        count = samples(part.batch)
+        if z.dim() == 0 or z.shape[0] != count:
+            raise ValueError(
+                f"the outputs must have one row a sample for EmpiricalFisher ({count} here), got "
+                f"shape {tuple(z.shape)}; put the batch first"
+            )
+        summed = option(criterion, "reduction") == "sum"
+        return Scores(slopes[None], tuple(range(1, z.dim())), 1.0 if summed else float(count))
+
+
+class Fisher(OuterCurvature):
+    """The Fisher matrix of the model's own predictions, by drawing targets from them.
+
+    E over the inputs and over targets y ~ p(y | outputs) of g g', g = -d log p / d theta: by Monte
+    Carlo, positive semidefinite, and in the mean over seeds the Gauss-Newton matrix (Martens 2020,
+    New insights and perspectives on the natural gradient method). The draws are made once: the
+    matrix is the same at every product.
+
+    Arguments, attributes and errors are those of ``Hessian``; in addition:
+
+    Args:
+        samples: targets drawn for each term of the loss, at least 1.
+        seed: of the draws; the same seed gives the same matrix on the same device.
+
+    Raises:
+        TypeError: criterion is none of torch's cross-entropy, mean squared error and binary
+            cross-entropy with logits (modules and functions, without label smoothing or, but for
+            cross-entropy, weights), nor a Hugging Face model's own on labels.
+        ValueError: samples or seed out of range.
+
+    Example:
+        >>> import torch, fasthessian as fh
+        >>> model = torch.nn.Linear(2, 3)
+        >>> F = fh.Fisher(model, torch.nn.CrossEntropyLoss(), (torch.eye(2), torch.tensor([0, 1])))
+        >>> bool((F @ torch.ones(F.n)).sum() >= 0)
+        True
+    """
+
+    _ordered = True  # a part draws by its position
+
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Any,
+        data: Any,
+        *,
+        samples: int = 1,
+        seed: int = 0,
+        **options: Any,
+    ) -> None:
+        for name, value, least in (("samples", samples, 1), ("seed", seed, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        self._samples, self._seed = samples, seed
+        super().__init__(model, criterion, data, **options)
+
+    def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
+        model, criterion = self._loss.model, self._loss.criterion  # type: ignore[union-attr]
+        generator = torch.Generator(z.device)
+        # parts draw apart from each other, and other seeds apart from both
+        generator.manual_seed((self._seed * 1_000_003 + part.position) % 2**63)
+        drawn = [sampled_scores(model, criterion, part, z, generator) for _ in range(self._samples)]
+        if drawn[0] is None:
+            name = getattr(criterion, "__name__", type(criterion).__name__)
+            raise TypeError(
+                f"criterion must be cross-entropy, mean squared error or binary cross-entropy with "
+                f"logits of torch, plain, for Fisher, got {name}; GaussNewton takes any convex one"
+            )
+        scores = torch.stack([each[0] for each in drawn if each is not None])
+        return Scores(scores, drawn[0][1], 1.0 / self._samples)

@@ -1,0 +1,139 @@
+"""What probability model a criterion stands for, and how it weighs the terms of a batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fasthessian import kernels
+from fasthessian.operators.batches import Batch
+from fasthessian.operators.criteria import IGNORED, is_causal, option, terms
+from fasthessian.operators.losses import Part
+
+
+class Categorical(NamedTuple):
+    """Cross-entropy: the loss is ``sum_r weights_r (-log softmax(z_r)[targets_r]) / total``.
+
+    ``axis`` is the dimension of z that holds the classes, r runs over the others.
+    """
+
+    axis: int
+    targets: Tensor  # z's shape without ``axis``; anything where the weight is 0
+    weights: Tensor  # float64, z's shape without ``axis``
+    total: float
+
+    def scale(self) -> Tensor:
+        """Weight of each term in the loss, float64."""
+        return self.weights / self.total
+
+
+def categorical(model: nn.Module, criterion: Any, part: Part, z: Tensor) -> Categorical | None:
+    """How cross-entropy with class indices reads the outputs z; None if the loss is another.
+
+    Known are torch's own, module and function, and the losses of Hugging Face models on labels,
+    which the caller compares with the model's loss (``is_slope``).
+    """
+    targets = _targets(part.batch)
+    if targets is None or targets.dtype != torch.int64 or z.dim() != max(targets.dim(), 1) + 1:
+        return None
+    targets, count = targets.to(z.device), terms(model, criterion, part.batch)
+    if criterion is None and isinstance(part.batch, Mapping):
+        if z.shape[:-1] != targets.shape:
+            return None
+        if is_causal(model):  # the scores at a place are for the label of the next
+            targets = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
+        return _weighed(z.dim() - 1, targets, IGNORED, None, count)
+    plain = type(criterion) is nn.CrossEntropyLoss or criterion is F.cross_entropy
+    if not plain or isinstance(part.batch, Mapping) or option(criterion, "label_smoothing", 0.0):
+        return None
+    if targets.shape != (*z.shape[:1], *z.shape[2:]):
+        return None
+    ignored = option(criterion, "ignore_index", IGNORED)
+    return _weighed(1, targets, ignored, option(criterion, "weight"), count)
+
+
+def _weighed(
+    axis: int, targets: Tensor, ignored: int, by_class: Tensor | None, count: float
+) -> Categorical:
+    valid = targets != ignored
+    targets = torch.where(valid, targets, 0)
+    weights = valid.double()
+    if by_class is not None:
+        weights = weights * by_class.detach().to(targets.device).double()[targets]
+    return Categorical(axis, targets, weights, count)
+
+
+def _targets(batch: Batch) -> Tensor | None:
+    found = batch.get("labels") if isinstance(batch, Mapping) else batch[-1]
+    return found if isinstance(found, Tensor) else None
+
+
+def is_slope(found: Categorical, z: Tensor, slopes: Tensor) -> bool:
+    """Whether the slopes dL/dz are those of the cross-entropy, as looked at in each term."""
+    own = z.detach().softmax(found.axis)
+    index = found.targets.unsqueeze(found.axis)
+    own.scatter_add_(found.axis, index, torch.full_like(index, -1, dtype=own.dtype))
+    own.mul_(found.scale().to(own.dtype).unsqueeze(found.axis))
+    size = float(slopes.double().norm())
+    return float((own - slopes).double().norm()) <= 1e-3 * size if size else not own.any()
+
+
+class Softmax:
+    """M u of the cross-entropy, ``scale (diag p - p p') u`` a term, in place and in one kernel."""
+
+    def __init__(self, found: Categorical, z: Tensor) -> None:
+        self._z = z.detach().contiguous()
+        axis = found.axis
+        self._shape = math.prod(z.shape[:axis]), z.shape[axis], math.prod(z.shape[axis + 1 :])
+        self._scale = found.scale().reshape(self._shape[0], self._shape[2])
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """M u, written into u where it is contiguous."""
+        u = u.contiguous()
+        kernels.select(u.device).softmax_curvature_(
+            u.view(self._shape), self._z.view(self._shape), self._scale
+        )
+        return u
+
+
+def sampled_scores(
+    model: nn.Module, criterion: Any, part: Part, z: Tensor, generator: torch.Generator
+) -> tuple[Tensor, tuple[int, ...]] | None:
+    """The slope of one term's loss at a target drawn from the model, times the root of its weight.
+
+    Returns:
+        Scores in z's shape and the dimensions of one term; None for a criterion that is not known
+        to be a negative log-likelihood. E[s s'] is the Hessian of the criterion.
+    """
+    z = z.detach()
+    found = categorical(model, criterion, part, z)
+    if found is not None:
+        p = z.softmax(found.axis).movedim(found.axis, -1)
+        rows = p.reshape(-1, p.shape[-1])
+        drawn = torch.multinomial(rows.float(), 1, generator=generator).view(*p.shape[:-1], 1)
+        s = p.scatter_add(-1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
+        s = s * found.scale().sqrt().to(p.dtype).unsqueeze(-1)
+        return s.movedim(-1, found.axis), (found.axis,)
+    reduction = option(criterion, "reduction")
+    root = 1.0 if reduction == "sum" else math.sqrt(1 / max(z.numel(), 1))
+    dims = tuple(range(1, z.dim()))
+    if reduction not in ("mean", "sum") or not dims or isinstance(part.batch, Mapping):
+        return None
+    noise = torch.randn if _is(criterion, nn.MSELoss, F.mse_loss) else torch.rand
+    draw = noise(z.shape, generator=generator, dtype=z.dtype, device=z.device)
+    if _is(criterion, nn.MSELoss, F.mse_loss):
+        return math.sqrt(2) * root * draw, dims
+    weighted = any(option(criterion, name) is not None for name in ("weight", "pos_weight"))
+    if _is(criterion, nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits) and not weighted:
+        p = z.sigmoid()
+        return root * (p - (draw < p).to(p.dtype)), dims
+    return None
+
+
+def _is(criterion: Any, module: type[nn.Module], function: Any) -> bool:
+    return type(criterion) is module or criterion is function

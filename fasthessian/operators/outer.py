@@ -1,0 +1,170 @@
+"""Matrices of the form J' M J: the Jacobian J of the outputs, and a middle M at the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from fasthessian.operators.curvature import Curvature
+from fasthessian.operators.engines import Graph, difference
+from fasthessian.operators.losses import Part
+
+Tangent = Callable[[Sequence[int], Sequence[Tensor]], "Tensor | None"]  # J v for one block
+Middle = Callable[[Tensor], Tensor]  # M u; it may write into u
+
+
+class OuterCurvature(Curvature):
+    """J' M J over the data; a subclass says what M is (``_middle``)."""
+
+    def __init__(self, model: nn.Module, criterion: Any, data: Any, **options: Any) -> None:
+        self._examined = False
+        super().__init__(model, criterion, data, **options)
+        if not self._examined:  # no graph is kept
+            with self._pass() as params, closing(self._loss.parts()) as parts:
+                self._graph(next(parts), params)
+
+    def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
+        """M of one part at its outputs z; None if it is 0."""
+        raise NotImplementedError
+
+    def _examine(self, z: Tensor, loss: Tensor, middle: Middle | None, params: Any) -> None:
+        """Raise ValueError for a loss that the matrix is not defined for; once, on a part."""
+
+    def _graph(self, part: Part, params: list[Tensor]) -> Graph:
+        outputs, loss = self._evaluated(part)
+        z = self._outputs(outputs)
+        if not (z.is_floating_point() and z.requires_grad and loss.requires_grad):
+            raise ValueError(
+                f"the outputs ({z.dtype}) do not depend on the parameters; "
+                f"{type(self).__name__} needs real outputs that do"
+            )
+        middle = self._middle(part, z, loss)
+        if not self._examined:
+            self._examine(z, loss, middle, params)
+            self._examined = True
+        if middle is None:
+            return OuterGraph(z, params, part.weight, lambda places, tangents: None, _same)
+        return OuterGraph(z, params, part.weight, self._tangent(part, z, params), middle)
+
+    def _outputs(self, outputs: Any) -> Tensor:
+        z = getattr(outputs, "logits", outputs)
+        if z is outputs and self._loss.criterion is None:  # type: ignore[union-attr]
+            raise TypeError(
+                f"criterion must be given: {type(self).__name__} needs the loss as a function of "
+                f"the outputs; for a model that returns its loss alone use Hessian"
+            )
+        if not isinstance(z, Tensor):
+            raise TypeError(
+                f"the model must return a tensor or an output with .logits for "
+                f"{type(self).__name__}, got {type(outputs).__name__}"
+            )
+        return z
+
+    def _tangent(self, part: Part, z: Tensor, params: list[Tensor]) -> Tangent:
+        if self._options.engine == "forward":
+            names = self.layout.names
+
+            def forward(places: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
+                def outputs(*values: Tensor) -> Tensor:
+                    named = {names[i]: value for i, value in zip(places, values, strict=True)}
+                    return self._outputs(self._loss.evaluate(part, named)[0])
+
+                at = tuple(params[i].detach() for i in places)
+                return torch.func.jvp(outputs, at, tuple(tangents))[1]  # type: ignore[no-any-return]
+
+            return forward
+        if self._options.engine == "difference":
+
+            def central(places: Sequence[int], tangents: Sequence[Tensor]) -> Tensor | None:
+                def outputs() -> list[Tensor]:
+                    with torch.no_grad():
+                        return [self._outputs(self._loss.evaluate(part)[0])]
+
+                found = difference(outputs, [params[i] for i in places], tangents)
+                return None if found is None else found[0]
+
+            return central
+        return Linearised(z, params)
+
+
+def _same(u: Tensor) -> Tensor:
+    return u
+
+
+class Linearised:
+    """J v by double backward: J'u is linear in u, so its derivative in u is J."""
+
+    def __init__(self, z: Tensor, params: Sequence[Tensor]) -> None:
+        self._u = torch.zeros_like(z, requires_grad=True)
+        grads = torch.autograd.grad(z, params, self._u, create_graph=True, allow_unused=True)
+        self._edges = {
+            i: get_gradient_edge(g)
+            for i, g in enumerate(grads)
+            if g is not None and g.requires_grad
+        }
+
+    def __call__(self, places: Sequence[int], tangents: Sequence[Tensor]) -> Tensor | None:
+        """J v for v given by parameter at ``places``; None where z does not depend on them."""
+        used = [(self._edges[i], v) for i, v in zip(places, tangents, strict=True)
+                if i in self._edges]  # fmt: skip
+        if not used:
+            return None
+        (found,) = torch.autograd.grad(
+            [edge for edge, _ in used], self._u, [v for _, v in used], retain_graph=True
+        )
+        return found
+
+
+class OuterGraph(Graph):
+    """J' M J of one part."""
+
+    def __init__(
+        self,
+        z: Tensor,
+        params: Sequence[Tensor],
+        weight: float,
+        tangent: Tangent,
+        middle: Middle,
+    ) -> None:
+        super().__init__(params, weight)
+        self._z, self._tangent, self._middle = z, tangent, middle
+
+    def _pieces(
+        self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool
+    ) -> Sequence[Tensor] | None:
+        u = self._tangent(places, tangents)
+        if u is None:
+            return None
+        return torch.autograd.grad(
+            self._z,
+            [self._params[i] for i in places],
+            self._middle(u.to(self._z.dtype)),
+            retain_graph=keep,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+
+class Scores:
+    """M u = sum over the terms of factor s (s'u): one outer product a term.
+
+    Args:
+        scores: (samples, *z.shape), one score of each term a sample.
+        dims: those of z that belong to one term.
+        factor: broadcast against z.
+    """
+
+    def __init__(self, scores: Tensor, dims: tuple[int, ...], factor: Tensor | float) -> None:
+        self._scores, self._dims, self._factor = scores, dims, factor
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """M u, a new tensor."""
+        out = torch.zeros_like(u)
+        for s in self._scores:
+            out.addcmul_(s, (s * u).sum(self._dims, keepdim=True) * self._factor)
+        return out

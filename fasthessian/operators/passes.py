@@ -1,0 +1,233 @@
+"""Passes over the data: the loss and its parameters, kept graphs, the conditions of a product."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from fasthessian import kernels
+from fasthessian.operators import parameters
+from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.blocks import Block
+from fasthessian.operators.engines import Graph, Task, examine, metered
+from fasthessian.operators.losses import REPEATED, ClosureLoss, ModelLoss, Part
+from fasthessian.operators.options import Options
+from fasthessian.operators.rewrite import Rewrite
+from fasthessian.operators.state import Copies, Snapshot, engaged
+from fasthessian.vectors import Layout
+
+
+class Passes(SymmetricOperator):
+    """An operator whose products are sums over the parts of a loss; see ``Curvature``."""
+
+    layout: Layout
+    engine: str
+
+    def _graph(self, part: Part, params: list[Tensor]) -> Graph:
+        """The products of one part."""
+        raise NotImplementedError
+
+    def _prepare(
+        self, loss: ModelLoss | ClosureLoss, chosen: dict[str, Tensor], options: Options
+    ) -> None:
+        options.check(next(iter(chosen.values())).device, isinstance(loss, ClosureLoss))
+        self._options = options
+        self._dtypes = {name: p.dtype for name, p in chosen.items()}
+        self.layout = Layout(chosen, parameters.common_dtype(chosen))
+        self._describe(self.layout.n, self.layout.dtype, self.layout.device)
+        self._loss = loss
+        self._capacity = 0  # parts whose graph is kept, in the order of the pass
+        self._graphs: list[Graph] = []
+        self._complete = False  # every part has its graph: the data need not be read
+        self._snapshot: Snapshot | None = None
+        self._copies: Copies = {}  # of buffers, as long as the snapshot holds
+        self._needs = 0.0  # bytes of the graphs of all parts
+        self._roomy(self._open)
+
+    def _open(self) -> None:
+        """Check the loss, choose the engine, keep the first graph."""
+        loss = self._loss
+        with self._pass() as params, closing(loss.parts()) as parts:
+            part = next(parts)
+            self._needs = self._try(part, params) * loss.size / part.size
+            self._capacity, self.engine = self._options.choose(
+                self._needs, loss.count, loss.replayable, self.device
+            )
+        if self._options.microbatch:
+            change = self.coupling()
+            if change > REPEATED:
+                raise ValueError(
+                    f"microbatch={self._options.microbatch} changes the loss of the first batch by "
+                    f"{change:.1%}: the model or the criterion couples the samples of a batch; "
+                    f"use microbatch=None"
+                )
+        if self._capacity and loss.replayable:
+            with self._pass() as params:
+                self._graphs.append(self._graph(part, params))
+        if self._options.precision is not None:
+            self._measure_precision(part)
+
+    def _try(self, part: Part, params: list[Tensor]) -> int:
+        """Check the loss of the first part; return the bytes that its graph holds."""
+        with metered(params) as held:
+            loss = self._value(part)
+            examine(loss, params, twice=self._options.keeps_graphs)
+            measured = held()
+        first = float(loss.detach())
+        del loss
+        second = float(self._value(part).detach())
+        if abs(second - first) > REPEATED * abs(first):
+            raise RuntimeError(
+                f"{self._loss.origin} returned {first:.6g} and then {second:.6g} at the same "
+                f"parameters and random seeds; H needs a loss that is a function of the parameters"
+            )
+        return measured
+
+    def _measure_precision(self, part: Part) -> None:
+        """Say in ``engine`` how far a product of the first part is from an exact one."""
+        v = torch.empty(1, self.n, dtype=self.dtype, device=self.device)
+        kernels.select(self.device).normal_(v[0], 0, 0)
+        found = []
+        for exact in (True, False):
+            out = torch.zeros_like(v)
+            with self._pass(exact=exact) as params:
+                task = self._task(None, v, out)
+                self._graph(part, params).products([task], first=True, keep=False)
+            found.append(out.double())
+        error = float((found[1] - found[0]).norm() / found[0].norm())
+        self.engine += f"; {self._options.precision}, relative error {error:.1e} of a product"
+
+    @contextlib.contextmanager
+    def _pass(
+        self, curved: bool = True, trusted: bool = False, exact: bool = False
+    ) -> Iterator[list[Tensor]]:
+        """The parameters as they are now, inside the conditions of a product.
+
+        A pass that is not ``curved`` needs the loss alone. The rewrite spans the derivatives too,
+        because checkpointed layers are run again there. ``exact`` passes over ``precision``.
+        """
+        now = parameters.followed(self.layout, self._dtypes, self._loss.named())
+        if not trusted and self._loss.changed():  # class weights are read
+            self._forget()
+            self._loss.survey()
+        if self._snapshot is not None and not self._snapshot.matches(self._loss.watched(), trusted):
+            self._forget()
+        if self._snapshot is None and self._capacity:
+            self._snapshot = Snapshot(self._loss.watched())
+        copies = self._copies if self._capacity else None
+        options = self._options
+        precision = None if exact else options.precision
+        rewritten = curved and options.engine != "forward" and precision != "bf16"
+        with (
+            engaged(self._loss.roots, options.mode, self.device, copies, precision),
+            Rewrite() if rewritten else contextlib.nullcontext(),
+        ):
+            yield list(now.values())
+
+    def coupling(self) -> float:
+        """Relative change of the loss of the first batch when it is cut; see ``ModelLoss``."""
+        if not isinstance(self._loss, ModelLoss) or self._options.mode != "eval":
+            return math.nan
+        with self._pass(curved=False):
+            return self._loss.coupling()
+
+    def _forget(self) -> None:
+        self._graphs.clear()
+        self._copies.clear()
+        self._complete, self._snapshot = False, None
+
+    def _value(self, part: Part) -> Tensor:
+        """The loss of a part, checked to be finite."""
+        return self._evaluated(part)[1]
+
+    def _evaluated(self, part: Part) -> tuple[Any, Tensor]:
+        """The outputs and the loss of a part, checked to be finite."""
+        outputs, loss = self._loss.evaluate(part)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise ValueError(
+                f"the loss is {value} (batch {part.position} of data); "
+                f"check the parameters, the inputs and the targets"
+            )
+        return outputs, loss
+
+    def capturable(self) -> str | None:
+        """Why a product cannot be captured in a CUDA graph; None if it can."""
+        if self._capacity < self._loss.count or not self._loss.replayable:
+            return "the graphs of some batches are built at each product"
+        return None
+
+    def rebuild(self) -> str | None:
+        """Drop the kept graphs: the next product builds them on its stream.
+
+        Returns:
+            Why that will not do: a graph of the user's own holds the nodes at which gradients of
+            the parameters arrive, and with them another stream. None if there is no such graph.
+        """
+        self._forget()
+        named = self._loss.named()
+        params = [named[name] for name in self.layout.names]
+        for p in params:  # a node that nobody holds is made anew each time
+            _marks(p)["fasthessian"] = True
+        for name, p in zip(self.layout.names, params, strict=True):
+            if _marks(p).pop("fasthessian", False):
+                return f"a loss or an output computed earlier is still alive and uses {name!r}"
+        return None
+
+    def kept(self) -> tuple[Graph, ...]:
+        """What a captured product reads: it must live as long as the capture."""
+        return tuple(self._graphs)
+
+    def _task(self, block: Block | None, V: Tensor, out: Tensor) -> Task:
+        layout = self.layout if block is None else block.layout
+        places = range(len(layout.names)) if block is None else block.positions
+        return Task(places, [layout.views(v) for v in V], out)
+
+    def _make(self, tasks: Sequence[Task], trusted: bool) -> None:
+        with self._pass(trusted=trusted) as params:
+            if self._complete:
+                for i, graph in enumerate(self._graphs):
+                    graph.products(tasks, first=i == 0, keep=True)
+                return
+            try:
+                with closing(self._loss.parts()) as parts:
+                    for i, part in enumerate(parts):
+                        keep = i < self._capacity
+                        if i < len(self._graphs):
+                            graph = self._graphs[i]
+                        else:
+                            graph = self._graph(part, params)
+                            if keep:
+                                self._graphs.append(graph)
+                        graph.products(tasks, first=i == 0, keep=keep)
+                self._complete = self._capacity > i
+            except BaseException:
+                self._forget()
+                raise
+
+    def _roomy(self, job: Callable[[], None]) -> None:
+        """Do the job; a MemoryError that says the way out where memory does not suffice."""
+        try:
+            job()
+            return
+        except RuntimeError as error:
+            words = str(error)
+            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in words:
+                raise
+        # outside of the handler: its traceback holds what was allocated so far
+        self._forget()
+        cuttable = isinstance(self._loss, ModelLoss)
+        raise MemoryError(self._options.shortage(words, self._needs, self.device, cuttable))
+
+
+def _marks(p: Tensor) -> dict[str, bool]:
+    """Notes on the node of the graph at which the gradient of p arrives."""
+    marks: Any = get_gradient_edge(p).node.metadata
+    return cast("dict[str, bool]", marks)
