@@ -48,8 +48,8 @@ def cli() -> None:
 PROBLEM is a built-in one:
 {PROBLEMS}
 or module:function of your own, searched in this folder first. The function takes no arguments and
-returns model, criterion, data, where data is one batch (inputs, targets), a list of batches, or a
-DataLoader.
+returns model, criterion, data, where data is one batch (inputs, targets), a mapping (with criterion
+None for Hugging Face models, which return their loss), a list of batches, or a DataLoader.
 
 The report folder holds report.html (open this), result.json (every number) and the figures. The
 same seed gives the same numbers.
@@ -85,6 +85,11 @@ same seed gives the same numbers.
     help="Vectors kept by Lanczos: compressed takes half the memory of float32 at accuracy 2e-4 of "
     "the largest eigenvalue, offload puts those of a GPU into host memory.",
 )
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Check products on this model first: symmetry, repetition, central differences, weights.",
+)
 @click.option("--landscape/--no-landscape", default=True, help="Loss along the top eigenvectors.")
 @click.option("--points", type=click.IntRange(2), default=15, help="Grid points a direction.")
 @click.option("--span", type=float, help="Grid from -span to +span; else set by the curvature.")
@@ -112,7 +117,7 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
         **pick(
             "top", "bottom", "max_products", "trace", "trace_rtol", "density", "steps", "probes"
         ),
-        **pick("basis", "landscape", "points", "span", "seed"),
+        **pick("basis", "landscape", "points", "span", "seed", "check"),
     )
     quiet = options["as_json"] and ctx.get_parameter_source("out") is ParameterSource.DEFAULT
     out = None if quiet else options["out"]

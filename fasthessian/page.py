@@ -78,6 +78,10 @@ def summary(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(
         ("loss", f"{number(content['loss'])}, gradient norm {number(content['gradient_norm'], 3)}")
     )
+    check = content.get("check")
+    if check is not None:
+        verdict = "passed" if check["ok"] else "FAILED"
+        rows.append(("self-checks", f"{verdict}\n{check['report']}"))
     for end, symbol in (("top", "largest λ"), ("bottom", "smallest λ")):
         part = content[end]
         if part is None:

@@ -62,6 +62,7 @@ def document(
         "loss": plain(analysis.loss),
         "gradient_norm": plain(analysis.gradient_norm),
         **parts,
+        "check": plain(analysis.check),
         "matvecs": analysis.matvecs,
         "notes": list(analysis.notes),
         "environment": {

@@ -180,23 +180,29 @@ def _layer(name: str, model: nn.Module | None) -> str:
 
 
 def _stages(names: tuple[str, ...], model: nn.Module | None) -> Callable[[str], str]:
-    """The first part of a name in which the owners differ; an entry where that is a ModuleList.
+    """The child of the model that a parameter lies in, or the entry of a ModuleList within it.
 
-    Stages of a ResNet are Sequentials and stay whole, the layers of a transformer are listed.
+    Stages of a ResNet are Sequentials and stay whole, the layers of a transformer are listed
+    however deep they lie. A child that is the only one is looked into.
     """
     owners = [_layer(name, model).split(".") for name in names]
-    depth = 0
-    while all(len(parts) > depth + 1 for parts in owners) and all(
-        parts[depth] == owners[0][depth] for parts in owners
-    ):
-        depth += 1
+
+    def goes_on(head: list[str]) -> bool:
+        *above, _ = head
+        siblings = {tuple(o[: len(head)]) for o in owners if o[: len(above)] == above}
+        if model is None or len(siblings) == 1:
+            return len(siblings) == 1
+        within = model.get_submodule(".".join(head)).modules()
+        return any(isinstance(module, nn.ModuleList) for module in within)
 
     def stage(name: str) -> str:
         parts = _layer(name, model).split(".")
-        head = ".".join(parts[: depth + 1])
-        listed = model is not None and len(parts) > depth + 1
-        if listed and isinstance(model.get_submodule(head), nn.ModuleList):  # type: ignore[union-attr]
-            return ".".join(parts[: depth + 2])
-        return head
+        depth = 1
+        while depth < len(parts) and goes_on(parts[:depth]):
+            depth += 1
+            above = model.get_submodule(".".join(parts[: depth - 1])) if model else None
+            if isinstance(above, nn.ModuleList):
+                break
+        return ".".join(parts[:depth])
 
     return stage

@@ -16,9 +16,9 @@ from fasthessian.records import Record
 if TYPE_CHECKING:
     from fasthessian.operators.curvature import Curvature
 
-# Accepted relative distance of a product from central differences of gradients: their rounding in
-# float32, and activations that switch sides within the step.
-DIFFERENCE = {torch.float32: 5e-2, torch.float64: 1e-4}
+# Accepted relative distance of a product from central differences of gradients: their rounding
+# (some losses are float32 in every model), and activations that switch sides within the step.
+DIFFERENCE = {torch.float32: 5e-2, torch.float64: 1e-3}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +43,7 @@ def check(A: Curvature, exact: bool) -> Check:
     backend = kernels.select(A.device)
     backend.normal_(u, 1, 0)
     backend.normal_(v, 2, 0)
+    A.mask_(u)
     made = A.matvecs
     Au, Av, again = A @ u, A @ v, A @ u
     A.matvecs = made  # for the caller none was made
@@ -80,7 +81,7 @@ def _difference(A: Curvature, v: Tensor, Av: Tensor) -> float:
     size = float(Av.double().norm()) or 1.0
     unit = float(A.theta().norm() or 1.0) / float(v.norm()) * torch.finfo(A.dtype).eps ** (1 / 3)
     found = []
-    for h in (unit, 0.1 * unit, 0.01 * unit):  # kinks ask for small steps, rounding for large ones
+    for h in (30 * unit, unit, 0.03 * unit):  # kinks ask for small steps, rounding for large ones
         slope = (A.gradient(h * v).double() - A.gradient(-h * v).double()) / (2 * h)
         found.append(float((slope - Av.double()).norm()) / size)
     return min(found)

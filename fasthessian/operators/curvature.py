@@ -155,6 +155,15 @@ class Curvature(Passes):
             for p, at in zip(params, held, strict=True):
                 p.data = at
 
+    def mask_(self, v: Tensor) -> Tensor:
+        """Set v to 0 at rows of embeddings that have no gradient, their ``padding_idx``."""
+        if isinstance(self._loss, ModelLoss):
+            views = self.unflatten(v)
+            for name, module in self._loss.padded():
+                if f"{name}.weight" in views:
+                    views[f"{name}.weight"][module.padding_idx] = 0
+        return v
+
     def check(self) -> Check:
         """Measure what could silently be wrong: on this model, these data and this engine.
 

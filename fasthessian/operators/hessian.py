@@ -30,9 +30,14 @@ class Hessian(Curvature):
             the same samples at every pass (their order is free). A batch is ``(inputs, targets)``,
             a tuple of more (the last are the targets), or a mapping (``model(**batch)``).
         params: None for all that require gradients, or an iterable of names or parameters.
-        engine: ``"retained"`` keeps the first-order graphs, ``"recompute"`` builds them at each
-            product, ``"auto"`` keeps what fits ``memory_budget``.
-        precision: None; products are made in the parameters' dtype.
+        engine: ``"retained"`` keeps the first-order graphs; ``"recompute"`` builds them at each
+            product; ``"auto"`` is retained for what fits ``memory_budget`` and recompute for the
+            rest. ``"forward"`` differentiates the gradient in forward mode, ``"difference"`` takes
+            central differences of gradients, good to about 1e-4 in float32, for losses without
+            second derivatives.
+        precision: None makes products in the parameters' dtype; ``"bf16"`` under autocast,
+            ``"tf32"`` on the tensor cores of a GPU. Both err by 1e-3 to 1e-1: ``engine`` tells by
+            how much in a product of the first batch.
         weights: ``"auto"`` counts the terms of each batch: valid targets for ``ignore_index``
             (times class weights), elements or samples otherwise. Or the number of terms per batch,
             as a sequence or as a callable of a batch. A mapping without a criterion counts its
@@ -40,20 +45,27 @@ class Hessian(Curvature):
         group: None.
         mode: ``"eval"``, or ``"train"``: dropout masks are then fixed, drawn once per batch.
         memory_budget: bytes for kept graphs; None is half of the free memory.
+        microbatch: samples at most that are in memory at a time: batches are cut, which changes
+            nothing unless the model or the criterion couples samples (refused).
+        weight_decay: adds ``weight_decay / 2 |theta|^2`` to the loss, as optimisers do.
 
     Attributes:
         n, dtype, device, matvecs: as of ``SymmetricOperator``.
         layout: names, shapes and places of the parameters in a flat vector.
+        engine: how products are made, and why.
 
-    A change of parameters, buffers or data in memory after construction is followed. Parameters
-    that the loss does not use, or uses linearly, have zero rows.
+    Parameters in bfloat16 or float16 have float32 vectors. DataParallel, DistributedDataParallel
+    and compiled models are unwrapped. A change of parameters, buffers or data in memory after
+    construction is followed. Parameters that the loss does not use, or uses linearly, have zero
+    rows.
 
     Raises:
         ValueError: no trainable parameters; a loss that is not a scalar, not finite, or does not
             depend on the parameters; empty data; mixed dtypes; an unknown option.
-        TypeError: data or batches of no known form; parameters not float32 or float64.
+        TypeError: data or batches of no known form; parameters that are no real floats.
         RuntimeError: the loader yields other samples than at the first pass; the loss differs
             between two evaluations; it cannot be differentiated twice.
+        MemoryError: a product does not fit; the message names the option that would help.
 
     Example:
         >>> import torch, fasthessian as fh

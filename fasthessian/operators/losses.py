@@ -126,6 +126,15 @@ class ModelLoss:
         how = tuple(option(self.criterion, name) for name in ("reduction", "ignore_index"))
         return self._source.token(), held, how
 
+    def padded(self) -> list[tuple[str, Any]]:
+        """Embeddings with a ``padding_idx``, by name: torch leaves that row out of gradients."""
+        return [
+            (name, module)
+            for name, module in self.model.named_modules()
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
+            and module.padding_idx is not None
+        ]
+
     def named(self) -> dict[str, Tensor]:
         """The model's parameters now."""
         return dict(self.model.named_parameters())

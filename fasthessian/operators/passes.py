@@ -38,6 +38,15 @@ class Passes(SymmetricOperator):
         self, loss: ModelLoss | ClosureLoss, chosen: dict[str, Tensor], options: Options
     ) -> None:
         options.check(next(iter(chosen.values())).device, isinstance(loss, ClosureLoss))
+        if not options.keeps_graphs and isinstance(loss, ModelLoss):
+            for name, module in loss.padded():
+                if f"{name}.weight" not in chosen:
+                    continue
+                raise ValueError(
+                    f"engine must be 'retained' or 'recompute' for this model, got "
+                    f"{options.engine!r}: the row padding_idx={module.padding_idx} of {name!r} has "
+                    f"no gradient by torch's rule, but moves the loss"
+                )
         self._options = options
         self._dtypes = {name: p.dtype for name, p in chosen.items()}
         self.layout = Layout(chosen, parameters.common_dtype(chosen))

@@ -16,6 +16,7 @@ from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.trace import trace
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.checks import Check
 from fasthessian.operators.hessian import Hessian
 from fasthessian.records import Density, Eigenpairs, Estimate, Landscape
 from fasthessian.study.problems import Problem
@@ -46,6 +47,7 @@ class Plan:
     points: int = 15
     span: float | None = None  # None: see `default_span`
     seed: int = 0
+    check: bool = False  # the operator's self-checks
 
     def __post_init__(self) -> None:
         """Raise ValueError for a plan that cannot be carried out, before any work."""
@@ -80,6 +82,7 @@ class Analysis:
     trace: Estimate | None
     density: Density | None
     landscape: Landscape | None
+    check: Check | None
     matvecs: int
     notes: tuple[str, ...]  # warnings of the algorithms, one line each
     seconds: dict[str, float]  # wall time by stage
@@ -129,6 +132,8 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
         loss = A.loss()
         gradient_norm = float(A.gradient().norm())
         seconds["operator"] = time.perf_counter() - start
+        if plan.check:
+            run("check", "self-checks", lambda p: A.check())
         if plan.top:
             ends("top", plan.top, "LA")
         if plan.bottom:
@@ -172,6 +177,7 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
         trace=found.get("trace"),
         density=found.get("density"),
         landscape=found.get("landscape"),
+        check=found.get("check"),
         matvecs=A.matvecs,
         notes=tuple(dict.fromkeys(" ".join(str(w.message).split()) for w in caught)),
         seconds=seconds,
