@@ -34,9 +34,15 @@ format: .venv/.ready
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
+# Without their dependencies: those ask for torchvision, and it for a torch of its own.
+PEERS := pyhessian hessian-eigenthings curvlinops-for-pytorch backpack-for-pytorch linear_operator \
+	einconv
+PEERS_NEED := tqdm einops opt-einsum jaxtyping mpmath scikit-learn
+
 bench: .venv/.ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt pyhessian
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(PEERS)
+	$(BIN)/python -m pip install --quiet -c constraints.txt $(PEERS_NEED)
 	$(BIN)/python -m pytest -q -s bench
 
 gpu:
