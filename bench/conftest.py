@@ -44,7 +44,7 @@ def median(times):
 
 @pytest.fixture
 def row(request):
-    """Function that adds a line to the closing table."""
+    """Function that adds a line to the closing table; value None with a note says why."""
 
     def add(what, value, unit="x", *, target=None, **details):
         ROWS.append({"what": what, "value": value, "unit": unit, "target": target, **details})
@@ -68,6 +68,9 @@ def pytest_terminal_summary(terminalreporter):
     if load > os.cpu_count() + 0.5:
         write(f"NOT QUIET: load average {load:.1f} on {os.cpu_count()} cores")
     for entry in ROWS:
+        if entry["value"] is None:
+            write(f"{entry['what']:<72} {entry['note']}")
+            continue
         goal = f"   (goal {entry['target']})" if entry["target"] else ""
         write(f"{entry['what']:<72} {entry['value']:>10.4g} {entry['unit']}{goal}")
     folder = Path(__file__).parent / "results"
