@@ -1,21 +1,14 @@
 """Peak memory of a spectral density of 100 steps, 20 million parameters, by basis, on a CPU."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import torch
+from resident import fresh, peak
 
 import fasthessian as fh
 
 STEPS, WIDTH, LAYERS = 100, 2600, 3
-
-
-def peak():
-    """Largest resident size of this process in KiB; rusage would count that of its parent too."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def run(basis):
@@ -41,12 +34,7 @@ def run(basis):
 
 
 def test_memory(row, benchmark):
-    def fresh(basis):
-        command = [sys.executable, __file__, basis]
-        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        return json.loads(answer)
-
-    full, compressed = fresh("full"), fresh("compressed")
+    full, compressed = (fresh(__file__, basis) for basis in ("full", "compressed"))
     assert full["n"] == compressed["n"] > 20_000_000
     for key, bound in (("ends", 2e-3), ("mass", 5e-3)):
         for a, b in zip(full[key], compressed[key], strict=True):

@@ -71,8 +71,10 @@ def test_products(problem, row):
             row(label(problem, name), None, note=why)
             continue
         details[name] = {
-            "first call, s": time.perf_counter() - start, "float64 error": wrong, "float32 error": rounded
-        }  # fmt: skip
+            "first call, s": time.perf_counter() - start,
+            "float64 error": wrong,
+            "float32 error": rounded,
+        }
         if wrong < (NEAR if name == "ours difference" else EXACT) and rounded < NEAR:
             products[name] = product
             continue

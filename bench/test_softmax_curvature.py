@@ -1,0 +1,136 @@
+"""The curvature of cross-entropy at the logits: time and memory of one product, on a CPU.
+
+M u = scale (p u - p (p'u)), p = softmax(z): 2,048 tokens, 50,000 classes, float32. Nothing can be
+faster than reading z and u and writing the answer over u, which is timed beside.
+"""
+
+import json
+import sys
+
+import peers
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import median, rounds
+from hessian_eigenthings.loss_fns import supervised_loss_of_output
+from resident import fresh, peak
+
+from fasthessian import kernels
+
+peers.curvlinops()  # no contestant's memory holds the import of a library
+TOKENS, CLASSES = 2048, 50_000
+BYTES = 4 * TOKENS * CLASSES
+SLICE = slice(1000, 1016)  # the tokens that are checked in float64
+
+
+def problem():
+    torch.manual_seed(0)
+    Z, U = (torch.empty(TOKENS, CLASSES).normal_(0, std) for std in (3, 1))
+    return Z, U, torch.randint(CLASSES, (TOKENS,))
+
+
+def ours(Z, U, y):
+    """In place: U is lost."""
+    apply_ = kernels.select("cpu").softmax_curvature_
+    scale = torch.full((TOKENS, 1), 1 / TOKENS, dtype=torch.float64)
+
+    def product():
+        apply_(U.unsqueeze(-1), Z.unsqueeze(-1), scale)
+        return U
+
+    return product
+
+
+def formula(Z, U, y):
+    """As one would write it, less the scale."""
+
+    def product():
+        p = Z.softmax(-1)
+        return p * U - p * (p * U).sum(-1, keepdim=True)
+
+    return product
+
+
+def double_backward(Z, U, y):
+    """The graph of the gradient is kept: only the second backward pass is timed."""
+    z = Z.detach().requires_grad_()
+    (slopes,) = torch.autograd.grad(F.cross_entropy(z, y), z, create_graph=True)
+    return lambda: torch.autograd.grad(slopes, z, U, retain_graph=True)[0]
+
+
+def eigenthings(Z, U, y):
+    """What GGNOperator._matvec_one_batch of hessian-eigenthings does between J and J'."""
+    loss = supervised_loss_of_output(torch.nn.CrossEntropyLoss())
+
+    def product():
+        z = Z.detach().requires_grad_()
+        (slopes,) = torch.autograd.grad(loss(z, (None, y)), z, create_graph=True)
+        return torch.autograd.grad(slopes, z, U)[0]
+
+    return product
+
+
+def curvlinops(Z, U, y):
+    """Its Gauss-Newton product for a model that returns its parameter, so that J = 1."""
+    product = peers.curvlinops().ggn.make_ggn_vector_product(lambda z, x: z, F.cross_entropy)
+    return lambda: product((Z,), None, y, U)[0]
+
+
+CONTESTANTS = {
+    "ours": ours,
+    "formula in torch": formula,
+    "double backward": double_backward,
+    "hessian-eigenthings": eigenthings,
+    "curvlinops": curvlinops,
+}
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return problem()
+
+
+def test_time(logits, row):
+    Z, U, y = logits
+    fresh_U = U.clone()
+    calls = {name: make(Z, U, y) for name, make in CONTESTANTS.items()}
+    reference, errors = exact(Z, fresh_U), {}
+    for name, call in calls.items():
+        U.copy_(fresh_U)
+        found = call()[SLICE].double() / (TOKENS if name == "formula in torch" else 1)
+        errors[name] = float((found - reference).norm() / reference.norm())
+    assert errors["ours"] <= 2 * errors["formula in torch"] + 1e-7, errors
+    assert max(errors.values()) < 1e-4, errors
+    calls["roof"] = lambda: U.add_(Z)  # reads both, writes one
+    middle = median(rounds(calls, 5, lambda: U.copy_(fresh_U)))
+    what = f"softmax curvature, {TOKENS:,} x {CLASSES:,}:"
+    row(f"{what} ours", 1e3 * middle["ours"], "ms", error=errors["ours"])
+    for name in [*CONTESTANTS][1:]:
+        row(f"{what} {name} over ours", middle[name] / middle["ours"], error=errors[name])
+    row(f"{what} ours over reading z and u and writing u", middle["ours"] / middle["roof"])
+    row(f"{what} speed of the latter", 3 * BYTES / middle["roof"] / 1e9, "GB/s")
+
+
+def test_memory(row):
+    for name in CONTESTANTS:
+        found = fresh(__file__, name)
+        what = f"softmax curvature: growth of peak memory over the logits, {name}"
+        row(what, (found["peak"] - found["before"]) * 1024 / BYTES, before=found["before"])
+
+
+def exact(Z, U):
+    """M u of the checked tokens in float64."""
+    p, u = Z[SLICE].double().softmax(-1), U[SLICE].double()
+    return p * (u - (p * u).sum(-1, keepdim=True)) / TOKENS
+
+
+def run(name):
+    """One product in this process; peak memory before and after as JSON."""
+    Z, U, y = problem()
+    before = peak()
+    CONTESTANTS[name](Z, U, y)()
+    print(json.dumps({"before": before, "peak": peak()}))
+
+
+if __name__ == "__main__":
+    run(sys.argv[1])
