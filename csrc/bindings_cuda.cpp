@@ -136,4 +136,14 @@ void bind_cuda(py::module_ m) {
         },
         [&] { return named("pack", (int64_t)pieces.size()) + " tensors"; });
   });
+  m.def("softmax_curvature", [](Address u, Address z, int type, int64_t outer, int64_t classes,
+                                int64_t inner, Address scale, int device, Address stream) {
+    launch(
+        device,
+        [&] {
+          return fh_cuda_softmax_curvature((void*)u, (const void*)z, (FhType)type, outer, classes,
+                                           inner, (const double*)scale, (void*)stream);
+        },
+        [&] { return named("softmax_curvature", outer * classes * inner); });
+  });
 }

@@ -48,3 +48,7 @@ int fh_cuda_normal(void* out, FhType type, int64_t n, uint64_t seed, int64_t off
 // out = beta * out + alpha * the pieces, one after the other; beta = 0 does not read out.
 int fh_cuda_pack(void* out, FhType type, const void* const* pieces, const int64_t* sizes,
                  int64_t count, double alpha, double beta, void* stream);
+// u = scale (p u - p (p . u)), p = softmax(z), for each row over the classes of u and z (outer,
+// classes, inner), contiguous; scale (outer, inner), where it is 0 u becomes 0.
+int fh_cuda_softmax_curvature(void* u, const void* z, FhType type, int64_t outer, int64_t classes,
+                              int64_t inner, const double* scale, void* stream);

@@ -6,7 +6,7 @@
 //   __global__ __device__ __forceinline__ __launch_bounds__ __restrict__ __grid_constant__, #pragma
 //   unroll; threadIdx blockIdx blockDim gridDim; dim3;
 //   __syncthreads __shfl_sync __shfl_xor_sync; __half __half2float __float2half_rn;
-//   fma sqrt log sincospi; cudaStream_t cudaError_t cudaSuccess cudaErrorInvalidValue.
+//   fma sqrt log exp expf sincospi; cudaStream_t cudaError_t cudaSuccess cudaErrorInvalidValue.
 #pragma once
 
 #ifdef FH_CUDA_SIM
