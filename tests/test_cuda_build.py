@@ -160,6 +160,12 @@ def test_streaming_kernels_load_rows_16_bytes_at_a_time(built, unit):
         assert max(loads) <= 16
 
 
+def test_aligned_logits_are_loaded_16_bytes_at_a_time(built):
+    for kernel in built["softmax.cu"]:
+        loads = kernel.loads_of_first_argument()
+        assert loads.count(16) == 2, f"{kernel.name} loads U by {loads} bytes"  # sums, product
+
+
 SPILLS = """
 extern "C" __global__ void __launch_bounds__(1024, 2) spill_kernel(double* x) {
   double y[40];

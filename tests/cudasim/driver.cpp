@@ -211,6 +211,50 @@ void pack(std::vector<int64_t> sizes, double beta) {
   require(right, "pack_");
 }
 
+// Rows of logits with a masked class, and with another row of NaN that has no weight.
+template <class T>
+void softmax(int64_t outer, int64_t classes, int64_t inner, int shift) {
+  current = "softmax " + std::to_string(classes) + " inner " + std::to_string(inner);
+  const int64_t n = outer * classes * inner;
+  Matrix<T> U(1, n, n, shift), Z(1, n, n, shift);
+  std::vector<double> scale(outer * inner);
+  for (double& s : scale) s = uniform();
+  for (int64_t i = 0; i < n; ++i) Z.data()[i] *= 20;
+  for (int64_t r = 0; r < outer; ++r) Z.data()[r * classes * inner] = classes > 1 ? -INFINITY : 1;
+  scale.back() = 0, U.data()[n - 1] = Z.data()[n - 1] = (T)NAN;
+  const Matrix<T> before = U;
+  check_launch(fh_cuda_softmax_curvature(U.data(), Z.data(), type_of<T>, outer, classes, inner,
+                                         scale.data(), nullptr));
+  bool right = true;
+  for (int64_t r = 0; r < outer * inner; ++r) {
+    const auto at = [&](int64_t k) { return (r / inner * classes + k) * inner + r % inner; };
+    double top = -INFINITY, total = 0, mean = 0, reach = 0;
+    for (int64_t k = 0; k < classes; ++k) top = fmax(top, Z.at(0, at(k)));
+    for (int64_t k = 0; k < classes; ++k) total += exp(Z.at(0, at(k)) - top);
+    for (int64_t k = 0; k < classes; ++k) {
+      const double p = exp(Z.at(0, at(k)) - top) / total, u = before.at(0, at(k));
+      mean += p * u, reach += p * fabs(u);
+    }
+    for (int64_t k = 0; k < classes; ++k) {
+      const double p = exp(Z.at(0, at(k)) - top) / total, u = before.at(0, at(k));
+      right &= scale[r] == 0 ? U.at(0, at(k)) == 0
+                             : fabs(U.at(0, at(k)) - scale[r] * p * (u - mean)) <=
+                                   40 * rounding<T>() * fabs(scale[r]) * p * (fabs(u) + reach);
+    }
+  }
+  require(right, "softmax_curvature_");
+}
+
+template <class T>
+void softmaxes() {
+  softmax<T>(2, 4116, 1, 0);  // several rounds of a whole block of threads, and a tail
+  softmax<T>(3, 1030, 1, 1);  // rows of any alignment
+  softmax<T>(90, 10, 1, 0);   // many teams to a block
+  softmax<T>(3, 150, 5, 0);   // a team of several warps, fewer rows than lanes
+  softmax<T>(2, 33, 70, 0);
+  softmax<T>(40, 1, 3, 0);
+}
+
 template <class TV, class TW>
 void matrices(const char* types) {
   const Shape shapes[] = {
@@ -262,6 +306,7 @@ int main(int argc, char** argv) {
           current = "j " + std::to_string(j);
           recur(j, 71, tensor, fresh);
         }
+  if (wanted("softmax")) softmaxes<float>(), softmaxes<double>();
   if (wanted("streams")) streams<float>("float"), streams<double>("double");
   if (!failed) printf("ok\n");
   return failed;
