@@ -105,7 +105,13 @@ class Curvature(Passes):
         """
         model = self._loss.model if isinstance(self._loss, ModelLoss) else None
         groups = partition(self.layout.names, by, model)
+        if not self._layered and any(self._of_one_layer(places) for places in groups.values()):
+            self._layered = True
+            self._forget()  # the next product keeps factors of the layers beside the graphs
         return {name: Block(self, places) for name, places in groups.items()}
+
+    def _of_one_layer(self, places: Sequence[int]) -> bool:
+        return len({self.layout.names[place].rpartition(".")[0] for place in places}) == 1
 
     def theta(self) -> Tensor:
         """The parameters as they are now, one vector (n,)."""

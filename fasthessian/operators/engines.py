@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from fasthessian import kernels
+from fasthessian.operators.layers import Layers
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
 # What torch says of an operation that it cannot differentiate as asked.
@@ -36,6 +37,7 @@ class Graph:
 
     def __init__(self, params: Sequence[Tensor], weight: float) -> None:
         self._params, self._weight = params, weight
+        self.layers: Layers | None = None  # for blocks of single layers, where they are kept
 
     def products(self, tasks: Sequence[Task], *, first: bool, keep: bool) -> None:
         """Add ``weight * H v`` to each row of each ``out``, or write it there if ``first``.
@@ -49,8 +51,12 @@ class Graph:
             for views, row in zip(task.rows, task.out, strict=True):
                 last -= 1
                 tangents = [v.to(p.dtype) for v, p in zip(views, params, strict=True)]
-                with _named():
-                    pieces = self._pieces(task.places, tangents, keep or last > 0)
+                pieces: Sequence[Tensor] | None
+                if self.layers is not None and self.layers.serves(task.places):
+                    pieces = self.layers.pieces(task.places, tangents)
+                else:
+                    with _named():
+                        pieces = self._pieces(task.places, tangents, keep or last > 0)
                 if pieces is not None:
                     pieces = [piece.to(row.dtype) for piece in pieces]
                     pack_(row, pieces, alpha=self._weight, beta=0.0 if first else 1.0)

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fasthessian.operators.batches import samples
 from fasthessian.operators.criteria import option
 from fasthessian.operators.likelihood import categorical, is_slope, sampled_scores
+from fasthessian.operators.linearised import Middle
 from fasthessian.operators.losses import Part
-from fasthessian.operators.outer import Middle, OuterCurvature, Scores
+from fasthessian.operators.outer import OuterCurvature, Scores
 
 
 class EmpiricalFisher(OuterCurvature):

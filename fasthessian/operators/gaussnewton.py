@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from fasthessian.operators.likelihood import Softmax, categorical, is_slope
+from fasthessian.operators.linearised import Middle, SecondDerivative, second_derivative
 from fasthessian.operators.losses import Part
-from fasthessian.operators.outer import Middle, OuterCurvature
+from fasthessian.operators.outer import OuterCurvature
 
 PROBES = 8  # random directions in which the criterion is looked at
 OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
@@ -54,11 +55,7 @@ class GaussNewton(OuterCurvature):
                 self._own_loss_is_known = is_slope(found, z, slopes)
             if criterion is not None or self._own_loss_is_known:
                 return Softmax(found, z)
-        (slopes,) = torch.autograd.grad(
-            loss, z, create_graph=True, allow_unused=True, materialize_grads=True
-        )
-        # a criterion that is linear in the outputs has M = 0
-        return SecondDerivative(slopes, z) if slopes.requires_grad else None
+        return second_derivative(loss, z)
 
     def _examine(self, z: Tensor, loss: Tensor, middle: Middle | None, params: Any) -> None:
         if isinstance(middle, Softmax) and self._loss.criterion is not None:  # type: ignore[union-attr]
@@ -66,20 +63,6 @@ class GaussNewton(OuterCurvature):
         check_path(z, loss, params)
         if isinstance(middle, SecondDerivative):
             check_convex(z, middle)
-
-
-class SecondDerivative:
-    """M u by the criterion's own second derivative."""
-
-    def __init__(self, slopes: Tensor, z: Tensor) -> None:
-        self._slopes, self._z = slopes, z
-
-    def __call__(self, u: Tensor) -> Tensor:
-        """M u, a new tensor."""
-        (out,) = torch.autograd.grad(
-            self._slopes, self._z, u, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
-        return out
 
 
 def check_path(z: Tensor, loss: Tensor, params: Sequence[Tensor]) -> None:

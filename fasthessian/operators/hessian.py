@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fasthessian.operators import parameters
+from fasthessian.operators import layers, parameters
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.engines import Difference, DoubleBackward, Forward, Graph, gradient
+from fasthessian.operators.layers import Layers
+from fasthessian.operators.linearised import second_derivative
 from fasthessian.operators.losses import ClosureLoss, Part
 from fasthessian.operators.options import Options
 
@@ -127,3 +129,15 @@ class Hessian(Curvature):
 
             return Difference(slope, params, part.weight)
         return DoubleBackward(self._value(part), params, part.weight)
+
+    def _layers(
+        self, model: nn.Module, part: Part, params: list[Tensor], room: float
+    ) -> Layers | None:
+        return layers.build(
+            model,
+            params,
+            lambda: self._evaluated(part),
+            lambda z, loss: second_derivative(loss, z),
+            room,
+            through=True,
+        )

@@ -64,6 +64,10 @@ class Options:
                 "'forward': a closure reads its parameters itself"
             )
 
+    def room(self, device: torch.device) -> float:
+        """Bytes that what is kept may take."""
+        return available_bytes(device) // 2 if self.memory_budget is None else self.memory_budget
+
     def choose(
         self, needs: float, count: int, replayable: bool, device: torch.device
     ) -> tuple[int, str]:
@@ -75,9 +79,7 @@ class Options:
         if self.engine != "auto":
             kept = sys.maxsize if self.engine == "retained" else 0
             return kept, f"{self.engine}: as asked, {size}"
-        budget = self.memory_budget
-        if budget is None:
-            budget = available_bytes(device) // 2
+        budget = self.room(device)
         limit = f"the budget of {readable(budget)}"
         if needs <= budget:
             return sys.maxsize, f"retained: {size}, within {limit}"

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
+from fasthessian.operators import layers
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.engines import Graph, difference
+from fasthessian.operators.layers import Layers
+from fasthessian.operators.linearised import Linearised, Middle
 from fasthessian.operators.losses import Part
 
 Tangent = Callable[[Sequence[int], Sequence[Tensor]], "Tensor | None"]  # J v for one block
-Middle = Callable[[Tensor], Tensor]  # M u; it may write into u
 
 
 class OuterCurvature(Curvature):
@@ -50,6 +51,18 @@ class OuterCurvature(Curvature):
         if middle is None:
             return OuterGraph(z, params, part.weight, lambda places, tangents: None, _same)
         return OuterGraph(z, params, part.weight, self._tangent(part, z, params), middle)
+
+    def _layers(
+        self, model: nn.Module, part: Part, params: list[Tensor], room: float
+    ) -> Layers | None:
+        def outputs() -> tuple[Tensor, Tensor]:
+            found, loss = self._evaluated(part)
+            return self._outputs(found), loss
+
+        def middle(z: Tensor, loss: Tensor) -> Middle | None:
+            return self._middle(part, z, loss)
+
+        return layers.build(model, params, outputs, middle, room, through=False)
 
     def _outputs(self, outputs: Any) -> Tensor:
         z = getattr(outputs, "logits", outputs)
@@ -94,30 +107,6 @@ class OuterCurvature(Curvature):
 
 def _same(u: Tensor) -> Tensor:
     return u
-
-
-class Linearised:
-    """J v by double backward: J'u is linear in u, so its derivative in u is J."""
-
-    def __init__(self, z: Tensor, params: Sequence[Tensor]) -> None:
-        self._u = torch.zeros_like(z, requires_grad=True)
-        grads = torch.autograd.grad(z, params, self._u, create_graph=True, allow_unused=True)
-        self._edges = {
-            i: get_gradient_edge(g)
-            for i, g in enumerate(grads)
-            if g is not None and g.requires_grad
-        }
-
-    def __call__(self, places: Sequence[int], tangents: Sequence[Tensor]) -> Tensor | None:
-        """J v for v given by parameter at ``places``; None where z does not depend on them."""
-        used = [(self._edges[i], v) for i, v in zip(places, tangents, strict=True)
-                if i in self._edges]  # fmt: skip
-        if not used:
-            return None
-        (found,) = torch.autograd.grad(
-            [edge for edge, _ in used], self._u, [v for _, v in used], retain_graph=True
-        )
-        return found
 
 
 class OuterGraph(Graph):

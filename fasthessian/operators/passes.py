@@ -9,7 +9,7 @@ from contextlib import closing
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from fasthessian import kernels
@@ -17,6 +17,7 @@ from fasthessian.operators import parameters
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.engines import Graph, Task, examine, metered
+from fasthessian.operators.layers import Layers
 from fasthessian.operators.losses import REPEATED, ClosureLoss, ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.rewrite import Rewrite
@@ -58,6 +59,7 @@ class Passes(SymmetricOperator):
         self._snapshot: Snapshot | None = None
         self._copies: Copies = {}  # of buffers, as long as the snapshot holds
         self._needs = 0.0  # bytes of the graphs of all parts
+        self._layered = False  # whether blocks of single layers were asked for
         self._roomy(self._open)
 
     def _open(self) -> None:
@@ -79,7 +81,7 @@ class Passes(SymmetricOperator):
                 )
         if self._capacity and loss.replayable:
             with self._pass() as params:
-                self._graphs.append(self._graph(part, params))
+                self._keep(self._graph(part, params), part, params)
         if self._options.precision is not None:
             self._measure_precision(part)
 
@@ -139,6 +141,18 @@ class Passes(SymmetricOperator):
             Rewrite() if rewritten else contextlib.nullcontext(),
         ):
             yield list(now.values())
+
+    def _keep(self, graph: Graph, part: Part, params: list[Tensor]) -> None:
+        if self._layered and isinstance(self._loss, ModelLoss):
+            room = self._options.room(self.device) - self._needs
+            graph.layers = self._layers(self._loss.model, part, params, room / self._loss.count)
+        self._graphs.append(graph)
+
+    def _layers(
+        self, model: nn.Module, part: Part, params: list[Tensor], room: float
+    ) -> Layers | None:
+        """Factors of single layers; see ``layers``."""
+        return None
 
     def coupling(self) -> float:
         """Relative change of the loss of the first batch when it is cut; see ``ModelLoss``."""
@@ -214,7 +228,7 @@ class Passes(SymmetricOperator):
                         else:
                             graph = self._graph(part, params)
                             if keep:
-                                self._graphs.append(graph)
+                                self._keep(graph, part, params)
                         graph.products(tasks, first=i == 0, keep=keep)
                 self._complete = self._capacity > i
             except BaseException:

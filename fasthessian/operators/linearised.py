@@ -1,0 +1,57 @@
+"""J v by double backward, and the second derivative of a criterion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+Middle = Callable[[Tensor], Tensor]  # M u; it may write into u
+
+
+class Linearised:
+    """J v by double backward: J'u is linear in u, so its derivative in u is J."""
+
+    def __init__(self, z: Tensor, params: Sequence[Tensor]) -> None:
+        self._u = torch.zeros_like(z, requires_grad=True)
+        grads = torch.autograd.grad(z, params, self._u, create_graph=True, allow_unused=True)
+        self._edges = {
+            i: get_gradient_edge(g)
+            for i, g in enumerate(grads)
+            if g is not None and g.requires_grad
+        }
+
+    def __call__(self, places: Sequence[int], tangents: Sequence[Tensor]) -> Tensor | None:
+        """J v for v given by parameter at ``places``; None where z does not depend on them."""
+        used = [(self._edges[i], v) for i, v in zip(places, tangents, strict=True)
+                if i in self._edges]  # fmt: skip
+        if not used:
+            return None
+        (found,) = torch.autograd.grad(
+            [edge for edge, _ in used], self._u, [v for _, v in used], retain_graph=True
+        )
+        return found
+
+
+class SecondDerivative:
+    """M u by the criterion's own second derivative."""
+
+    def __init__(self, slopes: Tensor, z: Tensor) -> None:
+        self._slopes, self._z = slopes, z
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """M u, a new tensor."""
+        (out,) = torch.autograd.grad(
+            self._slopes, self._z, u, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return out
+
+
+def second_derivative(loss: Tensor, z: Tensor) -> SecondDerivative | None:
+    """M = d^2 loss / dz^2; None for a loss that is linear in z, which has M = 0."""
+    (slopes,) = torch.autograd.grad(
+        loss, z, create_graph=True, allow_unused=True, materialize_grads=True
+    )
+    return SecondDerivative(slopes, z) if slopes.requires_grad else None
