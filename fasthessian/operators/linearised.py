@@ -15,7 +15,8 @@ class Linearised:
     """J v by double backward: J'u is linear in u, so its derivative in u is J."""
 
     def __init__(self, z: Tensor, params: Sequence[Tensor]) -> None:
-        self._u = torch.zeros_like(z, requires_grad=True)
+        # a single number in z's shape: with large vocabularies z is what memory goes to
+        self._u = z.detach().new_zeros(()).expand(z.shape).requires_grad_()
         grads = torch.autograd.grad(z, params, self._u, create_graph=True, allow_unused=True)
         self._edges = {
             i: get_gradient_edge(g)

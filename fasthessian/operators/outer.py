@@ -52,6 +52,10 @@ class OuterCurvature(Curvature):
             return OuterGraph(z, params, part.weight, lambda places, tangents: None, _same)
         return OuterGraph(z, params, part.weight, self._tangent(part, z, params), middle)
 
+    def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
+        z = self._outputs(outputs)
+        return z.sum() if z.requires_grad else loss  # which says that it does not depend on them
+
     def _layers(
         self, model: nn.Module, part: Part, params: list[Tensor], room: float
     ) -> Layers | None:

@@ -88,11 +88,11 @@ class Passes(SymmetricOperator):
     def _try(self, part: Part, params: list[Tensor]) -> int:
         """Check the loss of the first part; return the bytes that its graph holds."""
         with metered(params) as held:
-            loss = self._value(part)
-            examine(loss, params, twice=self._options.keeps_graphs)
+            outputs, loss = self._evaluated(part)
+            examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
             measured = held()
         first = float(loss.detach())
-        del loss
+        del outputs, loss
         second = float(self._value(part).detach())
         if abs(second - first) > REPEATED * abs(first):
             raise RuntimeError(
@@ -100,6 +100,10 @@ class Passes(SymmetricOperator):
                 f"parameters and random seeds; H needs a loss that is a function of the parameters"
             )
         return measured
+
+    def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
+        """The scalar whose gradient is differentiated for a product."""
+        return loss
 
     def _measure_precision(self, part: Part) -> None:
         """Say in ``engine`` how far a product of the first part is from an exact one."""
