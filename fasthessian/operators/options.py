@@ -37,6 +37,11 @@ class Options:
             raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
         if self.precision not in (None, *PRECISIONS):
             raise ValueError(f"precision must be None, 'bf16' or 'tf32', got {self.precision!r}")
+        if self.precision == "bf16" and not self.keeps_graphs:
+            raise ValueError(
+                f"precision must be None with engine={self.engine!r}, got 'bf16'; it serves "
+                f"'retained' and 'recompute'"
+            )
         if self.mode not in ("eval", "train"):
             raise ValueError(f"mode must be 'eval' or 'train', got {self.mode!r}")
         budget = self.memory_budget

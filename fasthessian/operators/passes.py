@@ -147,7 +147,8 @@ class Passes(SymmetricOperator):
             yield list(now.values())
 
     def _keep(self, graph: Graph, part: Part, params: list[Tensor]) -> None:
-        if self._layered and isinstance(self._loss, ModelLoss):
+        exact = self._options.precision != "bf16"
+        if self._layered and exact and isinstance(self._loss, ModelLoss):
             room = self._options.room(self.device) - self._needs
             graph.layers = self._layers(self._loss.model, part, params, room / self._loss.count)
         self._graphs.append(graph)
@@ -157,6 +158,11 @@ class Passes(SymmetricOperator):
     ) -> Layers | None:
         """Factors of single layers; see ``layers``."""
         return None
+
+    def rounded(self) -> bool:
+        """Whether the loss is computed in 16 bits, wholly or in part."""
+        low = any(dtype in parameters.LOW for dtype in self._dtypes.values())
+        return low or self._options.precision == "bf16"
 
     def coupling(self) -> float:
         """Relative change of the loss of the first batch when it is cut; see ``ModelLoss``."""
