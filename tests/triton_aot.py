@@ -29,6 +29,8 @@ TYPES = {"f32": (torch.float32,) * 2, "f64": (torch.float64,) * 2,
          "f16": (torch.float16, torch.float32)}  # fmt: skip
 POINTERS = {torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
             torch.int64: "*i64"}  # fmt: skip
+# tokens of vocabularies that rows of 16 bytes fit and do not; digits; pixels; positions
+LOGITS = ((2048, 50304, 1), (2048, 50257, 1), (4096, 10, 1), (8, 21, 512 * 512), (8, 50257, 49))
 META = torch.device("meta")
 WIDE = {"cuda": r"ld\.global[\w.:]*\.(?:v4\.b32|v2\.b64)", "hip": r"(?:global|buffer)_load_dwordx4"}
 
@@ -116,6 +118,11 @@ def calls():
         yield case, partial(triton_backend.signs_, out, 1)
         yield case, partial(triton_backend.normal_, out, 1)
         yield case, partial(triton_backend.pack_, out, [out], beta=0.5)
+        for shape in LOGITS:
+            U, Z = (torch.empty(shape, dtype=dtype, device=META) for _ in range(2))
+            scale = torch.empty(shape[0], shape[2], **like)
+            curvature = partial(triton_backend.softmax_curvature_, U, Z, scale)
+            yield case | {"shape": shape}, curvature
 
 
 def compile_instead(case, where, planted, only):

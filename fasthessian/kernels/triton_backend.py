@@ -14,7 +14,7 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,47 +26,28 @@ from fasthessian.kernels.contract import (
     check_block,
     check_pack,
     check_recurrence,
+    check_softmax,
     check_stream,
+)
+from fasthessian.kernels.triton_tiles import (
+    BOTH,
+    DOTS,
+    THREADS,
+    UPDATE,
+    Tile,
+    logits_tile,
+    power,
+    tile,
 )
 
 NAME = "triton"
 OLDEST = (3, 6)
-THREADS = 128  # a program's
 CHUNK_BYTES = 1 << 16  # of W that a program reads again for every BK rows of V: stays in L1
 STEPS = 8  # tiles a program of project takes at most: one sum across threads for all
 SUM_OUTPUTS = 8  # sums over chunks that a program makes: a line of 64 bytes of every chunk
 PROGRAMS = 4  # at most, in the interpreter: each takes milliseconds
 PACKED = 4096  # numbers a program of pack copies
 TABLES = 64  # pointer tables of pack kept
-
-
-class Tile(NamedTuple):
-    """What a stream is compiled for; see ``triton_kernels``."""
-
-    T: int  # groups of F numbers, one a thread
-    F: int  # numbers of V in 16 bytes
-    B: int  # rows of W, rounded up to a power of two
-    BK: int  # rows of V at a time: 16 bytes of each are in flight in every thread
-    registers: int  # most a thread may use: 65,536 of a multiprocessor serve 512 threads with 128
-    halves: bool  # W's 16 bytes are F / 2 numbers
-
-
-# By numbers of V in 16 bytes, then for 1, 2, 4 and 8 rows of W: BK of project without H, of project
-# with H and of update; registers. For sm_90 all compile without a spill (tests/test_triton_aot.py).
-TABLE = {
-    2: ((8, 8, 8, 80), (8, 8, 8, 128), (4, 4, 4, 128), (4, 4, 4, 168)),
-    4: ((8, 8, 8, 96), (8, 4, 8, 128), (4, 4, 4, 128), (4, 2, 2, 168)),
-    8: ((4, 4, 4, 96), (4, 4, 4, 128), (4, 2, 2, 168), (2, 1, 1, 255)),
-}
-DOTS, BOTH, UPDATE = range(3)
-
-
-def tile(V: Tensor, W: Tensor, kind: int) -> Tile:
-    """The configuration. The number of V's rows has no part in it: same sums for any."""
-    F, power = 16 // V.itemsize, (W.shape[0] - 1).bit_length()
-    line = TABLE[F][power]
-    halves = 2 * (16 // W.itemsize) == F
-    return Tile(THREADS, F, 1 << power, line[kind], line[3], halves)
 
 
 def unavailable(device: torch.device | str = "cpu") -> str | None:
@@ -108,10 +89,11 @@ def describe() -> str:
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any]:
+def _kernels() -> tuple[Any, Any, Any]:
     return (
         importlib.import_module("fasthessian.kernels.triton_kernels"),
         importlib.import_module("fasthessian.kernels.triton_vectors"),
+        importlib.import_module("fasthessian.kernels.triton_softmax"),
     )
 
 
@@ -138,15 +120,11 @@ def _at(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return np.errstate(all="ignore") if device.type == "cpu" else torch.cuda.device(device)
 
 
-def _power(number: int, least: int = 1) -> int:
-    return max(least, 1 << (number - 1).bit_length())
-
-
 def _cut(V: Tensor, W: Tensor, kind: int) -> tuple[Tile, int]:
     """The tile, and how many of them a program of project takes."""
     shape, n = tile(V, W, kind), V.shape[1]
     if V.device.type == "cpu":
-        groups = _power(-(-n // (shape.F * PROGRAMS * 2)), 16)
+        groups = power(-(-n // (shape.F * PROGRAMS * 2)), 16)
         return shape._replace(T=groups, BK=4 * shape.BK), 2
     columns = shape.T * shape.F
     most = CHUNK_BYTES // (shape.B * columns * W.itemsize)
@@ -198,7 +176,7 @@ def project_(
         )  # fmt: skip
     outputs, at_once = SUM_OUTPUTS, 512 if chunks > 64 else 32
     if device.type == "cpu":
-        outputs, at_once = _power(-(-sums.numel() // PROGRAMS)), 2
+        outputs, at_once = power(-(-sums.numel() // PROGRAMS)), 2
     _launch(
         streams.total, device, -(-sums.numel() // outputs),
         parts, sums, live, k, b, chunks, BC=at_once, BO=outputs, ON_DEVICE=on_device,
@@ -260,7 +238,7 @@ def _fill(kernel: Any, out: Tensor, seed: int, offset: int, per_block: int, bloc
     first, skip = divmod(offset, per_block)
     total = -(-(skip + out.numel()) // per_block)
     if out.device.type == "cpu":
-        blocks = _power(-(-total // PROGRAMS))
+        blocks = power(-(-total // PROGRAMS))
     if out.numel():
         args = (out, out.numel(), seed, first, skip)
         _launch(kernel, out.device, -(-total // blocks), *args, BLOCKS=blocks)
@@ -318,9 +296,30 @@ def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: floa
     chunk, block = PACKED, 1024
     if device.type == "cpu":
         chunk = -(-n // PROGRAMS)
-        block = _power(chunk)
+        block = power(chunk)
     _launch(
         _kernels()[1].pack, device, -(-n // chunk),
         out, table, len(pieces), n, chunk, alpha, beta, BN=block, ADD=beta != 0.0,
     )  # fmt: skip
     return out
+
+
+def softmax_curvature_(U: Tensor, Z: Tensor, scale: Tensor) -> Tensor:
+    """``u = scale (diag(p) - p p^T) u``, ``p = softmax(z)``: ``reference.softmax_curvature_``."""
+    check_softmax(U, Z, scale)
+    outer, classes, inner = U.shape
+    if U.numel() == 0:
+        return U
+    flat = inner == 1
+    line, numbers = classes if flat else inner, 16 // U.itemsize
+    aligned = line % numbers == 0 and U.data_ptr() % 16 == 0 and Z.data_ptr() % 16 == 0
+    unit = numbers if aligned else 1
+    shape = logits_tile(U, unit, PROGRAMS if U.device.type == "cpu" else None)
+    programs = -(-outer // shape.R) if flat else outer * -(-inner // shape.R)
+    _launch(
+        _kernels()[2].curvature, U.device, programs,
+        U, Z, scale, outer, classes, line // unit,
+        R=shape.R, T=shape.T, F=shape.F, UNIT=unit, FLAT=flat,
+        threads=shape.threads, registers=shape.registers,
+    )  # fmt: skip
+    return U
