@@ -28,7 +28,7 @@ ABSENT = 77  # exit status of a part that cannot be done here
 TAIL = 1200  # characters of a failed part's log
 LEFT_OUT = ("build", "dist", "__pycache__", "*.egg-info", "report", "report-*", "results", ".*")
 SMALL = {  # what a rehearsal runs of a test command
-    "kernels": ["-k", "append or rows_beyond"],
+    "kernels": ["-k", "append or rows_beyond or second_derivative"],
     "suite": ["tests/test_layers.py", "tests/test_records.py"],
 }
 
@@ -127,9 +127,10 @@ def parts_of(folder, facts, without):
         return Part(name, command, limit, base, must=True)
 
     build = {"FASTHESSIAN_CUDA": "1", "FASTHESSIAN_CUDA_ARCHS": arch}
-    apart = ("test_kernels.py", "test_cuda.py", "test_gpu_rehearsal.py")
+    contract = ("test_kernels.py", "test_softmax_curvature.py")
+    apart = (*contract, "test_cuda.py", "test_gpu_rehearsal.py")
     others = [p.name for p in sorted((ROOT / "tests").glob("test_*.py")) if p.name not in apart]
-    kernels = ["tests/test_kernels.py"]
+    kernels = [f"tests/{name}" for name in contract]
     doctor = [python, "-c", "import fasthessian; print(fasthessian.doctor())"]
     sanitize = [python, "bench/gpu_sanitize.py", "--arch", arch]
     if not gpu:

@@ -134,6 +134,30 @@ def vectors(n, device):
                lambda: (torch.cat(pieces, out=out),))  # fmt: skip
 
 
+def logits(n, device):
+    """softmax_curvature_ over a vocabulary that 16 bytes divide, one that they do not, pixels."""
+    for classes, inner in ((50304, 1), (50257, 1), (21, 4096)):
+        shape = (max(1, n // (classes * inner)), classes, inner)
+        fresh, Z = torch.randn(2, *shape, device=device)
+        Z *= 0.1  # with that and the scale, tangents keep their size from call to call
+        scale = torch.full((shape[0], inner), float(classes), dtype=F64, device=device)
+        what = f"softmax curvature of {classes}" + (f" x {inner}" if inner > 1 else "")
+        yield curvature(what, fresh.clone(), Z, scale, fresh)
+
+
+def curvature(what, U, Z, scale, fresh):
+    narrow = scale[:, None].float()
+
+    def rival():
+        p = torch.softmax(Z, 1)
+        return (narrow * (p * U - p * (p * U).sum(1, keepdim=True)),)
+
+    def run(backend):
+        return (backend.softmax_curvature_(U, Z, scale),)
+
+    return Case(what, 12 * Z.numel(), lambda: U.copy_(fresh), run, rival)
+
+
 def compare(what, found, expected):
     """Largest difference over the largest entry: dots, too, are of a W that was rounded."""
     for a, b in zip(found, expected, strict=True):
@@ -190,7 +214,7 @@ def main():
             for case in blocks(n, dtype, device):
                 measure(case, names, rows, device, ceiling, options.repeats)
     with rows.section("vectors"):
-        for case in vectors(n, device):
+        for case in itertools.chain(vectors(n, device), logits(n, device)):
             measure(case, names, rows, device, ceiling, options.repeats)
     sys.exit(rows.failed)
 

@@ -193,3 +193,21 @@ def check_long_rows(backend, device, n):
         fill(W[0], 5, 3)
         tail = fill(torch.empty(1000, device=device), 5, 3 + n - 1000)
         assert torch.equal(W[0, n - 1000 :], tail)
+
+
+def check_long_logits(backend, device, rows, classes):
+    """Indices beyond 2^31: the same row at the start, in the middle and at the end of zeros."""
+    for shape in ((rows, classes, 1), (1, classes, rows)):
+        U, Z = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+        scale = torch.zeros(shape[0], shape[2], dtype=F64, device=device)
+        u, z = torch.randn(2, classes, device=device)
+        for row in (0, rows // 2, rows - 1):
+            place = (row, slice(None), 0) if shape[2] == 1 else (0, slice(None), row)
+            U[place], Z[place], scale.view(-1)[row] = u, z, 1.0
+        p = torch.softmax(z.double(), 0)
+        want = (p * (u - p @ u.double())).float()
+        backend.softmax_curvature_(U, Z, scale)
+        for row in (0, rows // 2, rows - 1):
+            found = U[row, :, 0] if shape[2] == 1 else U[0, :, row]
+            torch.testing.assert_close(found, want)
+        assert int(torch.count_nonzero(U)) == 3 * classes

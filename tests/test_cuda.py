@@ -6,6 +6,7 @@ from cuda_checks import (
     check_captured,
     check_failed_capture,
     check_launches,
+    check_long_logits,
     check_long_rows,
     check_problem,
     check_quiet_steps,
@@ -116,6 +117,8 @@ def test_rows_longer_than_31_bits(backend):
     if torch.cuda.mem_get_info()[0] < 40 << 30:
         pytest.skip("needs 40 GiB of GPU memory")
     check_long_rows(module, CUDA, 2**31 + 64)
+    torch.cuda.empty_cache()
+    check_long_logits(module, CUDA, 2**31 // 1000 + 1, 1000)
     torch.cuda.empty_cache()
 
 

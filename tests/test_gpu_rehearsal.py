@@ -79,7 +79,8 @@ def test_rehearsal():
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     for words in ("lanczos: ok", "(rehearsal: no GPU here)", "REHEARSAL", "pack 65 tensors",
-                  "replay eager: cpu has no CUDA graphs", "all parts passed"):  # fmt: skip
+                  "softmax curvature of 50257", "replay eager: cpu has no CUDA graphs",
+                  "all parts passed"):  # fmt: skip
         assert words in run.stdout, words
     assert "error" not in run.stdout and len(run.stdout) < 12_000
     assert sorted((ROOT / "bench" / "results").glob("*")) == before
@@ -122,3 +123,4 @@ def test_other_bodies(monkeypatch):
     for name in kernels.AUTOMATIC["cpu"]:
         if kernels.BACKENDS[name].unavailable("cpu") is None:
             cuda_checks.check_long_rows(kernels.BACKENDS[name], CPU, 4096 + 64)
+            cuda_checks.check_long_logits(kernels.BACKENDS[name], CPU, 67, 100)
