@@ -12,6 +12,7 @@ import pytest
 import torch
 from backends import ROWS
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fasthessian.kernels import native
 
@@ -220,6 +221,31 @@ def test_constant_tangents_give_nothing(row, inner):
     U, Z, scale = problem((3, 700, inner), F32, row.device)
     found = row.module().softmax_curvature_(torch.full_like(U, 1e3), Z, scale)
     assert float(found.abs().max()) <= 1e3 * 4 * torch.finfo(F32).eps * float(scale.abs().max())
+
+
+class Largest(TorchDispatchMode):
+    """The bytes of the largest result of torch's operations, views of ``given`` apart."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given, self.bytes = {t.untyped_storage().data_ptr() for t in given}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        memory = result.untyped_storage()
+        if memory.data_ptr() not in self.given:
+            self.bytes = max(self.bytes, memory.nbytes())
+        return result
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if not row.slow], ids=str)
+@pytest.mark.parametrize("shape", [(600, 2000, 1), (1, 2000, 600), (2, 200_000, 1)])
+def test_no_temporary_has_the_size_of_the_logits(row, shape):
+    """At most 1 MiB, or one row of a large vocabulary in float64."""
+    given = problem(shape, F32, row.device)
+    with Largest(given) as largest:
+        row.module().softmax_curvature_(*given)
+    assert largest.bytes <= max(1 << 20, 8 * shape[1])
 
 
 @ids
