@@ -211,3 +211,25 @@ def check_long_logits(backend, device, rows, classes):
             found = U[row, :, 0] if shape[2] == 1 else U[0, :, row]
             torch.testing.assert_close(found, want)
         assert int(torch.count_nonzero(U)) == 3 * classes
+
+
+def check_curvatures(name, device):
+    """Every matrix by every engine, and its blocks, are on the device what they are on the CPU."""
+    there, here = moved(name, device, F64), PROBLEMS[name].make(F64)
+    for kind in (fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher):
+        want = kind(*here)
+        eye = torch.eye(want.n, dtype=F64)
+        whole = want @ eye
+        for engine in ("retained", "recompute", "forward"):
+            found = kind(*there, engine=engine) @ eye.to(device)
+            torch.testing.assert_close(found.cpu(), whole, rtol=1e-9, atol=1e-11)
+        blocks = kind(*there).blocks("layer")
+        top = fh.eigsh(blocks, 1, tol=1e-9)
+        for key, block in want.blocks("layer").items():
+            matrix = block @ torch.eye(block.n, dtype=F64)
+            values = torch.linalg.eigvalsh(matrix)
+            best = values[values.abs().argmax()]
+            torch.testing.assert_close(top[key].values[0], best, rtol=1e-7, atol=1e-11)
+    F = fh.Fisher(*there, samples=3)
+    v = torch.ones(F.n, dtype=F64, device=device)
+    assert torch.equal(F @ v, fh.Fisher(*there, samples=3) @ v) and v @ (F @ v) > 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cuda_checks import (
     check_captured,
+    check_curvatures,
     check_failed_capture,
     check_launches,
     check_long_logits,
@@ -32,6 +33,11 @@ each_problem = pytest.mark.parametrize("name", PROBLEMS)
 @each_problem
 def test_results_match_the_dense_matrix(name):
     check_problem(name, CUDA)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "gru"])
+def test_matrices_engines_and_blocks(name):
+    check_curvatures(name, CUDA)
 
 
 @pytest.mark.parametrize("graph", [True, False])

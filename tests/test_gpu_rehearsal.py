@@ -102,6 +102,11 @@ def test_problem_body(name):
     cuda_checks.check_problem(name, CPU)
 
 
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_curvatures_body(name):
+    cuda_checks.check_curvatures(name, CPU)
+
+
 @pytest.mark.parametrize("graph", [True, False])
 def test_quiet_body(graph):
     cuda_checks.check_quiet_steps(CPU, graph)

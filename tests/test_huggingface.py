@@ -15,7 +15,6 @@ import fasthessian as fh
 from fasthessian import cli
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch, by its imports
 HALF_SINGLE = 1e-6  # their language models compute the loss in float32, whatever the model
 
 

@@ -12,6 +12,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from fasthessian import kernels
 from fasthessian.operators.layers import Layers
+from fasthessian.operators.linearised import along
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
 # What torch says of an operation that it cannot differentiate as asked.
@@ -128,8 +129,8 @@ class Forward(Graph):
             )
             return found
 
-        at = tuple(self._params[i].detach() for i in places)
-        return torch.func.jvp(gradient, at, tuple(tangents))[1]  # type: ignore[no-any-return]
+        at = [self._params[i].detach() for i in places]
+        return along(gradient, at, tangents)  # type: ignore[no-any-return]
 
 
 class Difference(Graph):

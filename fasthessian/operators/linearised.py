@@ -1,14 +1,23 @@
-"""J v by double backward, and the second derivative of a criterion."""
+"""J v by forward mode or double backward, and the second derivative of a criterion."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 Middle = Callable[[Tensor], Tensor]  # M u; it may write into u
+
+
+def along(function: Callable[..., Any], at: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
+    """The derivative of ``function`` at some tensors along tangents, in forward mode."""
+    with warnings.catch_warnings():  # torch's decompositions for it, at the first use
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        return torch.func.jvp(function, tuple(at), tuple(tangents))[1]
 
 
 class Linearised:

@@ -13,7 +13,7 @@ from fasthessian.operators import layers
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.engines import Graph, difference
 from fasthessian.operators.layers import Layers
-from fasthessian.operators.linearised import Linearised, Middle
+from fasthessian.operators.linearised import Linearised, Middle, along
 from fasthessian.operators.losses import Part
 
 Tangent = Callable[[Sequence[int], Sequence[Tensor]], "Tensor | None"]  # J v for one block
@@ -91,8 +91,8 @@ class OuterCurvature(Curvature):
                     named = {names[i]: value for i, value in zip(places, values, strict=True)}
                     return self._outputs(self._loss.evaluate(part, named)[0])
 
-                at = tuple(params[i].detach() for i in places)
-                return torch.func.jvp(outputs, at, tuple(tangents))[1]  # type: ignore[no-any-return]
+                at = [params[i].detach() for i in places]
+                return along(outputs, at, tangents)  # type: ignore[no-any-return]
 
             return forward
         if self._options.engine == "difference":
