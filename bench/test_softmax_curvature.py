@@ -90,6 +90,7 @@ def logits():
     return problem()
 
 
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
 def test_time(logits, row):
     Z, U, y = logits
     fresh_U = U.clone()
