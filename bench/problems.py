@@ -1,5 +1,7 @@
 """Networks to take products of: each function returns (model, criterion, batch), seeded."""
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,6 +30,13 @@ def gpt():
     torch.manual_seed(0)
     tokens = torch.randint(512, (4, 257))
     return GPT(512, 128, 4, 4, 256).eval(), TokenLoss(), (tokens[:, :-1], tokens[:, 1:])
+
+
+def doubled(x):
+    """A copy in float64 of a model or of inputs; classes and tokens as they are."""
+    if isinstance(x, torch.Tensor) and not x.is_floating_point():
+        return x
+    return copy.deepcopy(x).double()
 
 
 class GPT(nn.Module):

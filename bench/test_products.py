@@ -4,7 +4,6 @@ All of a problem in one process, in interleaved rounds. A gradient is what a use
 as it comes, fused attention included. Every product is compared with torch's double backward first.
 """
 
-import copy
 import functools
 import gc
 import time
@@ -42,6 +41,9 @@ SLOW_TO_COMPILE = ("ResNet-56",)  # minutes
 EXACT = 1e-8  # of |Hv|, in float64
 NEAR = 2e-2  # of |Hv|: differences; float32, where rounding turns some ReLUs of a deep network
 GOALS = {("ResNet-20", "ours retained"): "<= 2.0"}
+# A difference of gradients sees ReLUs turn, each a jump; H has none. The jumps add up to noise
+# that falls with the root of the step, and in these it drowns H v.
+KINKED = ("ResNet-20", "ResNet-56", "MLP")
 MATH = ", math attention"
 
 
@@ -51,7 +53,7 @@ def test_products(problem, row):
     model, criterion, batch = PROBLEMS[problem]()
     params = list(model.parameters())
     v = torch.randn(sum(p.numel() for p in params))
-    double = doubled(model), criterion, tuple(doubled(x) for x in batch)
+    double = problems.doubled(model), criterion, tuple(map(problems.doubled, batch))
     reference = exact(*double, v.double())
 
     def error(product):
@@ -78,7 +80,8 @@ def test_products(problem, row):
         if wrong < (NEAR if name == "ours difference" else EXACT) and rounded < NEAR:
             products[name] = product
             continue
-        assert name not in OURS, (name, details[name])
+        allowed = name == "ours difference" and problem in KINKED
+        assert name not in OURS or allowed, (name, details[name])
         note = f"wrong: off by {wrong:.1g} of |Hv| in float64, {rounded:.1g} in float32"
         row(label(problem, name), None, note=note)
     assert {"ours retained", "ours recompute"} <= set(products)
@@ -87,7 +90,8 @@ def test_products(problem, row):
         torch.autograd.grad(criterion(model(batch[0]), batch[1]), params)
 
     calls = {name: functools.partial(product, v) for name, product in products.items()}
-    middle = median(rounds({"gradient": gradient, **calls}))
+    count = 35 if problem == "MLP" else 7  # a gradient takes 5 ms there
+    middle = median(rounds({"gradient": gradient, **calls}, count))
     row(f"gradient: {problem}, n = {len(v):,}", 1e3 * middle["gradient"], "ms")
     for name in products:
         ratio = middle[name] / middle["gradient"]
@@ -138,13 +142,6 @@ def exact(model, criterion, batch, v):
     with sdpa_kernel(SDPBackend.MATH):
         grads = torch.autograd.grad(criterion(model(batch[0]), batch[1]), params, create_graph=True)
         return flat(torch.autograd.grad(grads, params, peers.split(v, params)))
-
-
-def doubled(x):
-    """A copy in float64 of a model or of inputs; classes and tokens as they are."""
-    if isinstance(x, torch.Tensor) and not x.is_floating_point():
-        return x
-    return copy.deepcopy(x).double()
 
 
 def flat(product):
