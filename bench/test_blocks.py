@@ -1,0 +1,98 @@
+"""All layers of a ResNet-20 at once: their products against the whole product, and densities."""
+
+import peers
+import problems
+import pytest
+import torch
+from conftest import median, rounds
+
+import fasthessian as fh
+from fasthessian.operators.blocks import Job, multiply
+
+STEPS = 20
+EXACT, NEAR = 1e-10, 1e-2  # of |Hv|; in float32 rounding turns some ReLUs
+
+
+def layers(double=False):
+    """H of a ResNet-20 without normalisation on a batch of 64, and its 22 layers."""
+    model, criterion, batch = problems.residual(20, 64, batch_norm=False)
+    if double:
+        model, batch = problems.doubled(model), tuple(map(problems.doubled, batch))
+    A = fh.Hessian(model, criterion, batch, engine="retained")
+    blocks = A.blocks("layer")
+    assert len(blocks) == 22 and sum(block.n for block in blocks.values()) == A.n
+    return A, blocks, (model, criterion, batch)
+
+
+def jobs(blocks):
+    """A product of a random vector for each block."""
+    torch.manual_seed(1)
+    vectors = [torch.randn(1, block.n, dtype=block.dtype) for block in blocks.values()]
+    return [Job(op, V, torch.empty_like(V)) for op, V in zip(blocks.values(), vectors, strict=True)]
+
+
+def check(A, blocks):
+    """Each product is that of the whole with a vector which is zero outside of the block."""
+    work = jobs(blocks)
+    multiply(work)
+    for name, job in zip(blocks, work, strict=True):
+        v = torch.zeros(A.n, dtype=A.dtype)
+        inside = [key for key in A.layout.names if key.rpartition(".")[0] == name]
+        for key, piece in job.operator.unflatten(job.V[0]).items():
+            A.unflatten(v)[key].copy_(piece)
+        Hv = A.unflatten(A @ v)
+        expected = torch.cat([Hv[key].flatten() for key in inside])
+        off = float((job.out[0] - expected).norm() / expected.norm())
+        assert off < EXACT, (name, off)
+
+
+@pytest.mark.filterwarnings("ignore")  # the peer's own
+def test_products(row):
+    check(*layers(double=True)[:2])
+    A, blocks, problem = layers()
+    work, v = jobs(blocks), torch.randn(A.n)
+    w = torch.cat([job.V[0] for job in work])
+
+    def one_by_one():
+        for job in work:
+            job.operator.apply(job.V, job.out)
+
+    # curvlinops multiplies with a block diagonal too; layers follow each other in its parameters
+    sizes = [len(block.layout.names) for block in blocks.values()]
+    theirs = peers.by_curvlinops(*problem, block_sizes=sizes)
+    multiply(work)
+    ours = torch.cat([job.out[0] for job in work])
+    assert (theirs(w) - ours).norm() < NEAR * ours.norm()
+    calls = {
+        "whole": lambda: A @ v,
+        "layers": lambda: multiply(work),
+        "one by one": one_by_one,
+    }
+    middle = median(rounds(calls))
+    what = "ResNet-20 without normalisation, 22 layers"
+    row(f"{what}: joint products over the whole product",
+        middle["layers"] / middle["whole"], target="<= 2")  # fmt: skip
+    row("the same: layer by layer over jointly", middle["one by one"] / middle["layers"])
+    few = median(rounds({"layers": calls["layers"], "curvlinops": lambda: theirs(w)}, 2))
+    row("the same: curvlinops' block diagonal over jointly", few["curvlinops"] / few["layers"])
+
+
+def test_densities(row):
+    A, blocks, _ = layers()
+    found = fh.density(blocks, steps=STEPS)
+    assert set(found) == set(blocks)
+    for name in [*blocks][::7]:
+        alone = fh.density(blocks[name], steps=STEPS)
+        scale = float(alone.nodes.abs().max())
+        for end in (torch.max, torch.min):
+            assert abs(end(found[name].nodes) - end(alone.nodes)) < NEAR * scale, name
+    middle = median(
+        rounds(
+            {
+                "whole": lambda: fh.density(A, steps=STEPS),
+                "layers": lambda: fh.density(blocks, steps=STEPS),
+            },
+            3,
+        )
+    )
+    row(f"ESD, {STEPS} steps: 22 layers over the whole matrix", middle["layers"] / middle["whole"])
