@@ -95,7 +95,8 @@ def scalar(loss: Any, origin: str) -> Tensor:
         ValueError: more than one number.
     """
     if not isinstance(loss, Tensor):
-        raise TypeError(f"{origin} must return a tensor, got {type(loss).__name__}")
+        way = "; return the sum of its entries" if isinstance(loss, (Mapping, tuple, list)) else ""
+        raise TypeError(f"{origin} must return a tensor, got {type(loss).__name__}{way}")
     if not loss.is_floating_point():
         raise TypeError(f"{origin} must return a real floating-point loss, got {loss.dtype}")
     if loss.numel() != 1:
