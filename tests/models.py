@@ -21,7 +21,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.hessian import Hessian
 
+F64 = torch.float64
 ENGINES = ("retained", "recompute")
+ALL_ENGINES = (*ENGINES, "forward", "difference", "auto")
 
 
 def columns(A: SymmetricOperator) -> Tensor:
@@ -32,6 +34,14 @@ def columns(A: SymmetricOperator) -> Tensor:
 def error(H: Tensor, exact: Tensor) -> float:
     """The largest difference over the largest entry."""
     return float((H.double() - exact).abs().max() / exact.abs().max())
+
+
+def mismatch(A: SymmetricOperator, exact: Tensor) -> float:
+    """Relative error of the products of four random vectors: any wrong entry shows in them."""
+    V = torch.randn(4, A.n, dtype=F64, generator=torch.Generator().manual_seed(9))
+    made, want = A @ V.to(A.dtype), V @ exact
+    assert made.dtype is A.dtype
+    return float((made.double() - want).norm() / want.norm())
 
 
 def refused(call: Callable[[], Any], kind: type[Exception], words: str) -> None:
@@ -152,6 +162,29 @@ def dense(model: nn.Module, criterion: Any, data: Any) -> Tensor:
         for size, row in zip(sizes, blocks, strict=True)
     ]
     return torch.cat(rows)
+
+
+def jacobian(model: nn.Module, data: Any, of: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The Jacobian (m, n) of the outputs, or of what ``of`` makes of them, in eval mode."""
+    model = copy.deepcopy(model).eval()
+    named = dict(model.named_parameters())
+
+    def outputs(*values: Tensor) -> Tensor:
+        z = functional_call(model, dict(zip(named, values, strict=True)), data[:-1])
+        return (z if of is None else of(z)).flatten()
+
+    with sdpa_kernel(SDPBackend.MATH):
+        blocks = torch.autograd.functional.jacobian(outputs, tuple(named.values()))
+    return torch.cat([block.flatten(1) for block in blocks], dim=1)
+
+
+def gauss_newton(model: nn.Module, criterion: Any, data: Any) -> Tensor:
+    """J' M J (n, n) over one batch in eval mode, M the Hessian of the criterion at the outputs."""
+    with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        z = copy.deepcopy(model).eval()(*data[:-1])
+    M = torch.autograd.functional.hessian(lambda t: criterion(t, data[-1]), z)
+    J = jacobian(model, data)
+    return J.T @ M.reshape(z.numel(), -1) @ J
 
 
 class _Substituted:
