@@ -79,6 +79,14 @@ def test_good_problems_pass_their_check(name: str, dtype: torch.dtype) -> None:
         assert B.matvecs == 0
 
 
+def test_a_model_in_bfloat16_passes_its_check() -> None:
+    for name in ("mlp", "transformer"):
+        made = PROBLEMS[name].make(torch.bfloat16)
+        for curvature in CURVATURES:
+            check = curvature(*made).check()
+            assert check.ok is True, (name, curvature, str(check))
+
+
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 def test_a_wrong_problem_fails_its_check(dtype: torch.dtype) -> None:
     model, _, (x, y) = PROBLEMS["mlp"].make(dtype)

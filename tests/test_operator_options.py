@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -175,17 +176,35 @@ def test_what_cannot_be_cut_is_refused_by_name() -> None:
     )  # fmt: skip
     fh.Hessian(model, criterion, data, microbatch=2)  # in eval mode its statistics are fixed
     model, _, (x, y) = PROBLEMS["mlp"].make()
-    for engine in ALL_ENGINES:
-        refused(
-            lambda e=engine: fh.Hessian(model, contrastive, (x, y), microbatch=4, engine=e),
-            ValueError, "microbatch",
-        )  # fmt: skip
-    fh.Hessian(model, contrastive, (x, y))
     for bad in (0, -1, 1.5, "2"):
         refused(
             lambda m=bad: fh.Hessian(model, criterion, (x, y), microbatch=m),
             ValueError, "microbatch must be",
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["whole", "first batch small", "train", "weights"])
+def test_a_criterion_that_couples_the_samples_is_refused(how: str) -> None:
+    model, _, (x, y) = PROBLEMS["mlp"].make()
+    data: Any = [(x[:3], y[:3]), (x[3:], y[3:])] if how == "first batch small" else (x, y)
+    options = {"train": {"mode": "train"}, "weights": {"weights": [1.0]}}.get(how, {})
+    for engine in ALL_ENGINES:
+        refused(
+            lambda e=engine: fh.Hessian(
+                model, contrastive, data, microbatch=4, engine=e, **options
+            ),
+            ValueError, "microbatch",
+        )  # fmt: skip
+    fh.Hessian(model, contrastive, data, **options)
+
+
+def test_rounding_of_a_loss_in_bfloat16_is_no_coupling() -> None:
+    _, criterion, (x, y) = PROBLEMS["mlp"].make(torch.bfloat16)
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).bfloat16()
+        want = columns(fh.Hessian(copy.deepcopy(model).double(), criterion, (x.double(), y)))
+        assert mismatch(fh.Hessian(model, criterion, (x, y), microbatch=2), want) < 0.03
 
 
 # precision
