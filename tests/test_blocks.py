@@ -264,21 +264,30 @@ def test_a_warning_names_its_block() -> None:
             assert sum(key in line for line in told) == (not result.converged), (key, told)
 
 
-def test_bad_input_is_one_clear_line() -> None:
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "pattern": ("nothing", ValueError, "'nothing' matches no parameter"),
+    "pattern of a block": (
+        {"a": "stem", "b": "nothing"}, ValueError, "'nothing' of 'b' matches no parameter",
+    ),
+    "overlap": ({"a": "stem", "b": "weight"}, ValueError, "'a' and 'b' overlap"),
+    "empty": ({}, ValueError, "empty"),
+    "no expression": ("(", ValueError, "no regular expression"),
+    "no expression of a block": ({"a": "("}, ValueError, "no regular expression"),
+    "number": (3, TypeError, "by must be"),
+    "None": (None, TypeError, "by must be"),
+    "callable of nothing": (lambda name: None, ValueError, "matches no parameter"),
+    "callable of numbers": (lambda name: 3, TypeError, "by must return"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("how", BAD)
+def test_bad_groupings_are_one_clear_line(how: str) -> None:
+    by, kind, words = BAD[how]
     A = operator()
+    refused(lambda: A.blocks(by), kind, words)
+
+
+def test_bad_dictionaries_are_one_clear_line() -> None:
     for algorithm in (fh.eigsh, fh.trace, fh.density):
         refused(lambda f=algorithm: f({}), ValueError, "empty dictionary")
         refused(lambda f=algorithm: f({"a": 3}), TypeError, "must be an operator, got int")
-    for by, kind, words in (
-        ("nothing", ValueError, "'nothing' matches no parameter"),
-        ({"a": "stem", "b": "nothing"}, ValueError, "'nothing' of 'b' matches no parameter"),
-        ({"a": "stem", "b": "weight"}, ValueError, "overlap"),
-        ({}, ValueError, "empty"),
-        ("(", ValueError, "no regular expression"),
-        ({"a": "("}, ValueError, "no regular expression"),
-        (3, TypeError, "by must be"),
-        (None, TypeError, "by must be"),
-        (lambda name: None, ValueError, "matches no parameter"),
-        (lambda name: 3, TypeError, "by must return"),
-    ):
-        refused(lambda by=by: A.blocks(by), kind, words)

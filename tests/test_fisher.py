@@ -145,6 +145,8 @@ def test_the_terms_of_other_criteria_are_the_samples(
 def drawn(criterion: Any, *shape: int) -> tuple[nn.Module, Any, tuple[Tensor, Tensor]]:
     """The problem with targets of the criterion's kind, which the Fisher matrix must not read."""
     model, x, y = net(*shape)
+    with torch.no_grad():
+        model.last.weight.mul_(4)  # so that the model has an opinion
     if not isinstance(criterion, nn.CrossEntropyLoss):
         y = torch.randint(2, (9, 3, *shape)).to(F64)
     return model, criterion, (x, y)
