@@ -131,14 +131,30 @@ def test_batches_and_microbatches_are_weighted_by_valid_labels(build):
     assert error(fh.Hessian(model, None, batch, microbatch=1) @ V, A @ V) < HALF_SINGLE
 
 
-def test_a_padding_row_without_gradient_is_refused_where_it_would_show():
+def test_a_padding_row_has_no_gradient_by_any_engine():
     model, batch = made(bert)
+    A = fh.Hessian(model, None, batch)
+    V = some(A)
+    assert error(fh.Hessian(model, None, batch, engine="forward") @ V, A @ V) < HALF_SINGLE
+    assert error(fh.Hessian(model, None, batch, engine="difference") @ V, A @ V) < 1e-4
+    row = A.unflatten(V[0])["bert.embeddings.word_embeddings.weight"][0]
+    Hv = A @ V[0]
+    row.zero_()
+    assert torch.equal(A @ V[0], Hv)
+    assert A.check().ok
+
+
+def test_a_tied_padding_row_is_refused_where_it_would_show():
+    config = made(bert)[0].config
+    model = transformers.BertForMaskedLM(config).double()
+    tokens = torch.tensor([[1, 2, 3, 0]])
+    batch = {"input_ids": tokens, "labels": tokens}
     for engine in ("forward", "difference"):
         refused(
-            lambda engine=engine: fh.Hessian(model, None, batch, engine=engine),
-            ValueError, "padding_idx=0 of 'bert.embeddings.word_embeddings'",
+            lambda engine=engine: fh.Hessian(model, None, batch, engine=engine), ValueError,
+            "'bert.embeddings.word_embeddings' is tied, and its row padding_idx=0",
         )  # fmt: skip
-        fh.Hessian(model, None, batch, engine=engine, params=["classifier.weight"])
+        fh.Hessian(model, None, batch, engine=engine, params=["cls.predictions.bias"])
     assert fh.Hessian(model, None, batch).check().ok
 
 

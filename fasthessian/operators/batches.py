@@ -53,14 +53,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return mapped(batch, move)
 
 
-def cut(batch: Batch, most: int | None) -> Iterator[tuple[float, Batch]]:
-    """(share, chunk) for chunks of at most ``most`` samples; None leaves the batch whole.
+def cut(batch: Batch, most: int | None) -> Iterator[Batch]:
+    """Chunks of at most ``most`` samples; None leaves the batch whole.
 
     Tensors as long as the batch are cut along their first dimension, others go into every chunk.
     """
     count = samples(batch)
     if most is None or count <= most:
-        yield 1.0, batch
+        yield batch
         return
     for start in range(0, count, most):
         stop = min(start + most, count)
@@ -69,7 +69,7 @@ def cut(batch: Batch, most: int | None) -> Iterator[tuple[float, Batch]]:
             long = isinstance(item, Tensor) and item.dim() > 0 and len(item) == count
             return item[start:stop] if long else item
 
-        yield (stop - start) / count, mapped(batch, window)
+        yield mapped(batch, window)
 
 
 def samples(batch: Batch) -> int:

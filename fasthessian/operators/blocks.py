@@ -137,6 +137,8 @@ def _grouped(names: tuple[str, ...], key: Callable[[str], Any]) -> dict[str, lis
 
 
 def _by_patterns(names: tuple[str, ...], by: Mapping[Any, Any]) -> dict[str, list[int]]:
+    if not by:
+        raise ValueError("by is an empty mapping; give block names and regular expressions")
     found: dict[str, list[int]] = {}
     owner: dict[int, str] = {}
     for label, text in by.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.operators.base import ASYMMETRY
-from fasthessian.operators.losses import REPEATED
+from fasthessian.operators.losses import REPEATED, ROUNDED
 from fasthessian.records import Record
 
 if TYPE_CHECKING:
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 # Accepted relative distance of a product from central differences of gradients: their rounding
 # (some losses are float32 in every model), and activations that switch sides within the step.
 DIFFERENCE = {torch.float32: 5e-2, torch.float64: 1e-3}
-
-ROUNDED = 2e-2  # accepted change of a loss that is computed in 16 bits
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,13 @@ def option(criterion: Any, name: str, default: Any = None) -> Any:
         return default
     empty = parameter is None or parameter.default is inspect.Parameter.empty
     return default if empty or parameter is None else parameter.default
+
+
+def plain(criterion: Any) -> Any:
+    """The class of a loss module, or the function under ``functools.partial`` options."""
+    while isinstance(criterion, functools.partial) and not criterion.args:
+        criterion = criterion.func
+    return type(criterion) if isinstance(criterion, nn.Module) else criterion
 
 
 def is_causal(model: nn.Module) -> bool:

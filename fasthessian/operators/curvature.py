@@ -165,9 +165,9 @@ class Curvature(Passes):
         """Set v to 0 at rows of embeddings that have no gradient, their ``padding_idx``."""
         if isinstance(self._loss, ModelLoss):
             views = self.unflatten(v)
-            for name, module in self._loss.padded():
+            for name, row, _ in self._loss.padded():
                 if f"{name}.weight" in views:
-                    views[f"{name}.weight"][module.padding_idx] = 0
+                    views[f"{name}.weight"][row] = 0
         return v
 
     def check(self) -> Check:

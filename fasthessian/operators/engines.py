@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,8 +15,9 @@ from fasthessian.operators.layers import Layers
 from fasthessian.operators.linearised import along
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
-# What torch says of an operation that it cannot differentiate as asked.
-UNDIFFERENTIABLE = ("not implemented", "differentiate twice", "does not support forward", "jvp")
+# What torch says of an operation that it cannot differentiate twice, and forward over reverse.
+NOT_TWICE = ("not implemented", "differentiate twice")
+NOT_FORWARD = ("forward AD", "forward mode AD", "jvp", "ZeroTensors", "setup_context", *NOT_TWICE)
 
 Gradient = Callable[[Sequence[int]], Sequence[Tensor]]  # with respect to parameters at places
 
@@ -39,6 +40,7 @@ class Graph:
     def __init__(self, params: Sequence[Tensor], weight: float) -> None:
         self._params, self._weight = params, weight
         self.layers: Layers | None = None  # for blocks of single layers, where they are kept
+        self.padded: Mapping[int, int] = {}  # rows without gradient, by place
 
     def products(self, tasks: Sequence[Task], *, first: bool, keep: bool) -> None:
         """Add ``weight * H v`` to each row of each ``out``, or write it there if ``first``.
@@ -52,11 +54,15 @@ class Graph:
             for views, row in zip(task.rows, task.out, strict=True):
                 last -= 1
                 tangents = [v.to(p.dtype) for v, p in zip(views, params, strict=True)]
+                for i, place in enumerate(task.places):
+                    if place in self.padded:
+                        tangents[i] = tangents[i].clone()
+                        tangents[i][self.padded[place]] = 0
                 pieces: Sequence[Tensor] | None
                 if self.layers is not None and self.layers.serves(task.places):
                     pieces = self.layers.pieces(task.places, tangents)
                 else:
-                    with _named():
+                    with _named(isinstance(self, Forward)):
                         pieces = self._pieces(task.places, tangents, keep or last > 0)
                 if pieces is not None:
                     pieces = [piece.to(row.dtype) for piece in pieces]
@@ -182,14 +188,20 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 @contextlib.contextmanager
-def _named() -> Iterator[None]:
+def _named(forward: bool) -> Iterator[None]:
     """Say which engine would serve where torch has no such derivative."""
     try:
         yield
-    except RuntimeError as error:
-        if any(words in str(error) for words in UNDIFFERENTIABLE):
+    except RuntimeError as error:  # NotImplementedError is one
+        first = str(error).splitlines()[0]
+        if forward and any(words in str(error) for words in NOT_FORWARD):
             raise RuntimeError(
-                f"the loss has no second derivative in torch: {str(error).splitlines()[0]}; "
+                f"torch cannot differentiate the gradient in forward mode: {first}; "
+                f"use engine='retained' or 'recompute'"
+            ) from error
+        if any(words in str(error) for words in NOT_TWICE):
+            raise RuntimeError(
+                f"the loss has no second derivative in torch: {first}; "
                 f"engine='difference' needs first ones only"
             ) from error
         raise

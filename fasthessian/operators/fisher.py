@@ -74,7 +74,7 @@ class Fisher(OuterCurvature):
 
     Args:
         samples: targets drawn for each term of the loss, at least 1.
-        seed: of the draws; the same seed gives the same matrix on the same device.
+        seed: of the draws; the same seed gives the same matrix, however the data are batched.
 
     Raises:
         TypeError: criterion is none of torch's cross-entropy, mean squared error and binary
@@ -90,7 +90,7 @@ class Fisher(OuterCurvature):
         True
     """
 
-    _ordered = True  # a part draws by its position
+    _ordered = True  # a sample draws by its position
 
     def __init__(
         self,
@@ -110,10 +110,10 @@ class Fisher(OuterCurvature):
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
         model, criterion = self._loss.model, self._loss.criterion  # type: ignore[union-attr]
-        generator = torch.Generator(z.device)
-        # parts draw apart from each other, and other seeds apart from both
-        generator.manual_seed((self._seed * 1_000_003 + part.position) % 2**63)
-        drawn = [sampled_scores(model, criterion, part, z, generator) for _ in range(self._samples)]
+        drawn = [
+            sampled_scores(model, criterion, part, z, self._seed, draw)
+            for draw in range(self._samples)
+        ]
         if drawn[0] is None:
             name = getattr(criterion, "__name__", type(criterion).__name__)
             raise TypeError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,9 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthessian import kernels
-from fasthessian.operators.batches import Batch
-from fasthessian.operators.criteria import IGNORED, is_causal, option, terms
+from fasthessian.operators.batches import Batch, samples
+from fasthessian.operators.criteria import IGNORED, is_causal, option, plain, terms
 from fasthessian.operators.losses import Part
+
+STREAM = 1 << 44  # numbers between two draws of a stream
+WIDENED = 1 << 22  # probabilities widened to float64 at a time: 32 MiB
 
 
 class Categorical(NamedTuple):
@@ -48,8 +51,8 @@ def categorical(model: nn.Module, criterion: Any, part: Part, z: Tensor) -> Cate
         if is_causal(model):  # the scores at a place are for the label of the next
             targets = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
         return _weighed(z.dim() - 1, targets, IGNORED, None, count)
-    plain = type(criterion) is nn.CrossEntropyLoss or criterion is F.cross_entropy
-    if not plain or isinstance(part.batch, Mapping) or option(criterion, "label_smoothing", 0.0):
+    known = plain(criterion) in (nn.CrossEntropyLoss, F.cross_entropy)
+    if not known or isinstance(part.batch, Mapping) or option(criterion, "label_smoothing", 0.0):
         return None
     if targets.shape != (*z.shape[:1], *z.shape[2:]):
         return None
@@ -102,38 +105,55 @@ class Softmax:
 
 
 def sampled_scores(
-    model: nn.Module, criterion: Any, part: Part, z: Tensor, generator: torch.Generator
+    model: nn.Module, criterion: Any, part: Part, z: Tensor, seed: int, draw: int
 ) -> tuple[Tensor, tuple[int, ...]] | None:
     """The slope of one term's loss at a target drawn from the model, times the root of its weight.
+
+    Draw number ``draw`` of a sample is read from the seed's stream of normals at a place of its
+    own, so that the targets do not depend on how the samples are batched.
 
     Returns:
         Scores in z's shape and the dimensions of one term; None for a criterion that is not known
         to be a negative log-likelihood. E[s s'] is the Hessian of the criterion.
     """
     z = z.detach()
+
+    def normals(shape: Sequence[int]) -> Tensor:
+        out = torch.empty(math.prod(shape), dtype=torch.float64, device=z.device)
+        each = out.numel() // max(samples(part.batch), 1)
+        kernels.select(z.device).normal_(out, seed, draw * STREAM + part.first * each)
+        return out.view(*shape)
+
     found = categorical(model, criterion, part, z)
     if found is not None:
         p = z.softmax(found.axis).movedim(found.axis, -1)
-        rows = p.reshape(-1, p.shape[-1])
-        drawn = torch.multinomial(rows.float(), 1, generator=generator).view(*p.shape[:-1], 1)
-        s = p.scatter_add(-1, drawn, torch.full_like(drawn, -1, dtype=p.dtype))
+        drawn = _drawn(p.reshape(-1, p.shape[-1]), normals(p.shape[:-1]).reshape(-1))
+        index = drawn.view(*p.shape[:-1], 1)
+        s = p.scatter_add(-1, index, torch.full_like(index, -1, dtype=p.dtype))
         s = s * found.scale().sqrt().to(p.dtype).unsqueeze(-1)
         return s.movedim(-1, found.axis), (found.axis,)
     reduction = option(criterion, "reduction")
-    root = 1.0 if reduction == "sum" else math.sqrt(1 / max(z.numel(), 1))
     dims = tuple(range(1, z.dim()))
     if reduction not in ("mean", "sum") or not dims or isinstance(part.batch, Mapping):
         return None
-    noise = torch.randn if _is(criterion, nn.MSELoss, F.mse_loss) else torch.rand
-    draw = noise(z.shape, generator=generator, dtype=z.dtype, device=z.device)
-    if _is(criterion, nn.MSELoss, F.mse_loss):
-        return math.sqrt(2) * root * draw, dims
+    root = 1.0 if reduction == "sum" else math.sqrt(1 / max(z.numel(), 1))
+    if plain(criterion) in (nn.MSELoss, F.mse_loss):
+        return math.sqrt(2) * root * normals(z.shape).to(z.dtype), dims
     weighted = any(option(criterion, name) is not None for name in ("weight", "pos_weight"))
-    if _is(criterion, nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits) and not weighted:
+    binary = plain(criterion) in (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
+    if binary and not weighted:
         p = z.sigmoid()
-        return root * (p - (draw < p).to(p.dtype)), dims
+        targets = torch.special.ndtr(normals(z.shape)) < p
+        return root * (p - targets.to(p.dtype)), dims
     return None
 
 
-def _is(criterion: Any, module: type[nn.Module], function: Any) -> bool:
-    return type(criterion) is module or criterion is function
+def _drawn(p: Tensor, normal: Tensor) -> Tensor:
+    """An index for each row of p (r, c), by where the normal's probability falls in its sums."""
+    uniform = torch.special.ndtr(normal)
+    found = []
+    height = max(1, WIDENED // p.shape[1])
+    for rows, u in zip(torch.split(p, height), torch.split(uniform, height), strict=True):
+        sums = rows.double().cumsum(1)
+        found.append(torch.searchsorted(sums, (u * sums[:, -1]).unsqueeze(1)).squeeze(1))
+    return torch.cat(found).clamp(max=p.shape[1] - 1)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -33,6 +34,7 @@ from fasthessian.operators.criteria import call, option, scalar, terms
 from fasthessian.operators.state import own_buffers, seeded
 
 REPEATED = 1e-3  # relative; two evaluations of one loss differ by rounding only
+ROUNDED = 2e-2  # the same for a loss that is computed in 16 bits
 
 
 class Part(NamedTuple):
@@ -42,6 +44,7 @@ class Part(NamedTuple):
     weight: float
     batch: Batch
     size: int  # numbers in the batch
+    first: int = 0  # samples before it in the pass
 
 
 class ModelLoss:
@@ -126,14 +129,17 @@ class ModelLoss:
         how = tuple(option(self.criterion, name) for name in ("reduction", "ignore_index"))
         return self._source.token(), held, how
 
-    def padded(self) -> list[tuple[str, Any]]:
-        """Embeddings with a ``padding_idx``, by name: torch leaves that row out of gradients."""
-        return [
-            (name, module)
-            for name, module in self.model.named_modules()
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-            and module.padding_idx is not None
-        ]
+    def padded(self) -> Iterator[tuple[str, int, bool]]:
+        """Embeddings with a ``padding_idx``, whose row torch leaves out of gradients.
+
+        (name, row, whether another module has the same weight).
+        """
+        uses = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
+        for name, module in self.model.named_modules():
+            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+                row = module.padding_idx
+                if row is not None:
+                    yield name, row, uses[id(module.weight)] > 1
 
     def named(self) -> dict[str, Tensor]:
         """The model's parameters now."""
@@ -156,41 +162,54 @@ class ModelLoss:
             )
         return value
 
+    def _cut(self, batch: Batch, most: int | None) -> Iterator[tuple[float, Batch]]:
+        """(share of a weight of the batch, microbatch)."""
+        chunks = list(cut(batch, most))
+        if len(chunks) == 1:
+            yield 1.0, batch
+            return
+        whole = terms(self.model, self.criterion, batch) or 1.0
+        for chunk in chunks:
+            yield terms(self.model, self.criterion, chunk) / whole, chunk
+
     def _chunks(self) -> Generator[tuple[int, float, Batch], None, None]:
-        """(index of the batch, share of its samples, microbatch), over one pass of the data."""
+        """(index of the batch, share of its weight, microbatch), over one pass of the data."""
         with closing(self._source.one_pass()) as batches:
             for index, batch in enumerate(batches):
                 check_batch(batch, self.criterion is not None)
-                for share, chunk in cut(batch, self.microbatch):
+                for share, chunk in self._cut(batch, self.microbatch):
                     yield index, share, chunk
 
     def parts(self) -> Generator[Part, None, None]:
         """One pass over the data; batches without a term of the loss are left out."""
-        position = itertools.count()
+        position, first = itertools.count(), 0
         with closing(self._chunks()) as chunks:
             for index, share, batch in chunks:
-                count = self._terms(index, share, batch)
-                if count > 0:
-                    yield Part(next(position), count / self._total, batch, size(batch))
+                weight = self._terms(index, share, batch) / self._total
+                if weight > 0:
+                    yield Part(next(position), weight, batch, size(batch), first)
+                first += samples(batch)
 
     def coupling(self) -> float:
-        """Relative change of the first batch's loss when it is cut into microbatches, or in two.
+        """Relative change of a batch's loss when it is cut into microbatches, or in two.
 
-        NaN where there is nothing to cut or the user weighs the batches.
+        That of the first batch which can be cut; NaN if there is none.
         """
         with closing(self._source.one_pass()) as batches:
-            batch = next(batches)
-        half = max(1, samples(batch) // 2)
-        chunks = [chunk for _, chunk in cut(batch, self.microbatch or half)]
-        counts = [terms(self.model, self.criterion, each) for each in (batch, *chunks)]
-        if self._weights is not None or len(chunks) == 1 or not all(counts):
-            return math.nan
-        with torch.no_grad():
-            whole, *pieces = (
-                float(self.evaluate(Part(0, 1.0, each, 0))[1]) for each in (batch, *chunks)
-            )
-        together = sum(n * x for n, x in zip(counts[1:], pieces, strict=True)) / counts[0]
-        return abs(together - whole) / (abs(whole) or 1.0)
+            for index, batch in enumerate(batches):
+                most = self.microbatch or max(1, samples(batch) // 2)
+                chunks = list(self._cut(batch, most))
+                each = [(1.0, batch), *chunks]
+                weights = [self._terms(index, share, chunk) for share, chunk in each]
+                if len(chunks) == 1 or not all(weights):
+                    continue
+                with torch.no_grad():
+                    whole, *pieces = (
+                        weight * float(self.evaluate(Part(0, 1.0, chunk, 0))[1])
+                        for weight, (_, chunk) in zip(weights, each, strict=True)
+                    )
+                return abs(sum(pieces) - whole) / (abs(whole) or 1.0)
+        return math.nan
 
     def evaluate(
         self, part: Part, values: Mapping[str, Tensor] | None = None

@@ -18,7 +18,7 @@ from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.engines import Graph, Task, examine, metered
 from fasthessian.operators.layers import Layers
-from fasthessian.operators.losses import REPEATED, ClosureLoss, ModelLoss, Part
+from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.rewrite import Rewrite
 from fasthessian.operators.state import Copies, Snapshot, engaged
@@ -40,14 +40,13 @@ class Passes(SymmetricOperator):
     ) -> None:
         options.check(next(iter(chosen.values())).device, isinstance(loss, ClosureLoss))
         if not options.keeps_graphs and isinstance(loss, ModelLoss):
-            for name, module in loss.padded():
-                if f"{name}.weight" not in chosen:
-                    continue
-                raise ValueError(
-                    f"engine must be 'retained' or 'recompute' for this model, got "
-                    f"{options.engine!r}: the row padding_idx={module.padding_idx} of {name!r} has "
-                    f"no gradient by torch's rule, but moves the loss"
-                )
+            for name, row, tied in loss.padded():
+                if tied and f"{name}.weight" in chosen:
+                    raise ValueError(
+                        f"engine must be 'retained' or 'recompute' for this model, got "
+                        f"{options.engine!r}: {name!r} is tied, and its row padding_idx={row} has "
+                        f"a gradient from one of its places only"
+                    )
         self._options = options
         self._dtypes = {name: p.dtype for name, p in chosen.items()}
         self.layout = Layout(chosen, parameters.common_dtype(chosen))
@@ -59,6 +58,12 @@ class Passes(SymmetricOperator):
         self._snapshot: Snapshot | None = None
         self._copies: Copies = {}  # of buffers, as long as the snapshot holds
         self._needs = 0.0  # bytes of the graphs of all parts
+        self._padded: dict[int, int] = {}  # rows without gradient, by place of the parameter
+        if isinstance(loss, ModelLoss):
+            place = {name: i for i, name in enumerate(chosen)}
+            for name, row, tied in loss.padded():
+                if f"{name}.weight" in place and not tied:
+                    self._padded[place[f"{name}.weight"]] = row
         self._layered = False  # whether blocks of single layers were asked for
         self._roomy(self._open)
 
@@ -73,7 +78,7 @@ class Passes(SymmetricOperator):
             )
         if self._options.microbatch:
             change = self.coupling()
-            if change > REPEATED:
+            if change > (ROUNDED if self.rounded() else REPEATED):
                 raise ValueError(
                     f"microbatch={self._options.microbatch} changes the loss of the first batch by "
                     f"{change:.1%}: the model or the criterion couples the samples of a batch; "
@@ -81,7 +86,7 @@ class Passes(SymmetricOperator):
                 )
         if self._capacity and loss.replayable:
             with self._pass() as params:
-                self._keep(self._graph(part, params), part, params)
+                self._keep(self._made_graph(part, params), part, params)
         if self._options.precision is not None:
             self._measure_precision(part)
 
@@ -114,19 +119,24 @@ class Passes(SymmetricOperator):
             out = torch.zeros_like(v)
             with self._pass(exact=exact) as params:
                 task = self._task(None, v, out)
-                self._graph(part, params).products([task], first=True, keep=False)
+                self._made_graph(part, params).products([task], first=True, keep=False)
             found.append(out.double())
         error = float((found[1] - found[0]).norm() / found[0].norm())
         self.engine += f"; {self._options.precision}, relative error {error:.1e} of a product"
 
     @contextlib.contextmanager
     def _pass(
-        self, curved: bool = True, trusted: bool = False, exact: bool = False
+        self,
+        curved: bool = True,
+        trusted: bool = False,
+        exact: bool = False,
+        mode: str | None = None,
     ) -> Iterator[list[Tensor]]:
         """The parameters as they are now, inside the conditions of a product.
 
         A pass that is not ``curved`` needs the loss alone. The rewrite spans the derivatives too,
-        because checkpointed layers are run again there. ``exact`` passes over ``precision``.
+        because checkpointed layers are run again there. ``exact`` passes over ``precision``,
+        and ``mode`` over the user's.
         """
         now = parameters.followed(self.layout, self._dtypes, self._loss.named())
         if not trusted and self._loss.changed():  # class weights are read
@@ -139,12 +149,17 @@ class Passes(SymmetricOperator):
         copies = self._copies if self._capacity else None
         options = self._options
         precision = None if exact else options.precision
-        rewritten = curved and options.engine != "forward" and precision != "bf16"
+        rewritten = curved and precision != "bf16"
         with (
-            engaged(self._loss.roots, options.mode, self.device, copies, precision),
+            engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
             Rewrite() if rewritten else contextlib.nullcontext(),
         ):
             yield list(now.values())
+
+    def _made_graph(self, part: Part, params: list[Tensor]) -> Graph:
+        graph = self._graph(part, params)
+        graph.padded = self._padded
+        return graph
 
     def _keep(self, graph: Graph, part: Part, params: list[Tensor]) -> None:
         exact = self._options.precision != "bf16"
@@ -165,10 +180,13 @@ class Passes(SymmetricOperator):
         return low or self._options.precision == "bf16"
 
     def coupling(self) -> float:
-        """Relative change of the loss of the first batch when it is cut; see ``ModelLoss``."""
-        if not isinstance(self._loss, ModelLoss) or self._options.mode != "eval":
+        """Relative change of the loss of a batch when it is cut; see ``ModelLoss``.
+
+        In eval mode, because the masks of dropout are drawn for each microbatch.
+        """
+        if not isinstance(self._loss, ModelLoss):
             return math.nan
-        with self._pass(curved=False):
+        with self._pass(curved=False, mode="eval"):
             return self._loss.coupling()
 
     def _forget(self) -> None:
@@ -236,7 +254,7 @@ class Passes(SymmetricOperator):
                         if i < len(self._graphs):
                             graph = self._graphs[i]
                         else:
-                            graph = self._graph(part, params)
+                            graph = self._made_graph(part, params)
                             if keep:
                                 self._keep(graph, part, params)
                         graph.products(tasks, first=i == 0, keep=keep)

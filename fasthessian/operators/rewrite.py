@@ -1,9 +1,11 @@
-"""Two rewrites of a forward pass that make its second derivative cheaper, and change nothing else.
+"""Rewrites of a forward pass that make its second derivative cheaper, and change nothing else.
 
 * A convolution whose double backward is four convolutions. Torch's own expresses the derivative
   of the weight gradient as a convolution with an image-sized kernel.
 * Batch normalisation with fixed statistics is an affine map: behind a convolution it is folded
   into the convolution's weight, elsewhere it is one multiply-add.
+
+* The mean squared error, where forward mode needs it, as its formula.
 
 Measured on ResNet-20, batch 64, CPU: the product falls from 2.5 to 1.7 gradients.
 """
@@ -138,7 +140,7 @@ class _Call(NamedTuple):
 
 
 class Rewrite:
-    """Inside this context ``torch.nn.functional`` has the two rewrites, which modules call.
+    """Inside this context ``torch.nn.functional`` has the rewrites, which modules call.
 
     The names are replaced for all threads, once however many contexts are open: checkpointed
     layers are run again in backward threads and must do there what they did before.
@@ -230,6 +232,16 @@ def _batch_norm(
     return torch.addcmul(shift.view(shape), input, scale.view(shape))
 
 
+@functools.wraps(F.mse_loss)
+def _mse_loss(input: Tensor, target: Tensor, *options: Any, **named: Any) -> Tensor:
+    # torch 2.13 cannot take the mean's gradient forward: it writes into a symbolic zero
+    mean = not options and set(named) <= {"reduction"} and named.get("reduction", "mean") == "mean"
+    if mean and input.shape == target.shape and _functorch_level() is not None:
+        return (input - target).square().mean()
+    loss: Tensor = ORIGINAL["mse_loss"](input, target, *options, **named)
+    return loss
+
+
 def _plain() -> bool:
     """Whether gradients are recorded, and by autograd alone: torch.func has rules of its own."""
     return torch.is_grad_enabled() and _functorch_level() is None
@@ -260,5 +272,6 @@ def _spread(dims: int, value: Any) -> list[int]:
 REWRITTEN: dict[str, Callable[..., Tensor]] = {
     **{f"conv{dims}d": _convolution(f"conv{dims}d", dims) for dims in (1, 2, 3)},
     "batch_norm": _batch_norm,
+    "mse_loss": _mse_loss,
 }
 ORIGINAL: dict[str, Callable[..., Tensor]] = {name: getattr(F, name) for name in REWRITTEN}

@@ -88,6 +88,17 @@ def _float32(tf32: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _slow_attention() -> Iterator[None]:
+    """No fused inference path of nn.MultiheadAttention, which torch.func's tensors would take."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextlib.contextmanager
 def _training(roots: Sequence[nn.Module], training: bool) -> Iterator[None]:
     # the flag itself: a user's train() may do more than set it (merge adapters, keep layers frozen)
     held = [(module, module.training) for root in roots for module in root.modules()]
@@ -120,6 +131,7 @@ def engaged(
         lower = precision == "bf16"
         stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=lower))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_slow_attention())
         if device.type == "cuda":
             stack.enter_context(_float32(tf32=precision == "tf32"))
         if device.type == "cuda" and any(
