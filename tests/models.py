@@ -23,7 +23,8 @@ from fasthessian.operators.hessian import Hessian
 
 F64 = torch.float64
 ENGINES = ("retained", "recompute")
-ALL_ENGINES = (*ENGINES, "forward", "difference", "auto")
+EACH_ENGINE = (*ENGINES, "forward", "difference")
+ALL_ENGINES = (*EACH_ENGINE, "auto")  # which takes one of the others
 
 
 def columns(A: SymmetricOperator) -> Tensor:

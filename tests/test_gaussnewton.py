@@ -5,30 +5,13 @@ import collections
 import pytest
 import torch
 from models import ENGINES, PROBLEMS, columns, error, refused
+from models import gauss_newton as dense
 from torch import nn
-from torch.func import functional_call
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fasthessian as fh
 
 F32, F64 = torch.float32, torch.float64
 NAMES = ["mlp", "cnn", "transformer", "gru", "logistic"]
-
-
-def dense(model, criterion, data):
-    """J' M J (n, n) over one batch, eval mode, by torch's functional API."""
-    model = model.eval()
-    params = dict(model.named_parameters())
-
-    def outputs(*values):
-        return functional_call(model, dict(zip(params, values, strict=True)), data[:-1])
-
-    with sdpa_kernel(SDPBackend.MATH):
-        z = outputs(*params.values()).detach()
-        blocks = torch.autograd.functional.jacobian(outputs, tuple(params.values()))
-    J = torch.cat([block.reshape(z.numel(), -1) for block in blocks], dim=1)
-    M = torch.autograd.functional.hessian(lambda t: criterion(t, data[-1]), z)
-    return J.T @ M.reshape(z.numel(), -1) @ J
 
 
 @pytest.mark.parametrize("engine", ENGINES)

@@ -1,24 +1,20 @@
-"""Layers, wrappers and dtypes that people have: the matrix is that of plain torch all the same."""
+"""Layers that people have: the matrices are those of plain torch."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from models import ALL_ENGINES, PROBLEMS, columns, dense, error, gauss_newton, mismatch, refused
+from models import ALL_ENGINES, EACH_ENGINE, columns, dense, error, gauss_newton, mismatch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import fasthessian as fh
 
-F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
-# torch scripts a few decompositions at its first forward derivative, and warns of itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
-each_engine = pytest.mark.parametrize("engine", ALL_ENGINES)
+F64 = torch.float64
+each_engine = pytest.mark.parametrize("engine", EACH_ENGINE)
 
 
 def bound(engine: str) -> float:
@@ -103,7 +99,6 @@ ZOO: dict[str, tuple[tuple[int, ...], Callable[[], nn.Module]]] = {
         ),
     ),
     "Embedding": ((), lambda: nn.Sequential(nn.Embedding(6, 4), *tail(12))),
-    "Embedding, padded": ((), lambda: nn.Sequential(nn.Embedding(6, 4, padding_idx=0), *tail(12))),
 }  # fmt: skip
 
 
@@ -126,6 +121,34 @@ def test_a_layer_gives_the_dense_matrices(name: str, engine: str) -> None:
     assert mismatch(A, dense(model, criterion, data)) < bound(engine)
     G = fh.GaussNewton(model, criterion, data, engine=engine)
     assert mismatch(G, gauss_newton(model, criterion, data)) < bound(engine)
+
+
+@pytest.mark.parametrize("engine", ["retained", "forward"])
+@pytest.mark.parametrize("name", ZOO)
+def test_a_layer_gives_the_dense_matrix_in_single_precision(name: str, engine: str) -> None:
+    """torch has other kernels there, not all of which it can differentiate."""
+    if (name, engine) == ("LSTM", "forward"):
+        return  # refused, see the table of engines
+    model, criterion, (x, y) = zoo(name)
+    want = dense(model, criterion, (x, y))
+    data = x.float() if x.is_floating_point() else x, y
+    assert mismatch(fh.Hessian(model.float(), criterion, data, engine=engine), want) < 1e-4
+
+
+@pytest.mark.parametrize("curvature", [fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher])
+def test_a_padded_embedding_is_served_where_its_row_stays_out(curvature: Any) -> None:
+    """Its row has no gradient by torch's rule, though the loss depends on it."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Embedding(6, 4, padding_idx=0), *tail(12)).double()
+    nn.init.normal_(model[0].weight)
+    made = model, nn.CrossEntropyLoss(), (torch.randint(6, (6, 3)), torch.randint(3, (6,)))
+    exact = columns(curvature(*made))
+    if curvature is fh.Hessian:
+        assert error(exact, dense(*made)) < 1e-12
+    for engine in ALL_ENGINES:
+        H = columns(curvature(*made, engine=engine))
+        assert not H[:4].any() and not H[:, :4].any()
+        assert error(H, exact) < bound(engine)
 
 
 @each_engine
@@ -188,97 +211,3 @@ def test_dropout_in_training_has_one_mask_for_each_batch(engine: str) -> None:
     nothing = fh.Hessian(model, criterion, batches, engine=engine)  # eval mode: no mask at all
     plain[2].held = torch.ones(8, 6, dtype=F64)
     assert mismatch(nothing, dense(plain, criterion, (x, y))) < bound(engine)
-
-
-# Wrappers
-
-
-@pytest.fixture
-def group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
-def compiled(model: nn.Module) -> Any:
-    return torch.compile(model, backend="aot_eager")  # has no double backward
-
-
-WRAPPERS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
-    "DataParallel": ("module.", nn.DataParallel),
-    "compiled": ("_orig_mod.", compiled),
-    "DistributedDataParallel": ("module.", DistributedDataParallel),
-    "compiled DistributedDataParallel": (
-        "_orig_mod.module.", lambda model: compiled(DistributedDataParallel(model)),
-    ),
-    "DataParallel of a compiled one": (
-        "module._orig_mod.", lambda model: nn.DataParallel(compiled(model)),
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.usefixtures("group")
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_a_wrapper_gives_the_matrix_of_the_module_inside(name: str) -> None:
-    prefix, wrap = WRAPPERS[name]
-    model, criterion, data = PROBLEMS["mlp"].make()
-    want, plain = dense(model, criterion, data), fh.Hessian(model, criterion, data)
-    wrapped = wrap(model)
-    for engine in ALL_ENGINES:
-        A = fh.Hessian(wrapped, criterion, data, engine=engine)
-        assert mismatch(A, want) < bound(engine)
-        assert "unwrapped" in A.engine and "unwrapped" not in plain.engine
-        assert A.layout.names == plain.layout.names
-        assert list(A.blocks("layer")) == ["0", "2"]
-        G = fh.GaussNewton(wrapped, criterion, data, engine=engine)
-        assert mismatch(G, gauss_newton(model, criterion, data)) < bound(engine)
-    for chosen in ([f"{prefix}2.weight"], ["2.weight"], [model[2].weight]):
-        A = fh.Hessian(wrapped, criterion, data, params=chosen)
-        assert list(A.unflatten(torch.zeros(18, dtype=F64))) == ["2.weight"]
-        assert error(columns(A), want[36:54, 36:54]) < 1e-12
-
-
-# Dtypes
-
-
-class Mixed(nn.Module):
-    """A first layer in another precision than the last."""
-
-    def __init__(self, first: torch.dtype, last: torch.dtype) -> None:
-        super().__init__()
-        self.first, self.last = nn.Linear(5, 6).to(first), nn.Linear(6, 3).to(last)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.first(x.to(self.first.weight.dtype)))
-        return self.last(x.to(self.last.weight.dtype))
-
-
-@each_engine
-@pytest.mark.parametrize("last", [BF16, F32], ids=str)
-def test_half_precision_parameters_have_operators_in_float32(
-    last: torch.dtype, engine: str
-) -> None:
-    """bfloat16 has 8 bits: rounding of each factor is 4e-3, of a product of several a few of it."""
-    torch.manual_seed(0)
-    model = Mixed(BF16, last)
-    x, y = torch.randn(12, 5).bfloat16(), torch.randint(3, (12,))
-    double = copy.deepcopy(model).double()
-    for curvature, exact in ((fh.Hessian, dense), (fh.GaussNewton, gauss_newton)):
-        A = curvature(model, nn.CrossEntropyLoss(), (x, y), engine=engine)
-        assert A.dtype is F32 and A.n == 57
-        made = mismatch(A, exact(double, nn.CrossEntropyLoss(), (x.double(), y)))
-        assert made < (0.1 if engine == "difference" else 0.02)
-        assert A.theta().dtype is F32
-        assert {p.dtype for p in model.parameters()} == {BF16, last}
-        assert all(B.dtype is F32 for B in A.blocks("layer").values())
-
-
-def test_double_and_single_precision_do_not_mix() -> None:
-    data = torch.randn(4, 5), torch.randint(3, (4,))
-    for curvature in (fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher, fh.Fisher):
-        refused(
-            lambda c=curvature: c(Mixed(F64, F32), nn.CrossEntropyLoss(), data),
-            ValueError, "parameters mix dtypes",
-        )  # fmt: skip

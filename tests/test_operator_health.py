@@ -79,6 +79,18 @@ def test_good_problems_pass_their_check(name: str, dtype: torch.dtype) -> None:
         assert B.matvecs == 0
 
 
+def test_kinks_are_told_from_wrong_derivatives() -> None:
+    torch.manual_seed(0)
+    relu = nn.Sequential(*(m for _ in range(5) for m in (nn.Linear(30, 30), nn.ReLU())))
+    x, y = torch.randn(200, 30), torch.randn(200, 30)
+    check = fh.Hessian(relu, nn.MSELoss(), (x, y), weight_decay=0.1).check()
+    assert check.ok and check.difference > 0.05 and check.forward < 1e-5, str(check)
+    assert "kinks: forward mode agrees" in str(check)
+    wrong = nn.Sequential(*relu, nn.Linear(30, 5), Cubed())
+    check = fh.Hessian(wrong, nn.MSELoss(), (x, torch.randn(200, 3))).check()
+    assert not check.ok and not check.forward < 1e-3, str(check)
+
+
 def test_a_model_in_bfloat16_passes_its_check() -> None:
     for name in ("mlp", "transformer"):
         made = PROBLEMS[name].make(torch.bfloat16)

@@ -8,17 +8,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from models import ALL_ENGINES, PROBLEMS, columns, dense, error, gauss_newton, mismatch, refused
+from models import EACH_ENGINE, PROBLEMS, columns, dense, error, gauss_newton, mismatch, refused
 from torch import Tensor, nn
 
 import fasthessian as fh
 
 F32, F64 = torch.float32, torch.float64
 CURVATURES = (fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher, fh.Fisher)
-# torch scripts a few decompositions at its first forward derivative, and warns of itself.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 each_curvature = pytest.mark.parametrize("curvature", CURVATURES)
-each_engine = pytest.mark.parametrize("engine", ALL_ENGINES)
+each_engine = pytest.mark.parametrize("engine", EACH_ENGINE)
 
 
 def ragged() -> tuple[nn.Module, nn.Module, list[tuple[Tensor, Tensor]]]:
@@ -188,7 +186,7 @@ def test_a_criterion_that_couples_the_samples_is_refused(how: str) -> None:
     model, _, (x, y) = PROBLEMS["mlp"].make()
     data: Any = [(x[:3], y[:3]), (x[3:], y[3:])] if how == "first batch small" else (x, y)
     options = {"train": {"mode": "train"}, "weights": {"weights": [1.0]}}.get(how, {})
-    for engine in ALL_ENGINES:
+    for engine in EACH_ENGINE:
         refused(
             lambda e=engine: fh.Hessian(
                 model, contrastive, data, microbatch=4, engine=e, **options

@@ -113,7 +113,7 @@ def _run(
         s = len(samples)
         value, stderr = float(samples.mean()), float(samples.std()) / math.sqrt(s)
         half = student_t(confidence, s - 1) * stderr
-        converged = s >= FIRST_LOOK and half <= rtol * abs(value)
+        converged = s >= min(FIRST_LOOK, limit) and half <= rtol * abs(value)
         if s >= FIRST_LOOK and not converged:
             ratio = half / (rtol * abs(value)) if value else math.inf
             needed = int(min(limit, max(s + BLOCK, s * min(ratio, 1e4) ** 2)))

@@ -17,6 +17,11 @@ FLOATS = (torch.float32, torch.float64)
 ASYMMETRY = {torch.float32: 5e-3, torch.float64: 1e-5}
 
 
+def _finite(x: Tensor) -> bool:
+    """Whether all numbers are finite: if their sum is, which is fifteen times as fast to see."""
+    return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
+
+
 class SymmetricOperator:
     """A symmetric n x n matrix known by its products, ``A @ v = matvec(v)``.
 
@@ -139,8 +144,8 @@ class SymmetricOperator:
 
     def made(self, V: Tensor, out: Tensor, trusted: bool) -> None:
         """Count the products ``out`` of V, and raise ValueError if one is not finite."""
-        if not trusted and not bool(torch.isfinite(out).all()):
-            if not bool(torch.isfinite(V).all()):
+        if not trusted and not _finite(out):
+            if not _finite(V):
                 raise ValueError("v holds NaN or Inf; a product needs finite numbers")
             raise ValueError(f"{self} returned NaN or Inf for a finite vector")
         self.matvecs += V.shape[0]

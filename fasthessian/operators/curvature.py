@@ -174,11 +174,12 @@ class Curvature(Passes):
         """Measure what could silently be wrong: on this model, these data and this engine.
 
         Symmetry of the matrix, repetition of a product, a product against central differences of
-        gradients (for the Hessian), and the weights of batches. Costs three products and six
-        gradients; ``print(A.check())`` shows a line each.
+        gradients (for the Hessian; where kinks as of ReLU spoil those, against forward mode), and
+        the weights of batches. Costs three products and six gradients; ``print(A.check())`` shows a
+        line each.
 
         Returns:
-            Check: the four numbers, ``ok``, and the report.
+            Check: the numbers, ``ok``, and the report.
         """
         return check(self, self._exact)
 

@@ -16,7 +16,7 @@ from fasthessian.operators.linearised import along
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
 # What torch says of an operation that it cannot differentiate twice, and forward over reverse.
-NOT_TWICE = ("not implemented", "differentiate twice")
+NOT_TWICE = ("not implemented", "not been implemented", "differentiate twice")
 NOT_FORWARD = ("forward AD", "forward mode AD", "jvp", "ZeroTensors", "setup_context", *NOT_TWICE)
 
 Gradient = Callable[[Sequence[int]], Sequence[Tensor]]  # with respect to parameters at places
@@ -142,8 +142,9 @@ class Forward(Graph):
 class Difference(Graph):
     """H v as the central difference of gradients at theta +- h v, for what has no second ones.
 
-    ``gradient(places)`` is the gradient of the part where the parameters stand. Its error is of
-    the order eps^(2/3) of the dtype relative to the third derivative, about 1e-4 in float32.
+    ``gradient(places)`` is the gradient of the part where the parameters stand. The error is of
+    the order eps^(2/3) of the dtype relative to the third derivative, about 1e-4 in float32. At
+    kinks (ReLU) there is none: differences see those within the step, whatever its size.
     """
 
     def __init__(self, gradient: Gradient, params: Sequence[Tensor], weight: float) -> None:

@@ -36,7 +36,7 @@ class Hessian(Curvature):
             product; ``"auto"`` is retained for what fits ``memory_budget`` and recompute for the
             rest. ``"forward"`` differentiates the gradient in forward mode, ``"difference"`` takes
             central differences of gradients, good to about 1e-4 in float32, for losses without
-            second derivatives.
+            second derivatives and without kinks: useless for ReLU networks.
         precision: None makes products in the parameters' dtype; ``"bf16"`` under autocast,
             ``"tf32"`` on the tensor cores of a GPU. Both err by 1e-3 to 1e-1: ``engine`` tells by
             how much in a product of the first batch.

@@ -201,11 +201,11 @@ class ModelLoss:
                 chunks = list(self._cut(batch, most))
                 each = [(1.0, batch), *chunks]
                 weights = [self._terms(index, share, chunk) for share, chunk in each]
-                if len(chunks) == 1 or not all(weights):
+                if len(chunks) == 1 or not weights[0]:
                     continue
                 with torch.no_grad():
-                    whole, *pieces = (
-                        weight * float(self.evaluate(Part(0, 1.0, chunk, 0))[1])
+                    whole, *pieces = (  # the mean over no term at all is NaN
+                        weight * float(self.evaluate(Part(0, 1.0, chunk, 0))[1]) if weight else 0.0
                         for weight, (_, chunk) in zip(weights, each, strict=True)
                     )
                 return abs(sum(pieces) - whole) / (abs(whole) or 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -173,6 +174,19 @@ class Passes(SymmetricOperator):
     ) -> Layers | None:
         """Factors of single layers; see ``layers``."""
         return None
+
+    def by_forward(self, v: Tensor) -> Tensor:
+        """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
+        options, out = self._options, torch.empty_like(v[None])
+        self._options = dataclasses.replace(options, engine="forward")
+        try:
+            with self._pass() as params, closing(self._loss.parts()) as parts:
+                for i, part in enumerate(parts):
+                    task = self._task(None, v[None], out)
+                    self._made_graph(part, params).products([task], first=i == 0, keep=False)
+        finally:
+            self._options = options
+        return out[0].add_(v, alpha=options.weight_decay)
 
     def rounded(self) -> bool:
         """Whether the loss is computed in 16 bits, wholly or in part."""
