@@ -77,6 +77,18 @@ def test_analyze_writes_a_report_and_says_what_it_found(here, capsys):
     assert not any(name.startswith(".") for name in os.listdir())
 
 
+def test_the_self_checks_are_shown_and_written(here, capsys):
+    code, _, err = run(capsys, "analyze", "mine:problem", "--check", *SMALL)
+    assert code == 0
+    for words in ("self-checks", "passed", "symmetry", "repetition", "difference", "weights"):
+        assert words in err, words
+    content = report.read("report/result.json")
+    assert content["check"]["ok"] and content["check"]["difference"] < 1e-2
+    assert "passed" in Path("report/report.html").read_text()
+    _, _, err = run(capsys, "analyze", "mine:problem", "--out", "other", *SMALL)
+    assert "self-checks" not in err and report.read("other/result.json")["check"] is None
+
+
 def test_the_numbers_are_those_of_the_dense_hessian(here, capsys):
     _, out, err = run(
         capsys, "analyze", "mine:problem", "--json", "--top", "3", "--trace-rtol", "0.2",

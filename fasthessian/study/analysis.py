@@ -82,10 +82,10 @@ class Analysis:
     trace: Estimate | None
     density: Density | None
     landscape: Landscape | None
-    check: Check | None
     matvecs: int
     notes: tuple[str, ...]  # warnings of the algorithms, one line each
     seconds: dict[str, float]  # wall time by stage
+    check: Check | None = None
 
 
 def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
