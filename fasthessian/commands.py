@@ -22,6 +22,7 @@ Examples:
   fasthessian analyze resnet20 --data path/to/cifar-10-batches-bin --out report-cifar
   fasthessian analyze mlp-digits --top 10 --no-landscape --json > spectrum.json
   fasthessian analyze my_script:problem --steps 100 --probes 4
+  fasthessian analyze resnet20 --blocks layer --no-density --no-landscape
 """
 
 
@@ -90,6 +91,12 @@ same seed gives the same numbers.
     is_flag=True,
     help="Check products on this model first: symmetry, repetition, central differences, weights.",
 )
+@click.option(
+    "--blocks",
+    metavar="BY",
+    help="Also the top eigenvalue and trace of each block: layer, stage, or a regular expression "
+    "whose match in a parameter's name is its block.",
+)
 @click.option("--landscape/--no-landscape", default=True, help="Loss along the top eigenvectors.")
 @click.option("--points", type=click.IntRange(2), default=15, help="Grid points a direction.")
 @click.option("--span", type=float, help="Grid from -span to +span; else set by the curvature.")
@@ -117,7 +124,7 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
         **pick(
             "top", "bottom", "max_products", "trace", "trace_rtol", "density", "steps", "probes"
         ),
-        **pick("basis", "landscape", "points", "span", "seed", "check"),
+        **pick("basis", "landscape", "points", "span", "seed", "check", "blocks"),
     )
     quiet = options["as_json"] and ctx.get_parameter_source("out") is ParameterSource.DEFAULT
     out = None if quiet else options["out"]

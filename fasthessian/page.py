@@ -18,7 +18,7 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid #e8ecf2;
   vertical-align: top; }
 th { font-weight: 600; white-space: nowrap; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; white-space: pre-line; }
 img { max-width: 100%; display: block; margin: .5rem auto; }
 .note { border-left: 4px solid #c8442c; background: #fdf3f0; padding: .4rem .8rem; }
 """
@@ -53,12 +53,21 @@ EXPLAINED = {
         "closely packed contours mean steep walls, and a star away from the circle means that "
         "this slice has a lower loss nearby than the model reached.",
     ),
+    "blocks.png": (
+        "Blocks",
+        "The same for parts of the model alone: each bar is the sharpest curvature that the loss "
+        "has in the parameters of one part while all others stay fixed, and the trace beside it "
+        "is the curvature summed over all of them, with its confidence interval.",
+    ),
 }
 
 
 def number(value: float | None, digits: int = 5) -> str:
     """A number for people; an unknown one is a dash."""
     return "-" if value is None else f"{value:.{digits}g}"
+
+
+LISTED = 8  # blocks in the summary, the sharpest first
 
 
 def summary(content: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -115,6 +124,16 @@ def summary(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         known = [x for x in flat if x is not None]
         span = f"loss from {number(min(known))} to {number(max(known))}" if known else "no finite"
         rows.append(("landscape", span))
+    blocks = content.get("blocks")
+    if blocks is not None:
+        order = sorted(range(len(blocks["names"])), key=lambda i: -abs(blocks["values"][i] or 0))
+        lines = [
+            f"{blocks['names'][i]}: λ {number(blocks['values'][i])}, trace "
+            f"{number(blocks['traces'][i])} ± {number(blocks['errors'][i], 2)}"
+            for i in order[:LISTED]
+        ]
+        more = len(order) - LISTED
+        rows.append(("blocks", "\n".join(lines + ([f"and {more} more"] if more > 0 else []))))
     rows.append(("products", f"{content['matvecs']:,} Hessian-vector products"))
     rows.append(("time", f"{content['timing']['total']:.1f} s"))
     return rows
@@ -167,6 +186,14 @@ def how(content: Mapping[str, Any]) -> list[tuple[str, str]]:
                 "(unit length)",
             )
         )
+    if content.get("blocks"):
+        rows.append(
+            (
+                "blocks",
+                f"by {settings['blocks']}, all advanced together; eigenvalues and traces as above, "
+                "traces with 64 products at most",
+            )
+        )
     return rows
 
 
@@ -191,6 +218,7 @@ def html(content: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     settings = [
         (name.replace("_", " "), "automatic" if value is None else str(value))
         for name, value in content["settings"].items()
+        if name != "blocks" or value is not None
     ]
     timing = [(name, f"{seconds:.1f} s") for name, seconds in content["timing"].items()]
     environment = [(name, str(v)) for name, v in content["environment"].items() if name != "engine"]

@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from fasthessian.records import Density, Eigenpairs, Estimate, Landscape
+    from fasthessian.records import (
+        BlockSpectra,
+        Density,
+        Eigenpairs,
+        Estimate,
+        Landscape,
+    )
 
 Array = npt.NDArray[np.float64]
 
@@ -72,6 +78,32 @@ def plot_eigenpairs(pairs: Eigenpairs, ax: Axes | None = None) -> Axes:
     ax.set_xlabel("rank")
     ax.set_ylabel("eigenvalue of the Hessian")
     ax.set_title("Eigenvalues" if pairs.converged else "Eigenvalues\n(not converged)")
+    return tidy(ax)
+
+
+def plot_blocks(blocks: BlockSpectra, ax: Axes | None = None) -> Axes:
+    """The outermost eigenvalue of each block as a bar, the first block at the top."""
+    count = len(blocks.names)
+    ax = figure(8.4, 1.6 + 0.24 * count).add_subplot() if ax is None else ax
+    values, place = blocks.values.numpy(), np.arange(count)
+    ax.axvline(0, color=GREY, linewidth=0.8)
+    ax.barh(place, values, xerr=blocks.residuals.numpy(), color=BAND, ecolor=INK)
+    traces, errors = blocks.traces.tolist(), blocks.errors.tolist()
+    for y, value, trace, error in zip(place, values, traces, errors, strict=True):
+        ax.annotate(
+            f"{value:.3g}   trace {trace:.3g} ± {error:.2g}",
+            (max(value, 0.0), float(y)),
+            xytext=(6, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color=INK,
+        )
+    ax.set_yticks(place, [str(name) for name in blocks.names], fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.35, y=0.01)
+    ax.set_xlabel("eigenvalue of largest magnitude")
+    ax.set_title("Diagonal blocks of the Hessian")
     return tidy(ax)
 
 

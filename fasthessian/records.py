@@ -154,6 +154,24 @@ class Density(Record):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class BlockSpectra(Record):
+    """The outermost eigenvalue and the trace of each diagonal block, in the order of the model."""
+
+    names: tuple[str, ...]  # (b,)
+    sizes: Tensor  # (b,) float64, parameters
+    values: Tensor  # (b,) float64, the eigenvalue of largest magnitude
+    residuals: Tensor  # (b,) float64, bounds on ||H v - theta v||
+    traces: Tensor  # (b,) float64
+    errors: Tensor  # (b,) float64, half-width of the trace's confidence interval
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the eigenvalues as bars, with the traces in figures (needs matplotlib)."""
+        from fasthessian.plots import plot_blocks
+
+        return plot_blocks(self, ax)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Landscape(Record):
     """Loss along one or two directions; ``losses[i, j]`` at ``alphas[i] d0 + betas[j] d1``."""
 

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from fasthessian import kernels, page, plots
 from fasthessian.__about__ import __version__
-from fasthessian.records import Density, Eigenpairs, Estimate, Landscape, Record
+from fasthessian.records import (
+    BlockSpectra,
+    Density,
+    Eigenpairs,
+    Estimate,
+    Landscape,
+    Record,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,8 +42,9 @@ PARTS: dict[str, type[Record]] = {
     "trace": Estimate,
     "density": Density,
     "landscape": Landscape,
+    "blocks": BlockSpectra,
 }
-FIGURES = ("eigenvalues.png", "trace.png", "density.png", "landscape.png")
+FIGURES = ("eigenvalues.png", "trace.png", "density.png", "landscape.png", "blocks.png")
 
 
 def document(
@@ -156,6 +164,9 @@ def _consistent(record: Any) -> None:
         curves = (record.values, record.lower, record.upper)
         fits = record.nodes.shape == record.weights.shape and record.nodes.numel() > 0
         fits = fits and all(curve.shape == record.grid.shape for curve in curves)
+    elif isinstance(record, BlockSpectra):
+        columns = (record.sizes, record.values, record.residuals, record.traces, record.errors)
+        fits = len(record.names) > 0 and all(len(x) == len(record.names) for x in columns)
     else:
         shape = tuple(len(x) for x in (record.alphas, record.betas) if len(x))
         fits = tuple(record.losses.shape) == shape
@@ -185,6 +196,9 @@ def figures(content: Mapping[str, Any]) -> dict[str, bytes]:
     if "landscape" in parts:
         fig = drawn["landscape.png"] = plots.figure(6.4, 5.2)
         plots.plot_landscape(parts["landscape"], fig.add_subplot())
+    if "blocks" in parts:
+        fig = drawn["blocks.png"] = plots.figure(8.4, 1.6 + 0.24 * len(parts["blocks"].names))
+        plots.plot_blocks(parts["blocks"], fig.add_subplot())
     return {name: png(fig) for name, fig in drawn.items()}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+import fasthessian as fh
 from fasthessian import cli, report
 from fasthessian.study import problems
 
@@ -61,7 +62,8 @@ def refused(capsys, *args):
     return err
 
 
-SMALL = ("--steps", "6", "--points", "3", "--trace-rtol", "0.5", "--top", "2", "--bottom", "1")
+SMALL = ("--steps", "6", "--points", "3", "--trace-rtol", "0.5", "--top", "2", "--bottom", "1",
+         "--blocks", "layer")  # fmt: skip
 
 
 def test_analyze_writes_a_report_and_says_what_it_found(here, capsys):
@@ -75,6 +77,23 @@ def test_analyze_writes_a_report_and_says_what_it_found(here, capsys):
     for title in ("top 2 eigenvalues", "spectral density: 6 in", "loss landscape: 9 in"):
         assert title in err, title
     assert not any(name.startswith(".") for name in os.listdir())
+
+
+def test_blocks_are_computed_together_and_told(here, capsys):
+    code, _, err = run(capsys, "analyze", "mine:problem", *SMALL)
+    found = report.read("report/result.json")["blocks"]
+    assert code == 0 and found["names"] == ["0", "2"] and found["sizes"] == [15.0, 8.0]
+    assert "2 blocks" in err and "0: λ " in err and "2: λ " in err
+    with problems.seeded(0):
+        model, criterion, data = __import__("mine").problem()
+    for name, block in fh.Hessian(model, criterion, data).blocks("layer").items():
+        exact = torch.linalg.eigvalsh(block @ torch.eye(block.n))
+        i = found["names"].index(name)
+        assert found["values"][i] == pytest.approx(float(exact[exact.abs().argmax()]), rel=1e-3)
+        assert abs(found["traces"][i] - float(exact.sum())) <= 2 * found["errors"][i] + 1e-6
+    line = refused(capsys, "analyze", "mine:problem", "--blocks", "nothing", "--out", "other")
+    assert "'nothing' matches no parameter" in line
+    assert not (here / "other").exists()
 
 
 def test_the_self_checks_are_shown_and_written(here, capsys):

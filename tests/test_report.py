@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fasthessian import plots, report
-from fasthessian.records import Density, Eigenpairs, Estimate, Landscape
+from fasthessian.records import BlockSpectra, Density, Eigenpairs, Estimate, Landscape
 from fasthessian.study.analysis import Analysis, Plan
 from fasthessian.study.problems import Problem
 
@@ -61,7 +61,11 @@ def small_analysis(**changes):
         matvecs=60,
         notes=("bottom: <not> converged",),
         seconds={"top": 1.5},
-    )
+        blocks=BlockSpectra(
+            ("first <", "last"), tensor(10.0, 5.0), tensor(9.0, -2.0), tensor(0.1, 0.2),
+            tensor(12.0, -3.0), tensor(1.0, 0.5),
+        ),
+    )  # fmt: skip
     return dataclasses.replace(analysis, **changes)
 
 
@@ -104,13 +108,13 @@ def test_numbers_that_are_not_finite_are_null_and_read_as_nan():
 
 
 def test_only_what_was_computed_is_drawn_and_told():
-    content = small_document(bottom=None, trace=None, density=None, landscape=None)
+    content = small_document(bottom=None, trace=None, density=None, landscape=None, blocks=None)
     made = report.files(content)
     assert set(made) == {"result.json", "report.html", "eigenvalues.png"}
     text = made["report.html"].decode()
     assert "Loss landscape" not in text and "<h2>Trace" not in text
     content = small_document(top=None, bottom=None, landscape=None)
-    assert set(report.figures(content)) == {"trace.png", "density.png"}
+    assert set(report.figures(content)) == {"trace.png", "density.png", "blocks.png"}
 
 
 def test_the_page_is_one_file_with_the_numbers_and_figures_inside():
@@ -120,7 +124,8 @@ def test_the_page_is_one_file_with_the_numbers_and_figures_inside():
     assert not re.search(r"(src|href)\s*=\s*['\"](?!data:)", text) and "url(" not in text
     inside = [b64decode(x) for x in re.findall(r"base64,([^']+)'", text)]
     assert inside == [made[name] for name in report.FIGURES]
-    for words in ("10.5", "[9.2, 11.8] at 95%", "1,234 parameters", "not converged", "-1  ± 0.5"):
+    for words in ("10.5", "[9.2, 11.8] at 95%", "1,234 parameters", "not converged", "-1  ± 0.5",
+                  "first &lt;: λ 9, trace 12 ± 1", "last: λ -2, trace -3 ± 0.5"):  # fmt: skip
         assert words in text, words
     assert "mine:&lt;f&gt;" in text and "<f>" not in text and "&lt;not&gt; converged" in text
     assert "a &amp; b" in text

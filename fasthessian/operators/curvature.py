@@ -71,6 +71,10 @@ class Curvature(Passes):
         Raises:
             MemoryError: a product does not fit; what it needs and which option would help.
         """
+        blocks = [block.positions for block, _, _ in work if block is not None]
+        if not self._layered and any(map(self._of_one_layer, blocks)):
+            self._layered = True
+            self._forget()  # from now on factors of the layers are kept beside the graphs
         tasks = [self._task(*each) for each in work]
         self._roomy(lambda: self._make(tasks, trusted))
         if self._options.weight_decay:
@@ -105,9 +109,6 @@ class Curvature(Passes):
         """
         model = self._loss.model if isinstance(self._loss, ModelLoss) else None
         groups = partition(self.layout.names, by, model)
-        if not self._layered and any(self._of_one_layer(places) for places in groups.values()):
-            self._layered = True
-            self._forget()  # the next product keeps factors of the layers beside the graphs
         return {name: Block(self, places) for name, places in groups.items()}
 
     def _of_one_layer(self, places: Sequence[int]) -> bool:

@@ -6,11 +6,13 @@ import dataclasses
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
+from fasthessian.algorithms.arguments import ConvergenceWarning
 from fasthessian.algorithms.density import density
 from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.landscape import landscape
@@ -18,9 +20,11 @@ from fasthessian.algorithms.trace import trace
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.checks import Check
 from fasthessian.operators.hessian import Hessian
-from fasthessian.records import Density, Eigenpairs, Estimate, Landscape
+from fasthessian.records import BlockSpectra, Density, Eigenpairs, Estimate, Landscape
 from fasthessian.study.problems import Problem
 from fasthessian.study.training import Progress
+
+BLOCK_SAMPLES = 64  # products for the trace of a block
 
 
 class Stage(Protocol):
@@ -48,6 +52,7 @@ class Plan:
     span: float | None = None  # None: see `default_span`
     seed: int = 0
     check: bool = False  # the operator's self-checks
+    blocks: str | None = None  # "layer", "stage" or a regular expression; see ``Hessian.blocks``
 
     def __post_init__(self) -> None:
         """Raise ValueError for a plan that cannot be carried out, before any work."""
@@ -86,6 +91,7 @@ class Analysis:
     notes: tuple[str, ...]  # warnings of the algorithms, one line each
     seconds: dict[str, float]  # wall time by stage
     check: Check | None = None
+    blocks: BlockSpectra | None = None
 
 
 def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
@@ -129,6 +135,7 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
         for option, k in (("--top", plan.top), ("--bottom", plan.bottom)):
             if k > A.n:
                 raise ValueError(f"{option} {k} is more than the {A.n} parameters of the model")
+        blocks = {} if plan.blocks is None else A.blocks(plan.blocks)
         loss = A.loss()
         gradient_norm = float(A.gradient().norm())
         seconds["operator"] = time.perf_counter() - start
@@ -166,6 +173,8 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
                 "loss landscape",
                 lambda p: landscape(A, top.vectors[:2], span, plan.points, progress=p),
             )
+        if blocks:
+            run("blocks", f"{len(blocks)} blocks", block_spectra(blocks, plan.seed))
     return Analysis(
         parameters=A.n,
         tensors=len(A.layout.names),
@@ -178,10 +187,48 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
         density=found.get("density"),
         landscape=found.get("landscape"),
         check=found.get("check"),
+        blocks=found.get("blocks"),
         matvecs=A.matvecs,
         notes=tuple(dict.fromkeys(" ".join(str(w.message).split()) for w in caught)),
         seconds=seconds,
     )
+
+
+def block_spectra(
+    blocks: Mapping[str, SymmetricOperator], seed: int
+) -> Callable[[Progress], BlockSpectra]:
+    """A job: the outermost eigenvalue and the trace of each block, all blocks together.
+
+    Traces get as many products as BLOCK_SAMPLES, and the interval that those reach.
+    """
+
+    def job(progress: Progress) -> BlockSpectra:
+        with warnings.catch_warnings():  # residuals and intervals are shown
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            tops = eigsh(blocks, 1, seed=seed, progress=progress)
+            made = sum(pairs.matvecs for pairs in tops.values())
+            traces = trace(
+                blocks,
+                max_matvecs=BLOCK_SAMPLES,
+                seed=seed,
+                progress=lambda done, total: progress(made + done, None),
+            )
+        pairs, estimates = tops.values(), traces.values()
+        halves = [(e.interval[1] - e.interval[0]) / 2 for e in estimates]
+        return BlockSpectra(
+            names=tuple(blocks),
+            sizes=_column(float(block.n) for block in blocks.values()),
+            values=_column(float(p.values[0]) for p in pairs),
+            residuals=_column(float(p.residuals[0]) for p in pairs),
+            traces=_column(e.value for e in estimates),
+            errors=_column(halves),
+        )
+
+    return job
+
+
+def _column(numbers: Iterable[float]) -> Tensor:
+    return torch.tensor(list(numbers), dtype=torch.float64, device="cpu")
 
 
 def default_span(loss: float, curvature: float) -> float:
