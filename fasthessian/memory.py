@@ -30,6 +30,11 @@ def available_bytes(device: torch.device) -> int:
     return max(free, 0)
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether torch says that an allocation failed, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def readable(count: float) -> str:
     """Bytes with a unit, as 1.5 GiB."""
     for unit in ("B", "KiB", "MiB"):

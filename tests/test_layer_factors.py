@@ -160,7 +160,7 @@ def test_where_factors_would_be_wrong_or_large_the_graph_serves(build):
     if build == "penalty":
         criterion = Penalised(model[0].weight)
     A = fh.Hessian(model, criterion, data, **options)
-    if build == "twice":  # the other layer has its factors
+    if build in ("tied", "twice", "meets"):  # the other layer has its factors
         assert factored(A) and not A._graphs[0].layers.serves(A.blocks("layer")["layer"].positions)
     else:
         assert A._graphs and not factored(A)
@@ -170,6 +170,100 @@ def test_where_factors_would_be_wrong_or_large_the_graph_serves(build):
         assert_blocks(A, H)
     else:
         assert_blocks(A, dense(model, criterion, data))
+
+
+class Gate(nn.Module):
+    """Two ReLU branches that multiply."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.a(x)) * F.relu(self.b(x)))
+
+
+class Beside(nn.Module):
+    """A bias, 0 now, that also scales the outputs: no slope there, but a curvature."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 3)
+        nn.init.zeros_(self.b.bias)
+
+    def forward(self, x):
+        return self.b(F.relu(self.a(x))) * (1 + self.b.bias.square().sum())
+
+
+class Small(nn.Module):
+    """A branch of hardly any weight in which samples meet, or a weight is used again."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+        self.inp, self.f, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        h = self.inp(x)
+        b = F.relu(self.f(h))
+        b = F.linear(b, self.f.weight) if self.how == "again" else b - b.mean(0)
+        return self.head(F.relu(h + 1e-6 * b))
+
+
+class Standardised(nn.Linear):
+    """A layer that is not linear in its weight."""
+
+    def forward(self, x):
+        w = self.weight - self.weight.mean(1, keepdim=True)
+        return F.linear(x, w / w.norm(dim=1, keepdim=True), self.bias)
+
+
+class Named(nn.Module):
+    """A layer called by keyword, and one with a bias that it does not use."""
+
+    class Unused(nn.Linear):
+        def forward(self, x):
+            return F.linear(x, self.weight)
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.head = nn.Linear(4, 4), Named.Unused(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(F.relu(self.b(F.relu(self.a(input=x)))))
+
+
+ODD = {
+    "gate": Gate,
+    "beside": Beside,
+    "again": lambda: Small("again"),
+    "meets": lambda: Small("meets"),
+    "standardised": lambda: nn.Sequential(Standardised(4, 5), nn.ReLU(), nn.Linear(5, 3)),
+    "spectral norm": lambda: nn.Sequential(
+        nn.utils.spectral_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 3)
+    ).eval(),
+    "named": Named,
+}
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ODD)
+def test_odd_networks_have_their_own_blocks(name, dtype):
+    torch.manual_seed(0)
+    model, criterion, (x, y) = problem(ODD[name](), (6, 4))
+    exact = dense(model, criterion, (x, y))
+    scale = exact.abs().max()
+    A = fh.Hessian(model.to(dtype), criterion, (x.to(dtype), y))
+    start, places = 0, []
+    for shape in A.layout.shapes:
+        places.append(torch.arange(start, start + shape.numel()))
+        start += shape.numel()
+    for key, block in A.blocks("layer").items():
+        at = torch.cat([places[i] for i in block.positions])
+        want = exact[at][:, at]
+        near = 1e-9 if dtype is F64 else 1e-4
+        gap = (columns(block).double() - want).abs().max()
+        assert gap <= near * want.abs().max() + 1e-7 * near * scale, key
 
 
 def test_the_users_hooks_see_one_forward_pass_and_are_left():

@@ -59,10 +59,10 @@ class Graph:
                         tangents[i] = tangents[i].clone()
                         tangents[i][self.padded[place]] = 0
                 pieces: Sequence[Tensor] | None
-                if self.layers is not None and self.layers.serves(task.places):
-                    pieces = self.layers.pieces(task.places, tangents)
-                else:
-                    with _named(isinstance(self, Forward)):
+                with _named(isinstance(self, Forward)):
+                    if self.layers is not None and self.layers.serves(task.places):
+                        pieces = self.layers.pieces(task.places, tangents)
+                    else:
                         pieces = self._pieces(task.places, tangents, keep or last > 0)
                 if pieces is not None:
                     pieces = [piece.to(row.dtype) for piece in pieces]

@@ -40,7 +40,8 @@ class Layer(NamedTuple):
         """J B v (N, C) for v by parameter."""
         inner = [self.places.index(place) for place in places]
         s = self.along(inner, tangents)
-        assert s is not None  # every layer depends on each of its parameters
+        if s is None:  # an unused parameter
+            return self.jacobian.new_zeros(self.jacobian.shape[:2])
         # as a row from the left: on a CPU six times the speed of a column from the right
         return torch.bmm(s.reshape(len(s), 1, -1), self.jacobian.transpose(1, 2)).squeeze(1)
 
@@ -48,7 +49,9 @@ class Layer(NamedTuple):
         """B' J' u by parameter for u (N, C)."""
         delta = torch.bmm(u[:, None, :], self.jacobian).view_as(self.output)
         wanted = [self.params[self.places.index(place)] for place in places]
-        return torch.autograd.grad(self.output, wanted, delta, retain_graph=True)
+        return torch.autograd.grad(
+            self.output, wanted, delta, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
 
 
 class Layers:
@@ -69,18 +72,32 @@ class Layers:
         return layer.pull(places, self._middle(layer.tangent(places, tangents)))
 
 
+class Call(NamedTuple):
+    """What went into a module and came out, by edges of the graph: tensors may be overwritten."""
+
+    inputs: tuple[Any, ...]
+    nodes: tuple[Any, ...]  # of the inputs
+    edge: GradientEdge | None  # of the output; None if it is no tensor with a graph
+
+
 class _Watch:
-    """Notes what goes into and comes out of modules, by forward hooks."""
+    """Notes the calls of modules, by forward hooks."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
-        self.seen: dict[nn.Module, list[tuple[tuple[Any, ...], GradientEdge | None]]] = {}
-        self._handles = [module.register_forward_hook(self._note) for module in modules]
+        self.seen: dict[nn.Module, list[Call]] = {}
+        self._handles = [
+            module.register_forward_hook(self._note, with_kwargs=True) for module in modules
+        ]
 
-    def _note(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        # the edge, because the output may be overwritten by what follows
-        real = isinstance(output, Tensor) and output.requires_grad
+    def _note(
+        self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
+    ) -> None:
+        real = isinstance(output, Tensor) and output.requires_grad and not named
         edge = get_gradient_edge(output) if real else None
-        self.seen.setdefault(module, []).append((inputs, edge))
+        nodes = tuple(
+            get_gradient_edge(x).node for x in inputs if isinstance(x, Tensor) and x.requires_grad
+        )
+        self.seen.setdefault(module, []).append(Call(inputs, nodes, edge))
 
     def __enter__(self) -> _Watch:
         return self
@@ -105,7 +122,7 @@ def build(
         params: all parameters, by place.
         outputs: makes the outputs z of the part, which must be (N, C), and the loss.
         middle: M from z and the loss.
-        room: bytes that the factors may take.
+        room: bytes that the factors may take, beside the graph of the outputs.
         through: require that all curvature of the loss is in M: the loss depends on z alone, and z
             is piecewise linear in each layer's output.
     """
@@ -115,96 +132,128 @@ def build(
     if not isinstance(z, Tensor) or z.dim() != 2 or not 0 < z.shape[1] <= MOST:
         return None
     once = {module: seen[0] for module, seen in watch.seen.items() if len(seen) == 1}
-    edges = {module: edge for module, (_, edge) in once.items() if edge is not None}
+    edges = {module: call.edge for module, call in once.items() if call.edge is not None}
     if through and not (_only_way(loss, z) and _piecewise_linear(z, list(edges.values()))):
         return None
-    locals_ = {}
+    own: dict[nn.Module, tuple[Tensor, ...]] = {}
+    output: dict[nn.Module, Tensor] = {}
     for module in edges:
-        inputs = [x.detach() if isinstance(x, Tensor) else x for x in once[module][0]]
-        output = module.forward(*inputs)  # without the user's hooks
-        if output.shape[0] == len(z):
-            locals_[module] = output
-    size = z.shape[1] * sum(s.numel() * s.element_size() for s in locals_.values())
-    if not locals_ or size > room:
+        own[module] = tuple(params[place] for place in found[module])
+        s = _alone(module, once[module].inputs)
+        if s is None or s.dtype != z.dtype or s.dim() == 0 or len(s) != len(z):
+            continue
+        elsewhere = _leaves(z, edges[module].node, once[module].nodes)
+        if not elsewhere & {id(p) for p in own[module]} and _linear(s, own[module]):
+            output[module] = s
+    inputs = [x for module in output for x in once[module].inputs if isinstance(x, Tensor)]
+    size = sum(x.numel() * x.element_size() for x in inputs)
+    size += z.shape[1] * sum(s.numel() * s.element_size() for s in output.values())
+    if not output or size > room:
         return None
-    rows = {module: s.new_empty(len(z), z.shape[1], s[0].numel()) for module, s in locals_.items()}
-    for c in range(z.shape[1]):
-        grads = torch.autograd.grad(
-            z[:, c].sum(), [edges[module] for module in rows], retain_graph=True, allow_unused=True
-        )
-        for J, grad in zip(rows.values(), grads, strict=True):
-            J[:, c] = 0 if grad is None else grad.reshape(len(z), -1)
     layers = []
-    for module, J in rows.items():
-        own = tuple(params[place] for place in found[module])
-        B = Linearised(locals_[module], own)
-        layers.append(Layer(found[module], own, locals_[module], B, J))
-    M = middle(z, loss)
-    if M is None or not _adds_up(layers, z, params):
+    for module, J in _jacobians(z, {module: edges[module] for module in output}, output).items():
+        B = Linearised(output[module], own[module])
+        layers.append(Layer(found[module], own[module], output[module], B, J))
+    M = middle(z, loss) if layers else None
+    return None if M is None else Layers(layers, M)
+
+
+def _alone(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor | None:
+    """The layer's output with the graph of its own parameters; None where that is no tensor."""
+    given = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
+    try:
+        output = module.forward(*given)  # without the user's hooks
+    except (RuntimeError, TypeError, ValueError):  # it leans on what surrounds it
         return None
-    return Layers(layers, M)
+    return output if isinstance(output, Tensor) and output.requires_grad else None
+
+
+def _jacobians(
+    z: Tensor, edges: dict[nn.Module, GradientEdge], output: dict[nn.Module, Tensor]
+) -> dict[nn.Module, Tensor]:
+    """J of each layer, but for those in which samples meet: J of a sum over them is wrong there."""
+    made = {module: s.new_empty(len(z), z.shape[1], s[0].numel()) for module, s in output.items()}
+
+    def slopes(of: Tensor, weights: Tensor | None = None) -> list[Tensor]:
+        found = torch.autograd.grad(
+            of, list(edges.values()), weights, retain_graph=True, allow_unused=True
+        )
+        return [
+            s.new_zeros(len(s), s[0].numel()) if g is None else g.reshape(len(s), -1)
+            for g, s in zip(found, output.values(), strict=True)
+        ]
+
+    for c in range(z.shape[1]):
+        for J, slope in zip(made.values(), slopes(z[:, c].sum()), strict=True):
+            J[:, c] = slope
+    r = _random(z, torch.Generator("cpu").manual_seed(1))
+    kept = {}
+    for (module, J), exact in zip(made.items(), slopes(z, r), strict=True):
+        gap = torch.bmm(r[:, None, :], J).squeeze(1) - exact
+        if gap.norm() <= ROUNDING.get(z.dtype, 0.0) * exact.norm():
+            kept[module] = J
+    return kept
 
 
 def _candidates(model: nn.Module, params: Sequence[Tensor]) -> dict[nn.Module, tuple[int, ...]]:
-    """Layers that are linear in their parameters, with the places of those; none are shared."""
+    """Layers with parameters of the usual names that no other module has, and their places."""
     place = {id(p): i for i, p in enumerate(params)}
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found: dict[nn.Module, tuple[int, ...]] = {}
     for module in model.modules():
-        own = [id(p) for p in module._parameters.values() if id(p) in place]
-        if isinstance(module, LINEAR) and own and all(uses[each] == 1 for each in own):
+        named = {name: id(p) for name, p in module._parameters.items() if p is not None}
+        own = [each for each in named.values() if each in place]
+        usual = set(named) <= {"weight", "bias"} and all(uses[each] == 1 for each in own)
+        if isinstance(module, LINEAR) and own and usual:
             found[module] = tuple(place[each] for each in own)
     return found
 
 
-def _only_way(loss: Tensor, z: Tensor) -> bool:
-    """Whether the graph of the loss reaches leaves through z alone: no penalty stands beside it."""
-    seen, nodes = {z.grad_fn, None}, [loss.grad_fn]
+def _leaves(z: Tensor, passed: Any, beyond: Sequence[Any] = ()) -> set[int]:
+    """Ids of the leaves of z's graph, where the node ``passed`` leads to ``beyond`` alone."""
+    found: set[int] = set()
+    seen, nodes = {passed}, [z.grad_fn, *beyond]
     while nodes:
         node = nodes.pop()
-        if node in seen:
+        if node is None or node in seen:
             continue
         seen.add(node)
-        assert node is not None
-        if not node.next_functions:
-            return False
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
         nodes += [following for following, _ in node.next_functions]
-    return True
+    return found
+
+
+def _only_way(loss: Tensor, z: Tensor) -> bool:
+    """Whether the loss depends on leaves through z alone: no penalty stands beside it."""
+    return not _leaves(loss, z.grad_fn)
+
+
+def _bent(of: Sequence[Tensor], by: Sequence[Any]) -> bool:
+    """Whether some derivative of gradients ``of`` in ``by`` is not 0 to the last bit."""
+    curved = [g for g in of if g is not None and g.requires_grad]
+    if not curved:
+        return False
+    generator = torch.Generator("cpu").manual_seed(0)
+    found = torch.autograd.grad(
+        curved, by, [_random(g, generator) for g in curved], retain_graph=True, allow_unused=True
+    )
+    return any(g is not None and bool(g.any()) for g in found)
+
+
+def _linear(s: Tensor, own: Sequence[Tensor]) -> bool:
+    """Whether the output of a layer is linear in its parameters."""
+    weights = _random(s, torch.Generator("cpu").manual_seed(2))
+    grads = torch.autograd.grad(s, own, weights, create_graph=True, allow_unused=True)
+    return not _bent(grads, own)
 
 
 def _piecewise_linear(z: Tensor, edges: Sequence[GradientEdge]) -> bool:
-    """Whether dz/ds does not change with any s: then its derivative is 0 to the last bit."""
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def random(like: Tensor) -> Tensor:
-        return torch.randn(like.shape, generator=generator, dtype=like.dtype, device="cpu").to(like)
-
-    grads = torch.autograd.grad(z, edges, random(z), create_graph=True, allow_unused=True)
-    bent = [g for g in grads if g is not None and g.requires_grad]
-    if not bent:
-        return True
-    found = torch.autograd.grad(
-        bent, edges, [random(g) for g in bent], retain_graph=True, allow_unused=True
-    )
-    return not any(g is not None and bool(g.any()) for g in found)
+    """Whether dz/ds does not change with any layer's output s."""
+    weights = _random(z, torch.Generator("cpu").manual_seed(0))
+    grads = torch.autograd.grad(z, edges, weights, create_graph=True, allow_unused=True)
+    return not _bent(grads, edges)
 
 
-def _adds_up(layers: Sequence[Layer], z: Tensor, params: Sequence[Tensor]) -> bool:
-    """Whether J v is the sum over the layers, v random.
-
-    It is not if samples meet, or a layer does not use its parameters as it seems to.
-    """
-    generator = torch.Generator("cpu").manual_seed(1)
-    places: list[int] = []
-    tangents: list[Tensor] = []
-    total = torch.zeros_like(z)
-    for layer in layers:
-        v = [torch.randn(p.shape, generator=generator, dtype=p.dtype, device="cpu").to(p)
-             for p in layer.params]  # fmt: skip
-        total += layer.tangent(layer.places, v)
-        places += layer.places
-        tangents += v
-    exact = Linearised(z, params)(places, tangents)
-    return exact is not None and bool(
-        (total - exact).norm() <= ROUNDING.get(z.dtype, 0.0) * exact.norm()
-    )
+def _random(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fasthessian.memory import out_of_memory
 from fasthessian.operators.batches import (
     Batch,
     Memory,
@@ -240,7 +241,7 @@ class ModelLoss:
                     f"data holds {', '.join(map(str, held))} but the parameters are "
                     f"{self._dtype}; convert one of them ({str(error).splitlines()[0]})"
                 ) from error
-            if self._fits or isinstance(error, torch.OutOfMemoryError):
+            if self._fits or out_of_memory(error):
                 raise
             raise ValueError(
                 f"data does not fit the model and criterion: {str(error).splitlines()[0]}"

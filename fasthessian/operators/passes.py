@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from fasthessian import kernels
+from fasthessian.memory import out_of_memory
 from fasthessian.operators import parameters
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Block
@@ -93,10 +94,20 @@ class Passes(SymmetricOperator):
 
     def _try(self, part: Part, params: list[Tensor]) -> int:
         """Check the loss of the first part; return the bytes that its graph holds."""
-        with metered(params) as held:
+        meter = metered(params)
+        with meter as held:
+            try:
+                outputs, loss = self._evaluated(part)
+            except ValueError as error:
+                if "saved tensor hooks" not in str(error):
+                    raise
+                outputs = None
+            else:
+                examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
+            measured = held()
+        if outputs is None:  # a model that uses torch.func inside cannot be metered
             outputs, loss = self._evaluated(part)
             examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
-            measured = held()
         first = float(loss.detach())
         del outputs, loss
         second = float(self._value(part).detach())
@@ -150,10 +161,9 @@ class Passes(SymmetricOperator):
         copies = self._copies if self._capacity else None
         options = self._options
         precision = None if exact else options.precision
-        rewritten = curved and precision != "bf16"
         with (
             engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
-            Rewrite() if rewritten else contextlib.nullcontext(),
+            Rewrite() if curved else contextlib.nullcontext(),
         ):
             yield list(now.values())
 
@@ -165,8 +175,13 @@ class Passes(SymmetricOperator):
     def _keep(self, graph: Graph, part: Part, params: list[Tensor]) -> None:
         exact = self._options.precision != "bf16"
         if self._layered and exact and isinstance(self._loss, ModelLoss):
-            room = self._options.room(self.device) - self._needs
-            graph.layers = self._layers(self._loss.model, part, params, room / self._loss.count)
+            count = self._loss.count  # the outputs are made again, with a graph of their own
+            room = (self._options.room(self.device) - 2 * self._needs) / count
+            try:
+                graph.layers = self._layers(self._loss.model, part, params, room)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
         self._graphs.append(graph)
 
     def _layers(
@@ -284,7 +299,7 @@ class Passes(SymmetricOperator):
             return
         except RuntimeError as error:
             words = str(error)
-            if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in words:
+            if not out_of_memory(error):
                 raise
         # outside of the handler: its traceback holds what was allocated so far
         self._forget()

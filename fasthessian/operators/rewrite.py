@@ -5,7 +5,7 @@
 * Batch normalisation with fixed statistics is an affine map: behind a convolution it is folded
   into the convolution's weight, elsewhere it is one multiply-add.
 
-* The mean squared error, where forward mode needs it, as its formula.
+* The mean squared error, where forward mode needs it, and weight_norm as their formulas.
 
 Measured on ResNet-20, batch 64, CPU: the product falls from 2.5 to 1.7 gradients.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -153,8 +154,8 @@ class Rewrite:
     def __enter__(self) -> None:
         with Rewrite._lock:
             if Rewrite._open == 0:
-                for name in REWRITTEN:
-                    setattr(F, name, REWRITTEN[name])
+                for place, name, _, own in PLACES:
+                    setattr(place, name, own)
             Rewrite._open += 1
 
     def __exit__(self, *exception: object) -> None:
@@ -162,8 +163,8 @@ class Rewrite:
         with Rewrite._lock:
             Rewrite._open -= 1
             if Rewrite._open == 0:
-                for name in REWRITTEN:
-                    setattr(F, name, ORIGINAL[name])
+                for place, name, original, _ in PLACES:
+                    setattr(place, name, original)
 
 
 @contextlib.contextmanager
@@ -189,7 +190,7 @@ def _convolution(name: str, dims: int) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        if input.dim() != dims + 2 or isinstance(padding, str) or not _plain():
+        if input.dim() != dims + 2 or isinstance(padding, str) or not _plain(input):
             y: Tensor = original(input, weight, bias, stride, padding, dilation, groups)
             return y
         stride, padding, dilation = (_spread(dims, x) for x in (stride, padding, dilation))
@@ -213,7 +214,8 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    if training or running_mean is None or running_var is None or not _plain():
+    plain = _plain(input) and (running_var is None or running_var.dtype == input.dtype)
+    if training or running_mean is None or running_var is None or not plain:
         normal = ORIGINAL["batch_norm"]
         return normal(input, running_mean, running_var, weight, bias, training, momentum, eps)
     scale = torch.rsqrt(running_var + eps)
@@ -242,9 +244,15 @@ def _mse_loss(input: Tensor, target: Tensor, *options: Any, **named: Any) -> Ten
     return loss
 
 
-def _plain() -> bool:
-    """Whether gradients are recorded, and by autograd alone: torch.func has rules of its own."""
-    return torch.is_grad_enabled() and _functorch_level() is None
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """``g v / |v|``; the second derivative of torch 2.13's own is wrong, and not symmetric."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def _plain(input: Tensor) -> bool:
+    """Whether gradients are recorded by autograd alone: torch.func and autocast have own rules."""
+    lower = torch.is_autocast_enabled(input.device.type)
+    return torch.is_grad_enabled() and _functorch_level() is None and not lower
 
 
 def _versions(call: _Call) -> tuple[int, ...]:
@@ -275,3 +283,9 @@ REWRITTEN: dict[str, Callable[..., Tensor]] = {
     "mse_loss": _mse_loss,
 }
 ORIGINAL: dict[str, Callable[..., Tensor]] = {name: getattr(F, name) for name in REWRITTEN}
+# (where, name, what was there, what is put there); weight_norm is called by two names
+PLACES = [(F, name, ORIGINAL[name], REWRITTEN[name]) for name in REWRITTEN] + [
+    (place, "_weight_norm", place._weight_norm, _weight_norm)
+    for place in (torch, importlib.import_module("torch.nn.utils.weight_norm"))
+    if hasattr(place, "_weight_norm")
+]

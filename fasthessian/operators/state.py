@@ -129,7 +129,10 @@ def engaged(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         lower = precision == "bf16"
-        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=lower))
+        # no cache: inside the user's autocast it would outlive a change of the parameters
+        stack.enter_context(
+            torch.autocast(device.type, torch.bfloat16, enabled=lower, cache_enabled=False)
+        )
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_slow_attention())
         if device.type == "cuda":
