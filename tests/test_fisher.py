@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from typing import Any
 
 import pytest
@@ -272,3 +273,89 @@ def test_bad_samples_seeds_and_models_are_one_clear_line() -> None:
         lambda: fh.EmpiricalFisher(Two(), lambda z, y: made[1](z[0], y), made[2]),
         TypeError, "must return a tensor",
     )  # fmt: skip
+
+
+SMOOTHED = {
+    "smoothing": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "derived": type("Derived", (nn.CrossEntropyLoss,), {})(),
+}
+
+
+@pytest.mark.parametrize("shape", [(), (4,)])
+@pytest.mark.parametrize("how", SMOOTHED)
+def test_ignored_targets_count_for_nothing_in_other_cross_entropies(how: str, shape: Any) -> None:
+    model, x, y = net(*shape)
+    criterion = SMOOTHED[how]
+    smoothing = criterion.label_smoothing
+
+    def each(z: Tensor) -> Tensor:
+        rows, flat = z.movedim(1, -1).reshape(-1, z.shape[1]), y.reshape(-1)
+        losses = F.cross_entropy(rows, flat, reduction="none", label_smoothing=smoothing)
+        return losses[flat != -100]
+
+    g = jacobian(model, (x, y), each)
+    want = g.T @ g / int((y != -100).sum())
+    assert int((y == -100).sum()) > 0
+    for data in ((x, y), [(x[:3], y[:3]), (x[3:], y[3:])]):
+        assert mismatch(fh.EmpiricalFisher(model, criterion, data), want) < 1e-10
+
+
+def test_class_weights_with_smoothing_are_refused() -> None:
+    model, x, y = net()
+    both = nn.CrossEntropyLoss(weight=W3, label_smoothing=0.1)
+    refused(lambda: fh.EmpiricalFisher(model, both, (x, y)), ValueError, "not both")
+
+
+@pytest.mark.parametrize("curvature", [fh.EmpiricalFisher, fh.Fisher, fh.GaussNewton])
+def test_outputs_without_a_second_dimension(curvature: Any) -> None:
+    torch.manual_seed(0)
+    inner = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    flat = nn.Sequential(inner, nn.Flatten(0))
+    x, y = torch.randn(6, 4, dtype=F64), torch.randn(6, dtype=F64)
+    want = columns(curvature(inner, nn.MSELoss(), (x, y[:, None])))
+    assert error(columns(curvature(flat, nn.MSELoss(), (x, y))), want) < 1e-13
+    assert error(columns(curvature(flat, F.mse_loss, (x, y))), want) < 1e-13
+
+
+def test_broadcast_targets_of_a_sum_count_each_time() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1).double()
+    x, y = torch.randn(5, 4, dtype=F64), torch.randn(5, 3, dtype=F64)
+    criterion = nn.MSELoss(reduction="sum")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, of broadcasting
+        G = columns(fh.GaussNewton(model, criterion, (x, y)))
+        assert mismatch(fh.Fisher(model, criterion, (x, y), samples=2000), G) < 0.15
+
+
+class Own(nn.Module):
+    """A model with a loss of its own on labels, which is not the cross-entropy of its logits."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.net = how, nn.Linear(4, 3).double()
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        z = self.net(x)
+        if self.how == "scaled":
+            loss = F.cross_entropy(z / 4, labels)
+        elif self.how == "counted":
+            loss = F.cross_entropy(z, labels, reduction="sum") / 32
+        else:
+            loss = F.cross_entropy(z, labels) + 0.5 * self.net.weight.square().sum()
+        return {"loss": loss, "logits": z}
+
+
+def test_a_models_own_loss_is_looked_at() -> None:
+    torch.manual_seed(0)
+    batch = {"x": torch.randn(8, 4, dtype=F64), "labels": torch.randint(3, (8,))}
+    for how in ("scaled", "counted"):
+        model = Own(how)
+        refused(lambda m=model: fh.Fisher(m, None, batch), TypeError, "the model's own loss")
+        G = fh.GaussNewton(model, None, batch)  # by the loss's own second derivative
+        assert error(columns(G), columns(fh.Hessian(model, None, batch))) < 1e-12
+    for curvature in (fh.GaussNewton, fh.EmpiricalFisher, fh.Fisher):
+        refused(
+            lambda c=curvature: c(Own("penalty"), None, batch),
+            ValueError, "depends on the parameters other than through the outputs",
+        )  # fmt: skip

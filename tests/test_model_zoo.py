@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -211,3 +212,18 @@ def test_dropout_in_training_has_one_mask_for_each_batch(engine: str) -> None:
     nothing = fh.Hessian(model, criterion, batches, engine=engine)  # eval mode: no mask at all
     plain[2].held = torch.ones(8, 6, dtype=F64)
     assert mismatch(nothing, dense(plain, criterion, (x, y))) < bound(engine)
+
+
+@pytest.mark.parametrize("old", [True, False])
+def test_weight_norm_whose_second_derivative_torch_has_wrong(old: bool) -> None:
+    """Against central differences, since torch's own double backward is what is wrong."""
+    norm = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the old one is deprecated
+        model = nn.Sequential(norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)).double()
+    made = model, nn.CrossEntropyLoss(), (torch.randn(7, 4, dtype=F64), torch.randint(3, (7,)))
+    want = columns(fh.Hessian(*made, engine="difference"))
+    for engine in ("retained", "recompute", "forward"):
+        assert error(columns(fh.Hessian(*made, engine=engine)), want) < 1e-6
+    assert fh.Hessian(*made).check().ok

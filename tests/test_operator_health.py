@@ -91,6 +91,17 @@ def test_kinks_are_told_from_wrong_derivatives() -> None:
     assert not check.ok and not check.forward < 1e-3, str(check)
 
 
+def test_what_a_loss_detaches_is_no_kink() -> None:
+    model, _, (x, y) = PROBLEMS["mlp"].make()
+
+    def focal(z: Tensor, y: Tensor) -> Tensor:
+        losses = F.cross_entropy(z, y, reduction="none")
+        return ((1 - torch.exp(-losses)).detach() * losses).mean()
+
+    check = fh.Hessian(model, focal, (x, y)).check()
+    assert not check.ok and "detaches a part of itself" in str(check)
+
+
 def test_a_model_in_bfloat16_passes_its_check() -> None:
     for name in ("mlp", "transformer"):
         made = PROBLEMS[name].make(torch.bfloat16)

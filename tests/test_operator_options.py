@@ -233,3 +233,46 @@ def test_precisions_that_cannot_serve_are_one_clear_line() -> None:
     for curvature in CURVATURES:
         refused(lambda c=curvature: c(*made, precision="tf32"), ValueError, "tf32")
         refused(lambda c=curvature: c(*made, precision="fp8"), ValueError, "precision must be")
+
+
+def test_weights_of_sums_and_of_callables_are_those_of_whole_batches() -> None:
+    model, criterion, batches = ragged()
+    summed = nn.CrossEntropyLoss(reduction="sum", ignore_index=criterion.ignore_index)
+    for loss, weights in ((summed, [3.0, 1.0, 2.0]), (criterion, lambda batch: 1.0)):
+        weights = weights[: len(batches)] if isinstance(weights, list) else weights
+        want = columns(fh.Hessian(model, loss, batches, weights=weights))
+        A = fh.Hessian(model, loss, batches, weights=weights, microbatch=2)
+        assert mismatch(A, want) < 1e-12
+        assert A.check().ok
+
+
+def test_bf16_inside_the_users_autocast_follows_the_parameters() -> None:
+    model, criterion, (x, y) = PROBLEMS["mlp"].make(F32)
+    A = fh.Hessian(model, criterion, (x, y), precision="bf16", engine="recompute")
+    d = torch.randn(A.n, generator=torch.Generator().manual_seed(0))
+    want = A.loss(d), A.loss()
+    assert abs(want[0] - want[1]) > 0.05
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x)
+        assert (A.loss(d), A.loss()) == want
+
+
+class Forces(nn.Module):
+    """Differentiates inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.energy = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (force,) = torch.autograd.grad(self.energy(x).sum(), x, create_graph=True)
+        return force
+
+
+def test_a_model_that_differentiates_inside_can_be_cut_and_checked() -> None:
+    torch.manual_seed(0)
+    made = Forces(), nn.MSELoss(), (torch.randn(6, 4, dtype=F64), torch.randn(6, 4, dtype=F64))
+    A = fh.Hessian(*made, microbatch=2)
+    assert mismatch(A, columns(fh.Hessian(*made))) < 1e-12
+    assert A.check().ok

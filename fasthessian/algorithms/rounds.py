@@ -63,6 +63,8 @@ def _together(
     """All runs in rounds: one request of each, answered in one pass where they share a matrix."""
     if not operators:
         raise ValueError("A is an empty dictionary; pass an operator, or blocks such as A.blocks()")
+    if len({id(A) for A in operators.values()}) < len(operators):
+        raise ValueError("A holds one operator under two names; name each once")
     done: dict[str, tuple[int, int | None]] = {}
 
     def told(name: str) -> Progress | None:

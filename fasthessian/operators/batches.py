@@ -155,8 +155,9 @@ class Stream:
             self._first = seen
         elif not seen.matches(self._first):
             raise RuntimeError(
-                "data yields different batches at each pass (random augmentation, sampling or "
-                "padding); use a loader without randomness, or fix one pass: data=list(loader)"
+                f"data yields different batches at each pass (random augmentation, sampling or "
+                f"padding{', or their order' if self._ordered else ''}); use a loader without "
+                f"randomness, or fix one pass: data=list(loader)"
             )
 
     def token(self) -> None:

@@ -87,7 +87,9 @@ class Curvature(Passes):
         """The diagonal blocks of the matrix as operators by name.
 
         ``fh.eigsh``, ``fh.trace`` and ``fh.density`` take the dictionary, advance all blocks
-        together in one pass over the data a round, and return a dictionary.
+        together in one pass over the data a round, and return a dictionary. For blocks of single
+        layers the Jacobian of the outputs by each layer's is kept where ``memory_budget`` allows:
+        as many times the activations as there are classes.
 
         Args:
             by: how parameters are grouped. ``"layer"``: by the module that owns them; ``"stage"``:

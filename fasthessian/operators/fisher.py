@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fasthessian.operators.batches import samples
-from fasthessian.operators.criteria import option
-from fasthessian.operators.likelihood import categorical, is_slope, sampled_scores
+from fasthessian.operators.criteria import option, terms
+from fasthessian.operators.likelihood import has_classes, sampled_scores
 from fasthessian.operators.linearised import Middle
 from fasthessian.operators.losses import Part
 from fasthessian.operators.outer import OuterCurvature, Scores
@@ -46,10 +46,9 @@ class EmpiricalFisher(OuterCurvature):
         (slopes,) = torch.autograd.grad(
             loss, z, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        model, criterion = self._loss.model, self._loss.criterion  # type: ignore[union-attr]
-        found = categorical(model, criterion, part, z)
-        if found is not None and (criterion is not None or is_slope(found, z, slopes)):
-            # total g_r / weight_r is the slope of the term alone
+        found = self._categorical(part, z, loss)
+        if found is not None:
+            # total s_r / weight_r is the slope of the term alone
             factor = torch.where(found.weights > 0, found.total / found.weights, 0.0)
             return Scores(slopes[None], (found.axis,), factor.to(z.dtype).unsqueeze(found.axis))
         count = samples(part.batch)
@@ -58,8 +57,13 @@ class EmpiricalFisher(OuterCurvature):
                 f"the outputs must have one row a sample for EmpiricalFisher ({count} here), got "
                 f"shape {tuple(z.shape)}; put the batch first"
             )
-        summed = option(criterion, "reduction") == "sum"
-        return Scores(slopes[None], tuple(range(1, z.dim())), 1.0 if summed else float(count))
+        criterion = self._loss.criterion  # type: ignore[union-attr]
+        mean = float(count)
+        if option(criterion, "reduction") == "sum":
+            mean = 1.0
+        elif option(criterion, "ignore_index") is not None and has_classes(part.batch):
+            mean = terms(self._loss.model, criterion, part.batch)  # type: ignore[union-attr]
+        return Scores(slopes[None], tuple(range(1, z.dim())), mean)
 
 
 class Fisher(OuterCurvature):
@@ -109,16 +113,20 @@ class Fisher(OuterCurvature):
         super().__init__(model, criterion, data, **options)
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
-        model, criterion = self._loss.model, self._loss.criterion  # type: ignore[union-attr]
+        criterion = self._loss.criterion  # type: ignore[union-attr]
+        found = self._categorical(part, z, loss)
+        found = found if found is not None and found.exact else None
         drawn = [
-            sampled_scores(model, criterion, part, z, self._seed, draw)
+            sampled_scores(found, criterion, part, z, self._seed, draw)
             for draw in range(self._samples)
         ]
         if drawn[0] is None:
             name = getattr(criterion, "__name__", type(criterion).__name__)
+            name = "the model's own loss" if criterion is None else name
             raise TypeError(
-                f"criterion must be cross-entropy, mean squared error or binary cross-entropy with "
-                f"logits of torch, plain, for Fisher, got {name}; GaussNewton takes any convex one"
+                f"criterion must be cross-entropy with class indices, mean squared error or binary "
+                f"cross-entropy with logits for Fisher, as torch has them, got {name}; GaussNewton "
+                f"takes any convex one"
             )
         scores = torch.stack([each[0] for each in drawn if each is not None])
         return Scores(scores, drawn[0][1], 1.0 / self._samples)

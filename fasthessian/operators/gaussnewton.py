@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasthessian.operators.likelihood import Softmax, categorical, is_slope
+from fasthessian.operators.likelihood import Softmax
 from fasthessian.operators.linearised import Middle, SecondDerivative, second_derivative
 from fasthessian.operators.losses import Part
 from fasthessian.operators.outer import OuterCurvature
 
 PROBES = 8  # random directions in which the criterion is looked at
-OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
 CONCAVE = 1e-4  # of |u| |M u|: how far below 0 rounding takes u'Mu
 FUSED = (torch.float32, torch.float64)
 
@@ -47,41 +45,15 @@ class GaussNewton(OuterCurvature):
     """
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
-        model, criterion = self._loss.model, self._loss.criterion  # type: ignore[union-attr]
-        found = categorical(model, criterion, part, z) if z.dtype in FUSED else None
-        if found is not None:
-            if criterion is None and not self._examined:
-                (slopes,) = torch.autograd.grad(loss, z, retain_graph=True)
-                self._own_loss_is_known = is_slope(found, z, slopes)
-            if criterion is not None or self._own_loss_is_known:
-                return Softmax(found, z)
+        found = self._categorical(part, z, loss) if z.dtype in FUSED else None
+        if found is not None and found.exact:
+            return Softmax(found, z)
         return second_derivative(loss, z)
 
     def _examine(self, z: Tensor, loss: Tensor, middle: Middle | None, params: Any) -> None:
-        if isinstance(middle, Softmax) and self._loss.criterion is not None:  # type: ignore[union-attr]
-            return  # of the outputs alone, and convex
-        check_path(z, loss, params)
+        super()._examine(z, loss, middle, params)
         if isinstance(middle, SecondDerivative):
             check_convex(z, middle)
-
-
-def check_path(z: Tensor, loss: Tensor, params: Sequence[Tensor]) -> None:
-    """Raise ValueError if the loss depends on the parameters other than through z."""
-    options: dict[str, Any] = {
-        "retain_graph": True, "allow_unused": True, "materialize_grads": True,
-    }  # fmt: skip
-    (slopes,) = torch.autograd.grad(loss, z, **options)
-    whole = torch.autograd.grad(loss, params, **options)
-    through = torch.autograd.grad(z, params, slopes, **options)
-    size = sum(float(g.double().square().sum()) for g in whole) ** 0.5
-    pairs = zip(whole, through, strict=True)
-    missed = sum(float((a - b).double().square().sum()) for a, b in pairs) ** 0.5
-    if missed > OTHER_WAY * size:
-        raise ValueError(
-            f"the loss depends on the parameters other than through the outputs (or .logits): "
-            f"{missed / size:.1%} of its gradient; GaussNewton needs a criterion of one output "
-            f"alone, use Hessian"
-        )
 
 
 def check_convex(z: Tensor, middle: Middle) -> None:

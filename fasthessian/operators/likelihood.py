@@ -15,6 +15,7 @@ from fasthessian.operators.batches import Batch, samples
 from fasthessian.operators.criteria import IGNORED, is_causal, option, plain, terms
 from fasthessian.operators.losses import Part
 
+MSE = F.mse_loss  # inside a product another stands there
 STREAM = 1 << 44  # numbers between two draws of a stream
 WIDENED = 1 << 22  # probabilities widened to float64 at a time: 32 MiB
 
@@ -29,6 +30,7 @@ class Categorical(NamedTuple):
     targets: Tensor  # z's shape without ``axis``; anything where the weight is 0
     weights: Tensor  # float64, z's shape without ``axis``
     total: float
+    exact: bool = True  # it is torch's own or a model's, without label smoothing
 
     def scale(self) -> Tensor:
         """Weight of each term in the loss, float64."""
@@ -38,8 +40,11 @@ class Categorical(NamedTuple):
 def categorical(model: nn.Module, criterion: Any, part: Part, z: Tensor) -> Categorical | None:
     """How cross-entropy with class indices reads the outputs z; None if the loss is another.
 
-    Known are torch's own, module and function, and the losses of Hugging Face models on labels,
-    which the caller compares with the model's loss (``is_slope``).
+    Known are torch's own and classes derived from it, log-likelihood of classes, and the losses of
+    Hugging Face models on labels, which the caller compares with the model's loss (``is_slope``).
+
+    Raises:
+        ValueError: class weights together with label smoothing, whose terms have no one weight.
     """
     targets = _targets(part.batch)
     if targets is None or targets.dtype != torch.int64 or z.dim() != max(targets.dim(), 1) + 1:
@@ -51,13 +56,22 @@ def categorical(model: nn.Module, criterion: Any, part: Part, z: Tensor) -> Cate
         if is_causal(model):  # the scores at a place are for the label of the next
             targets = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
         return _weighed(z.dim() - 1, targets, IGNORED, None, count)
-    known = plain(criterion) in (nn.CrossEntropyLoss, F.cross_entropy)
-    if not known or isinstance(part.batch, Mapping) or option(criterion, "label_smoothing", 0.0):
+    kind = plain(criterion)
+    derived = isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss))
+    if isinstance(part.batch, Mapping) or not (derived or kind in (F.cross_entropy, F.nll_loss)):
         return None
     if targets.shape != (*z.shape[:1], *z.shape[2:]):
         return None
+    by_class, smoothing = (option(criterion, name) for name in ("weight", "label_smoothing"))
+    if by_class is not None and smoothing:
+        raise ValueError(
+            "criterion must have class weights or label smoothing, not both: its terms would have "
+            "no weights of their own"
+        )
     ignored = option(criterion, "ignore_index", IGNORED)
-    return _weighed(1, targets, ignored, option(criterion, "weight"), count)
+    found = _weighed(1, targets, ignored, by_class, count)
+    exact = kind in (nn.CrossEntropyLoss, F.cross_entropy) and not smoothing
+    return found._replace(exact=exact)
 
 
 def _weighed(
@@ -74,6 +88,12 @@ def _weighed(
 def _targets(batch: Batch) -> Tensor | None:
     found = batch.get("labels") if isinstance(batch, Mapping) else batch[-1]
     return found if isinstance(found, Tensor) else None
+
+
+def has_classes(batch: Batch) -> bool:
+    """Whether the targets are class indices."""
+    targets = _targets(batch)
+    return targets is not None and not targets.is_floating_point()
 
 
 def is_slope(found: Categorical, z: Tensor, slopes: Tensor) -> bool:
@@ -105,7 +125,7 @@ class Softmax:
 
 
 def sampled_scores(
-    model: nn.Module, criterion: Any, part: Part, z: Tensor, seed: int, draw: int
+    found: Categorical | None, criterion: Any, part: Part, z: Tensor, seed: int, draw: int
 ) -> tuple[Tensor, tuple[int, ...]] | None:
     """The slope of one term's loss at a target drawn from the model, times the root of its weight.
 
@@ -124,7 +144,6 @@ def sampled_scores(
         kernels.select(z.device).normal_(out, seed, draw * STREAM + part.first * each)
         return out.view(*shape)
 
-    found = categorical(model, criterion, part, z)
     if found is not None:
         p = z.softmax(found.axis).movedim(found.axis, -1)
         drawn = _drawn(p.reshape(-1, p.shape[-1]), normals(p.shape[:-1]).reshape(-1))
@@ -134,10 +153,13 @@ def sampled_scores(
         return s.movedim(-1, found.axis), (found.axis,)
     reduction = option(criterion, "reduction")
     dims = tuple(range(1, z.dim()))
-    if reduction not in ("mean", "sum") or not dims or isinstance(part.batch, Mapping):
+    targets = _targets(part.batch)
+    if reduction not in ("mean", "sum") or targets is None or isinstance(part.batch, Mapping):
         return None
     root = 1.0 if reduction == "sum" else math.sqrt(1 / max(z.numel(), 1))
-    if plain(criterion) in (nn.MSELoss, F.mse_loss):
+    if plain(criterion) in (nn.MSELoss, MSE):
+        if reduction == "sum":  # targets may be broadcast against the outputs
+            root = math.sqrt((z - targets.to(z.device)).numel() / z.numel())
         return math.sqrt(2) * root * normals(z.shape).to(z.dtype), dims
     weighted = any(option(criterion, name) is not None for name in ("weight", "pos_weight"))
     binary = plain(criterion) in (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)

@@ -13,7 +13,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -101,10 +100,12 @@ class ModelLoss:
 
     def survey(self) -> None:
         """One pass over the data: check the batches, count the terms."""
-        counts, self.size, index = [], 0, -1
+        counts, self.size, index, total = [], 0, -1, 0.0
         with closing(self._chunks()) as chunks:
-            for index, share, batch in chunks:
-                counts.append(self._terms(index, share, batch))
+            for number, weight, share, batch in chunks:
+                total += weight if number > index else 0.0
+                index = number
+                counts.append(weight * share)
                 self.size += size(batch)
         if not counts:
             raise ValueError("data is empty: it yielded no batch")
@@ -112,7 +113,6 @@ class ModelLoss:
             raise ValueError(
                 f"weights must have one entry per batch ({index + 1}), got {len(self._weights)}"
             )
-        total = sum(counts)
         if total <= 0:
             raise ValueError("data holds no term of the loss: every target is ignored")
         summed = self._weights is None and option(self.criterion, "reduction") == "sum"
@@ -150,11 +150,12 @@ class ModelLoss:
         """Tensors on which the graphs depend: parameters and buffers, also frozen ones."""
         return [t for root in self.roots for t in (*root.parameters(), *root.buffers())]
 
-    def _terms(self, index: int, share: float, batch: Batch) -> float:
+    def _weight(self, index: int, batch: Batch) -> float:
+        """The weight of a whole batch: its number of terms, or what the user says."""
         if self._weights is None:
             return terms(self.model, self.criterion, batch)
         if isinstance(self._weights, list):
-            value = share * self._weights[index] if index < len(self._weights) else 0.0
+            value = self._weights[index] if index < len(self._weights) else 0.0
         else:
             value = float(self._weights(batch))
         if not (math.isfinite(value) and value >= 0):
@@ -163,30 +164,29 @@ class ModelLoss:
             )
         return value
 
-    def _cut(self, batch: Batch, most: int | None) -> Iterator[tuple[float, Batch]]:
-        """(share of a weight of the batch, microbatch)."""
+    def _cut(self, batch: Batch, most: int | None) -> list[tuple[float, Batch]]:
+        """(share of the weight of the batch, microbatch): of a sum each has it all."""
         chunks = list(cut(batch, most))
         if len(chunks) == 1:
-            yield 1.0, batch
-            return
+            return [(1.0, batch)]
         whole = terms(self.model, self.criterion, batch) or 1.0
-        for chunk in chunks:
-            yield terms(self.model, self.criterion, chunk) / whole, chunk
+        return [(terms(self.model, self.criterion, chunk) / whole, chunk) for chunk in chunks]
 
-    def _chunks(self) -> Generator[tuple[int, float, Batch], None, None]:
-        """(index of the batch, share of its weight, microbatch), over one pass of the data."""
+    def _chunks(self) -> Generator[tuple[int, float, float, Batch], None, None]:
+        """(index and weight of the batch, share of it, microbatch), over one pass of the data."""
         with closing(self._source.one_pass()) as batches:
             for index, batch in enumerate(batches):
                 check_batch(batch, self.criterion is not None)
+                weight = self._weight(index, batch)
                 for share, chunk in self._cut(batch, self.microbatch):
-                    yield index, share, chunk
+                    yield index, weight, share, chunk
 
     def parts(self) -> Generator[Part, None, None]:
         """One pass over the data; batches without a term of the loss are left out."""
         position, first = itertools.count(), 0
         with closing(self._chunks()) as chunks:
-            for index, share, batch in chunks:
-                weight = self._terms(index, share, batch) / self._total
+            for _, whole, share, batch in chunks:
+                weight = whole * share / self._total
                 if weight > 0:
                     yield Part(next(position), weight, batch, size(batch), first)
                 first += samples(batch)
@@ -199,17 +199,16 @@ class ModelLoss:
         with closing(self._source.one_pass()) as batches:
             for index, batch in enumerate(batches):
                 most = self.microbatch or max(1, samples(batch) // 2)
-                chunks = list(self._cut(batch, most))
-                each = [(1.0, batch), *chunks]
-                weights = [self._terms(index, share, chunk) for share, chunk in each]
-                if len(chunks) == 1 or not weights[0]:
+                chunks = self._cut(batch, most)
+                if len(chunks) == 1 or not self._weight(index, batch):
                     continue
-                with torch.no_grad():
-                    whole, *pieces = (  # the mean over no term at all is NaN
-                        weight * float(self.evaluate(Part(0, 1.0, chunk, 0))[1]) if weight else 0.0
-                        for weight, (_, chunk) in zip(weights, each, strict=True)
-                    )
-                return abs(sum(pieces) - whole) / (abs(whole) or 1.0)
+
+                def loss_of(part: Batch) -> float:  # a model may differentiate inside
+                    return float(self.evaluate(Part(0, 1.0, part, 0))[1].detach())
+
+                whole = loss_of(batch)  # and the mean over no term at all is NaN
+                together = sum(share * loss_of(chunk) for share, chunk in chunks if share)
+                return abs(together - whole) / (abs(whole) or 1.0)
         return math.nan
 
     def evaluate(

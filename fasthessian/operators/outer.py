@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -13,9 +13,11 @@ from fasthessian.operators import layers
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.engines import Graph, difference
 from fasthessian.operators.layers import Layers
+from fasthessian.operators.likelihood import Categorical, categorical, is_slope
 from fasthessian.operators.linearised import Linearised, Middle, along
 from fasthessian.operators.losses import Part
 
+OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
 Tangent = Callable[[Sequence[int], Sequence[Tensor]], "Tensor | None"]  # J v for one block
 
 
@@ -24,6 +26,7 @@ class OuterCurvature(Curvature):
 
     def __init__(self, model: nn.Module, criterion: Any, data: Any, **options: Any) -> None:
         self._examined = False
+        self._own_loss_is_known: bool | None = None
         super().__init__(model, criterion, data, **options)
         if not self._examined:  # no graph is kept
             with self._pass() as params, closing(self._loss.parts()) as parts:
@@ -35,6 +38,20 @@ class OuterCurvature(Curvature):
 
     def _examine(self, z: Tensor, loss: Tensor, middle: Middle | None, params: Any) -> None:
         """Raise ValueError for a loss that the matrix is not defined for; once, on a part."""
+        check_path(z, loss, params, type(self).__name__)
+
+    def _categorical(self, part: Part, z: Tensor, loss: Tensor) -> Categorical | None:
+        """How the loss is a cross-entropy of z; a model's own loss is compared with it once."""
+        criterion = self._loss.criterion  # type: ignore[union-attr]
+        found = categorical(self._loss.model, criterion, part, z)  # type: ignore[union-attr]
+        if found is None or criterion is not None:
+            return found
+        if self._own_loss_is_known is None:
+            (slopes,) = torch.autograd.grad(
+                loss, z, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            self._own_loss_is_known = is_slope(found, z, slopes)
+        return found if self._own_loss_is_known else None
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
         outputs, loss = self._evaluated(part)
@@ -69,7 +86,10 @@ class OuterCurvature(Curvature):
         return layers.build(model, params, outputs, middle, room, through=False)
 
     def _outputs(self, outputs: Any) -> Tensor:
-        z = getattr(outputs, "logits", outputs)
+        if isinstance(outputs, Mapping) and not hasattr(outputs, "logits"):
+            z = outputs.get("logits", outputs)
+        else:
+            z = getattr(outputs, "logits", outputs)
         if z is outputs and self._loss.criterion is None:  # type: ignore[union-attr]
             raise TypeError(
                 f"criterion must be given: {type(self).__name__} needs the loss as a function of "
@@ -107,6 +127,25 @@ class OuterCurvature(Curvature):
 
             return central
         return Linearised(z, params)
+
+
+def check_path(z: Tensor, loss: Tensor, params: Sequence[Tensor], name: str) -> None:
+    """Raise ValueError if the loss depends on the parameters other than through z."""
+    options: dict[str, Any] = {
+        "retain_graph": True, "allow_unused": True, "materialize_grads": True,
+    }  # fmt: skip
+    (slopes,) = torch.autograd.grad(loss, z, **options)
+    whole = torch.autograd.grad(loss, params, **options)
+    through = torch.autograd.grad(z, params, slopes, **options)
+    size = sum(float(g.double().square().sum()) for g in whole) ** 0.5
+    pairs = zip(whole, through, strict=True)
+    missed = sum(float((a - b).double().square().sum()) for a, b in pairs) ** 0.5
+    if missed > OTHER_WAY * size:
+        raise ValueError(
+            f"the loss depends on the parameters other than through the outputs (or .logits): "
+            f"{missed / size:.1%} of its gradient; {name} needs a criterion of one output alone, "
+            f"use Hessian"
+        )
 
 
 def _same(u: Tensor) -> Tensor:
@@ -159,5 +198,7 @@ class Scores:
         """M u, a new tensor."""
         out = torch.zeros_like(u)
         for s in self._scores:
-            out.addcmul_(s, (s * u).sum(self._dims, keepdim=True) * self._factor)
+            # torch sums over all dimensions where none are named
+            along = (s * u).sum(self._dims, keepdim=True) if self._dims else s * u
+            out.addcmul_(s, along * self._factor)
         return out
