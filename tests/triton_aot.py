@@ -25,8 +25,7 @@ from triton.compiler import ASTSource
 from fasthessian.kernels import triton_backend
 
 MULTIPROCESSORS, N = 132, 11_173_962  # an H200; a ResNet-18
-TYPES = {"f32": (torch.float32,) * 2, "f64": (torch.float64,) * 2,
-         "f16": (torch.float16, torch.float32)}  # fmt: skip
+TYPES = {"f16": torch.float16, "f32": torch.float32, "f64": torch.float64}
 POINTERS = {torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64",
             torch.int64: "*i64"}  # fmt: skip
 # tokens of vocabularies that rows of 16 bytes fit and do not; digits; pixels; positions
@@ -92,21 +91,30 @@ def report(case, kernel, threads, registers, options, where):
     }  # fmt: skip
 
 
-def calls():
-    """(case, call) over the table of configurations; 40 rows stand for 1,000: same kernels."""
+def stream_calls(vtype, wtype, b, pad):
+    """(case, call) for rows of N numbers and ``pad``; 40 rows stand for 1,000: same kernels."""
     k, like = 40, {"dtype": torch.float64, "device": META}
-    one, two = (torch.empty(m, dtype=torch.int64, device=META) for m in (1, 2))
-    for name, b in itertools.product(TYPES, (1, 2, 8)):
-        vtype, wtype = TYPES[name]
-        V = torch.empty(k, N + 54, dtype=vtype, device=META)[:, :N]
-        W = torch.empty(b, N + 54, dtype=wtype, device=META)[:, :N]
-        H, S = torch.empty(k, b, **like), torch.empty(b, b, **like)
-        case = {"types": name, "b": b}
-        yield case, partial(triton_backend.project_, V, W, count=one)
-        yield case | {"H": True}, partial(triton_backend.project_, V, W, H)
-        yield case, partial(triton_backend.update_, V, W, H, S, count=one, append=1.0)
-        if b != 2:
-            yield case | {"append": False}, partial(triton_backend.update_, V, W, H, S)
+    count = torch.empty(1, dtype=torch.int64, device=META)
+    V = torch.empty(k, N + pad, dtype=TYPES[vtype], device=META)[:, :N]
+    W = torch.empty(b, N + pad, dtype=TYPES[wtype], device=META)[:, :N]
+    H, S = torch.empty(k, b, **like), torch.empty(b, b, **like)
+    case = {"types": f"{vtype}/{wtype}", "b": b, "aligned": (N + pad) % 8 == 0}
+    yield case | {"H": False}, partial(triton_backend.project_, V, W, count=count)
+    yield case | {"H": True}, partial(triton_backend.project_, V, W, H)
+    for mix in (None, S):
+        told, update = case | {"S": mix is not None}, partial(triton_backend.update_, V, W, H, mix)
+        yield told | {"append": False}, update
+        yield told | {"append": True}, partial(update, count=count, append=1.0)
+
+
+def calls():
+    """(case, call) over the table of configurations."""
+    like = {"dtype": torch.float64, "device": META}
+    two = torch.empty(2, dtype=torch.int64, device=META)
+    for vtype, wtype, b in itertools.product(TYPES, ("f32", "f64"), (1, 2, 3, 8)):
+        yield from stream_calls(vtype, wtype, b, 54)
+        if wtype == "f32" and b in (2, 8):
+            yield from stream_calls(vtype, wtype, b, 53)
     for m in (100, 1000):
         C, T = torch.empty(m, 2, **like), torch.empty(m + 1, m + 1, **like)
         G, gauges = torch.empty(2, 2, **like), torch.empty(m + 1, 3, **like)

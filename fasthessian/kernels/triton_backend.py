@@ -134,10 +134,9 @@ def _cut(V: Tensor, W: Tensor, kind: int) -> tuple[Tile, int]:
     return shape, max(1, min(most, STEPS, fair))
 
 
-def _rows(A: Tensor, numbers: int) -> tuple[Tensor, int, int]:
-    """A, its leading dimension in units, and the unit: 16 bytes' numbers if A is aligned so."""
-    ld = A.stride(0) if A.shape[0] > 1 else 0
-    unit = numbers if ld % numbers == 0 and A.data_ptr() % 16 == 0 else 1
+def _rows(A: Tensor, aligned: bool) -> tuple[Tensor, int, int]:
+    """A, its leading dimension in units, and the unit: 16 bytes' numbers where rows are aligned."""
+    ld, unit = (A.stride(0) if A.shape[0] > 1 else 0), (16 // A.itemsize if aligned else 1)
     return A, ld // unit, unit
 
 
@@ -163,15 +162,14 @@ def project_(
     shape, steps = _cut(V, W, DOTS if H is None else BOTH)
     chunks = -(-n // (shape.T * shape.F * steps))
     live, on_device = k if count is None else count, isinstance(count, Tensor)
-    v, ldv, unit_v = _rows(V, shape.F)
-    w, ldw, unit_w = _rows(W, 16 // W.itemsize)
+    (v, ldv, unit_v), (w, ldw, unit_w) = (_rows(A, shape.parts > 0) for A in (V, W))
     sums = torch.empty(k + b, b, dtype=torch.float64, device=device)
     parts = torch.empty(chunks, k + b, b, dtype=torch.float64, device=device)
     if chunks:
         _launch(
             streams.project, device, chunks,
             v, ldv, w, ldw, *_matrix(H), parts, live, k, b, n, steps,
-            B=shape.B, BK=shape.BK, T=shape.T, F=shape.F, HALVES=shape.halves,
+            B=shape.B, BK=shape.BK, T=shape.T, F=shape.F, PARTS=shape.parts,
             UNIT_V=unit_v, UNIT_W=unit_w, ON_DEVICE=on_device, registers=shape.registers,
         )  # fmt: skip
     outputs, at_once = SUM_OUTPUTS, 512 if chunks > 64 else 32
@@ -202,14 +200,13 @@ def update_(
     check_block(V, W, H, S, count, append)
     (k, n), b = V.shape, W.shape[0]
     shape, _ = _cut(V, W, UPDATE)
-    v, ldv, unit_v = _rows(V, shape.F)
-    w, ldw, unit_w = _rows(W, 16 // W.itemsize)
+    (v, ldv, unit_v), (w, ldw, unit_w) = (_rows(A, shape.parts > 0) for A in (V, W))
     if n:
         _launch(
             _kernels()[0].update, V.device, -(-n // (shape.T * shape.F)),
             v, ldv, w, ldw, *_matrix(H), *_matrix(S), k if count is None else count, b, n,
             1.0 if append is None else append,
-            B=shape.B, BK=shape.BK, T=shape.T, F=shape.F,
+            B=shape.B, BK=shape.BK, T=shape.T, F=shape.F, PARTS=shape.parts,
             UNIT_V=unit_v, UNIT_W=unit_w, APPEND=append is not None,
             ON_DEVICE=isinstance(count, Tensor), registers=shape.registers,
         )  # fmt: skip

@@ -6,6 +6,9 @@ thread owns a group of every row, loads are 16 bytes wide, sums over rows and gr
 registers, and no tile changes its layout through shared memory. Other axes, or their order, cost
 that in Triton 3.6 or 3.7. All arithmetic is in float64. Only the last tile masks columns: it is
 compiled apart (FULL = False), so that any n is read 16 bytes at a time.
+
+PARTS is how many loads of 16 bytes a group of W takes. It is 0 where rows are not aligned: there a
+thread owns F numbers T apart, so that a warp still loads neighbours and nothing else changes.
 """
 
 import triton
@@ -18,45 +21,93 @@ UPDATE_SIZES = ["ldv", "ldw", "hk", "hb", "si", "sr", "count", "b", "n"]
 
 
 @triton.jit
-def _load(A, ld, rows, live, start, n, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr):
-    """Rows (., ., 1) of A at columns start .. start + T F, 0 where a row is not live."""
-    col = tl.arange(0, T * F)[None, None, :]
+def _place(
+    A, ld, rows, live, start, n,
+    i: tl.constexpr, PARTS: tl.constexpr, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Where part i of every thread's numbers of rows (., ., 1) is, and which of them exist."""
+    if PARTS == 0:
+        j = tl.arange(0, T * F)
+        group, own = j % T, j // T * T
+    else:
+        P: tl.constexpr = F // PARTS
+        j = tl.arange(0, T * P)
+        group, own = j // P * F, i * P + j % P
     mask = rows < live
-    if not FULL:
-        mask = mask & (col < tl.minimum(n - start, T * F).to(tl.int32))
-    return tl.load(A + start + rows.to(tl.int64) * ld + col, mask=mask, other=0.0)
+    if not FULL:  # a thread keeps how many are left from its first on, not where each of them is
+        left = tl.minimum(n - start, T * F).to(tl.int32) - group
+        mask = mask & (own < left)[None, None, :]
+    return A + start + rows.to(tl.int64) * ld + (group + own)[None, None, :], mask
 
 
 @triton.jit
-def _load_halves(A, ld, rows, live, start, n, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr):
-    """As _load for numbers of which only F / 2 are 16 bytes: two loads, then each thread's own."""
-    HALF: tl.constexpr = F // 2
-    i = tl.arange(0, T * HALF)
-    col = (i // HALF * F + i % HALF)[None, None, :]
-    row = A + start + rows.to(tl.int64) * ld
-    low = rows < live
-    high = low
-    if not FULL:
-        left = tl.minimum(n - start, T * F).to(tl.int32)
-        low = low & (col < left)
-        high = high & (col + HALF < left)
-    a = tl.load(row + col, mask=low, other=0.0)
-    c = tl.load(row + col + HALF, mask=high, other=0.0)
-    X: tl.constexpr = a.shape[0]
-    Y: tl.constexpr = a.shape[1]
-    pairs = tl.join(tl.reshape(a, (X, Y, T, HALF)), tl.reshape(c, (X, Y, T, HALF)))
-    return tl.reshape(tl.permute(pairs, (0, 1, 2, 4, 3)), (X, Y, T * F))
+def _part(
+    A, ld, rows, live, start, n,
+    i: tl.constexpr, PARTS: tl.constexpr, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    at, mask = _place(A, ld, rows, live, start, n, i, PARTS, T, F, FULL)
+    x = tl.load(at, mask=mask, other=0.0)
+    return tl.reshape(x, (x.shape[0], x.shape[1], T, F // PARTS))
 
 
 @triton.jit
-def _store(A, ld, rows, live, start, n, x, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr):
+def _load(
+    A, ld, rows, live, start, n,
+    PARTS: tl.constexpr, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Rows (., ., 1) of A at columns start .. start + T F, 0 where a row is not live.
+
+    Parts are joined by the thread that loaded them: nothing moves.
+    """
+    if PARTS < 2:
+        at, mask = _place(A, ld, rows, live, start, n, 0, PARTS, T, F, FULL)
+        x = tl.load(at, mask=mask, other=0.0)
+    elif PARTS == 2:
+        x = _part(A, ld, rows, live, start, n, 0, 2, T, F, FULL)
+        y = _part(A, ld, rows, live, start, n, 1, 2, T, F, FULL)
+        x = tl.permute(tl.join(x, y), (0, 1, 2, 4, 3))
+    else:
+        x = _part(A, ld, rows, live, start, n, 0, 4, T, F, FULL)
+        y = _part(A, ld, rows, live, start, n, 1, 4, T, F, FULL)
+        z = _part(A, ld, rows, live, start, n, 2, 4, T, F, FULL)
+        u = _part(A, ld, rows, live, start, n, 3, 4, T, F, FULL)
+        x = tl.permute(tl.join(tl.join(x, y), tl.join(z, u)), (0, 1, 2, 5, 4, 3))
+    return tl.reshape(x, (x.shape[0], x.shape[1], T * F))
+
+
+@triton.jit
+def _store_part(
+    A, ld, rows, live, start, n, x,
+    i: tl.constexpr, PARTS: tl.constexpr, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    at, mask = _place(A, ld, rows, live, start, n, i, PARTS, T, F, FULL)
+    tl.store(at, tl.reshape(x, (x.shape[0], x.shape[1], T * F // PARTS)), mask=mask)
+
+
+@triton.jit
+def _store(
+    A, ld, rows, live, start, n, x,
+    PARTS: tl.constexpr, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
     """The inverse of _load: x rounded once to A's type."""
-    col = tl.arange(0, T * F)[None, None, :]
-    mask = rows < live
-    if not FULL:
-        mask = mask & (col < tl.minimum(n - start, T * F).to(tl.int32))
-    at = A + start + rows.to(tl.int64) * ld + col
-    tl.store(at, x.to(A.dtype.element_ty), mask=mask)
+    X: tl.constexpr = x.shape[0]
+    Y: tl.constexpr = x.shape[1]
+    x = x.to(A.dtype.element_ty)
+    if PARTS < 2:
+        at, mask = _place(A, ld, rows, live, start, n, 0, PARTS, T, F, FULL)
+        tl.store(at, x, mask=mask)
+    elif PARTS == 2:
+        x, y = tl.split(tl.permute(tl.reshape(x, (X, Y, T, 2, F // 2)), (0, 1, 2, 4, 3)))
+        _store_part(A, ld, rows, live, start, n, x, 0, 2, T, F, FULL)
+        _store_part(A, ld, rows, live, start, n, y, 1, 2, T, F, FULL)
+    else:
+        xy, zu = tl.split(tl.permute(tl.reshape(x, (X, Y, T, 2, 2, F // 4)), (0, 1, 2, 5, 4, 3)))
+        x, y = tl.split(xy)
+        z, u = tl.split(zu)
+        _store_part(A, ld, rows, live, start, n, x, 0, 4, T, F, FULL)
+        _store_part(A, ld, rows, live, start, n, y, 1, 4, T, F, FULL)
+        _store_part(A, ld, rows, live, start, n, z, 2, 4, T, F, FULL)
+        _store_part(A, ld, rows, live, start, n, u, 3, 4, T, F, FULL)
 
 
 @triton.jit
@@ -71,14 +122,15 @@ def _small(M, i, si, j, sj, mask):
 @triton.jit
 def _subtract(
     V, ldv, W, ldw, H, hk, hb, live, b, start, n,
-    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr,
+    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr,
+    FULL: tl.constexpr,
 ):  # fmt: skip
     """W - H^T V of one tile: (B, 1, T F)."""
     r = tl.arange(0, B)[:, None, None]
-    w = _load(W, ldw, r, b, start, n, T, F, FULL).to(tl.float64)
+    w = _load(W, ldw, r, b, start, n, PARTS, T, F, FULL).to(tl.float64)
     for first in range(0, live, BK):
         rows = first + tl.arange(0, BK)[None, :, None]
-        v = _load(V, ldv, rows, live, start, n, T, F, FULL).to(tl.float64)
+        v = _load(V, ldv, rows, live, start, n, min(PARTS, 1), T, F, FULL).to(tl.float64)
         h = _small(H, rows.to(tl.int64), hk, r, hb, (rows < live) & (r < b))
         w -= tl.sum(h * v, axis=1, keep_dims=True)
     return w
@@ -88,7 +140,7 @@ def _subtract(
 def _dots(
     A, lda, live, W, ldw, b, P, start, steps, n,
     B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr,
-    HALVES_A: tl.constexpr, HALVES_W: tl.constexpr, FULL: tl.constexpr,
+    PARTS_A: tl.constexpr, PARTS_W: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """P[row, r] = A[row] . W[r] over ``steps`` tiles; W comes from L1 after the first rows.
 
@@ -101,15 +153,12 @@ def _dots(
         sums = tl.zeros((B, BK, T), tl.float64)
         for step in range(steps):
             at = start + step * (T * F)
-            if HALVES_A:
-                a = _load_halves(A, lda, a_rows, live, at, n, T, F, FULL).to(tl.float64)
+            a = _load(A, lda, a_rows, live, at, n, PARTS_A, T, F, FULL).to(tl.float64)
+            w = _load(W, ldw, w_rows, b, at, n, PARTS_W, T, F, FULL).to(tl.float64)
+            if PARTS_W > 0:
+                sums += tl.sum(tl.reshape(w * a, (B, BK, T, F)), axis=3)
             else:
-                a = _load(A, lda, a_rows, live, at, n, T, F, FULL).to(tl.float64)
-            if HALVES_W:
-                w = _load_halves(W, ldw, w_rows, b, at, n, T, F, FULL).to(tl.float64)
-            else:
-                w = _load(W, ldw, w_rows, b, at, n, T, F, FULL).to(tl.float64)
-            sums += tl.sum(tl.reshape(w * a, (B, BK, T, F)), axis=3)
+                sums += tl.sum(tl.reshape(w * a, (B, BK, F, T)), axis=2)
         at = P + rows[None, :].to(tl.int64) * b + r[:, None]
         tl.store(at, tl.sum(sums, axis=2), mask=(rows < live)[None, :] & (r < b)[:, None])
 
@@ -117,27 +166,27 @@ def _dots(
 @triton.jit
 def _chunk(
     V, ldv, W, ldw, H, hk, hb, P, live, k, b, start, steps, n,
-    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, HALVES: tl.constexpr,
+    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr,
     FULL: tl.constexpr,
 ):  # fmt: skip
     if H is not None:
         r = tl.arange(0, B)[:, None, None]
         for step in range(steps):
             at = start + step * (T * F)
-            w = _subtract(V, ldv, W, ldw, H, hk, hb, live, b, at, n, B, BK, T, F, FULL)
-            _store(W, ldw, r, b, at, n, w, T, F, FULL)
+            w = _subtract(V, ldv, W, ldw, H, hk, hb, live, b, at, n, B, BK, T, F, PARTS, FULL)
+            _store(W, ldw, r, b, at, n, w, PARTS, T, F, FULL)
         tl.debug_barrier()  # the dots read what other threads stored
     GK: tl.constexpr = B if B < BK else BK
     _dots(W, ldw, b, W, ldw, b, P + k.to(tl.int64) * b, start, steps, n,
-          B, GK, T, F, HALVES, HALVES, FULL)  # fmt: skip
-    _dots(V, ldv, live, W, ldw, b, P, start, steps, n, B, BK, T, F, False, HALVES, FULL)
+          B, GK, T, F, PARTS, PARTS, FULL)  # fmt: skip
+    _dots(V, ldv, live, W, ldw, b, P, start, steps, n, B, BK, T, F, min(PARTS, 1), PARTS, FULL)
 
 
 @triton.jit(do_not_specialize=PROJECT_SIZES)
 def project(
     V, ldv: tl.int64, W, ldw: tl.int64, H, hk: tl.int64, hb: tl.int64, P, count,
     k: tl.int64, b: tl.int32, n: tl.int64, steps: tl.int32,
-    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, HALVES: tl.constexpr,
+    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr,
     UNIT_V: tl.constexpr, UNIT_W: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
     """W -= H^T V unless H is None, then P[program] = [V W^T; W W^T] (k + b, b) of its columns.
@@ -150,10 +199,10 @@ def project(
     mine = P + chunk * (k + b) * b
     if start + steps * (T * F) <= n:
         _chunk(V, ldv * UNIT_V, W, ldw * UNIT_W, H, hk, hb, mine, live, k, b, start, steps, n,
-               B, BK, T, F, HALVES, True)  # fmt: skip
+               B, BK, T, F, PARTS, True)  # fmt: skip
     else:
         _chunk(V, ldv * UNIT_V, W, ldw * UNIT_W, H, hk, hb, mine, live, k, b, start, steps, n,
-               B, BK, T, F, HALVES, False)  # fmt: skip
+               B, BK, T, F, PARTS, False)  # fmt: skip
 
 
 @triton.jit
@@ -193,38 +242,47 @@ def _mixed(S, si, sr, i, w, b, B: tl.constexpr):
 
 
 @triton.jit
+def _row(i: tl.constexpr, w, B: tl.constexpr):
+    """Row i of w: (1, 1, T F), a sum of bits that the compiler sees through."""
+    r = tl.arange(0, B)[:, None, None]
+    bits = tl.where(r == i, w.to(tl.int64, bitcast=True), 0)
+    return tl.sum(bits, axis=0, keep_dims=True).to(tl.float64, bitcast=True)
+
+
+@triton.jit
 def _update_tile(
     V, ldv, W, ldw, H, hk, hb, S, si, sr, live, b, start, n, scale,
-    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, APPEND: tl.constexpr,
-    FULL: tl.constexpr,
+    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr,
+    APPEND: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     r = tl.arange(0, B)[:, None, None]
     one = tl.zeros((1, 1, 1), tl.int32)
-    w = _subtract(V, ldv, W, ldw, H, hk, hb, live, b, start, n, B, BK, T, F, FULL)
+    w = _subtract(V, ldv, W, ldw, H, hk, hb, live, b, start, n, B, BK, T, F, PARTS, FULL)
     free = V + live.to(tl.int64) * ldv
     if S is None:
         if APPEND:  # rows other than the first, then than the last, are masked by their index
-            _store(free, 0, r, 1, start, n, w * scale, T, F, FULL)
-            _store(W, 0, tl.where(r == b - 1, 0, 1), 1, start, n, w, T, F, FULL)
-        else:
-            _store(W, ldw, r, b, start, n, w, T, F, FULL)
-    else:  # row by row: in and out of S at once would not fit the registers
-        if APPEND:
-            x = _mixed(S, si, sr, 0, w, b, B)
-            _store(free, 0, one, 1, start, n, x * scale, T, F, FULL)
-            x = _mixed(S, si, sr, b - 1, w, b, B)
-            _store(W, 0, one, 1, start, n, x, T, F, FULL)
-        else:
+            _store(free, 0, r, 1, start, n, w * scale, min(PARTS, 1), T, F, FULL)
+            _store(W, 0, tl.where(r == b - 1, 0, 1), 1, start, n, w, PARTS, T, F, FULL)
+        else:  # row by row, here and with S: addresses of all at once would not fit the registers
             for i in tl.static_range(B):
-                x = _mixed(S, si, sr, i, w, b, B)
-                _store(W, ldw, one + i, b, start, n, x, T, F, FULL)
+                x = _row(i, w, B)
+                _store(W, ldw, one + i, b, start, n, x, PARTS, T, F, FULL)
+    elif APPEND:
+        x = _mixed(S, si, sr, 0, w, b, B)
+        _store(free, 0, one, 1, start, n, x * scale, min(PARTS, 1), T, F, FULL)
+        x = _mixed(S, si, sr, b - 1, w, b, B)
+        _store(W, 0, one, 1, start, n, x, PARTS, T, F, FULL)
+    else:
+        for i in range(b):
+            x = _mixed(S, si, sr, i, w, b, B)
+            _store(W, ldw, one + i, b, start, n, x, PARTS, T, F, FULL)
 
 
 @triton.jit(do_not_specialize=UPDATE_SIZES)
 def update(
     V, ldv: tl.int64, W, ldw: tl.int64, H, hk: tl.int64, hb: tl.int64, S, si: tl.int64,
     sr: tl.int64, count, b: tl.int32, n: tl.int64, scale: tl.float64,
-    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr,
+    B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr,
     UNIT_V: tl.constexpr, UNIT_W: tl.constexpr, APPEND: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
     """W' = S (W - H^T V), to W or, with APPEND, its first row to V[count] and its last to W[0]."""
@@ -233,7 +291,7 @@ def update(
     start = chunk * (T * F)
     if start + T * F <= n:
         _update_tile(V, ldv * UNIT_V, W, ldw * UNIT_W, H, hk, hb, S, si, sr, live, b, start, n,
-                     scale, B, BK, T, F, APPEND, True)  # fmt: skip
+                     scale, B, BK, T, F, PARTS, APPEND, True)  # fmt: skip
     else:
         _update_tile(V, ldv * UNIT_V, W, ldw * UNIT_W, H, hk, hb, S, si, sr, live, b, start, n,
-                     scale, B, BK, T, F, APPEND, False)  # fmt: skip
+                     scale, B, BK, T, F, PARTS, APPEND, False)  # fmt: skip

@@ -22,25 +22,55 @@ class Tile(NamedTuple):
     B: int  # rows of W, rounded up to a power of two
     BK: int  # rows of V at a time: 16 bytes of each are in flight in every thread
     registers: int  # most a thread may use: 65,536 of a multiprocessor serve 512 threads with 128
-    halves: bool  # W's 16 bytes are F / 2 numbers
+    parts: int  # loads of 16 bytes that F numbers of W take; 0: a row of V or W is not aligned
 
 
-# By numbers of V in 16 bytes, then for 1, 2, 4 and 8 rows of W: BK of project without H, of project
-# with H and of update; registers. For sm_90 all compile without a spill (tests/test_triton_aot.py).
+# By bytes of a number of V and, where that makes a difference, ``parts``; for 1, 2, 4 and 8 rows of
+# W; (BK, registers) of project without H, of project with H, of update. With more registers there
+# are fewer threads to wait for memory, with a lower BK each waits for less. None of these spills
+# (tests/test_triton_aot.py).
 TABLE = {
-    2: ((8, 8, 8, 80), (8, 8, 8, 128), (4, 4, 4, 128), (4, 4, 4, 168)),
-    4: ((8, 8, 8, 96), (8, 4, 8, 128), (4, 4, 4, 128), (4, 2, 2, 168)),
-    8: ((4, 4, 4, 96), (4, 4, 4, 128), (4, 2, 2, 168), (2, 1, 1, 255)),
+    (8,): (
+        ((8, 80), (8, 80), (8, 80)),
+        ((8, 128), (8, 128), (8, 128)),
+        ((4, 128), (4, 128), (4, 128)),
+        ((4, 168), (4, 255), (4, 168)),
+    ),
+    (4,): (
+        ((8, 96), (8, 96), (8, 96)),
+        ((8, 128), (4, 128), (8, 128)),
+        ((4, 128), (4, 168), (4, 128)),
+        ((4, 255), (4, 255), (2, 168)),
+    ),
+    (2, 2): (
+        ((4, 96), (4, 96), (4, 96)),
+        ((4, 128), (4, 128), (4, 128)),
+        ((4, 168), (2, 168), (2, 168)),
+        ((2, 255), (1, 255), (1, 255)),
+    ),
+    (2,): (
+        ((4, 168), (4, 168), (4, 96)),
+        ((4, 128), (4, 128), (4, 168)),
+        ((2, 168), (2, 168), (2, 168)),
+        ((2, 255), (1, 255), (1, 255)),
+    ),
 }
 DOTS, BOTH, UPDATE = range(3)
 
 
 def tile(V: Tensor, W: Tensor, kind: int) -> Tile:
     """The configuration. The number of V's rows has no part in it: same sums for any."""
-    F, power = 16 // V.itemsize, (W.shape[0] - 1).bit_length()
-    line = TABLE[F][power]
-    halves = 2 * (16 // W.itemsize) == F
-    return Tile(THREADS, F, 1 << power, line[kind], line[3], halves)
+    power = (W.shape[0] - 1).bit_length()
+    aligned = _aligned(V, V.stride(0)) and _aligned(W, W.stride(0) if W.shape[0] > 1 else 0)
+    parts = max(1, W.itemsize // V.itemsize) if aligned else 0
+    lines = TABLE.get((V.itemsize, parts)) or TABLE[V.itemsize,]
+    BK, registers = lines[power][kind]
+    return Tile(THREADS, 16 // V.itemsize, 1 << power, BK, registers, parts)
+
+
+def _aligned(A: Tensor, ld: int) -> bool:
+    """Whether the rows of A start at multiples of 16 bytes."""
+    return ld * A.itemsize % 16 == 0 and A.data_ptr() % 16 == 0
 
 
 class LogitsTile(NamedTuple):
