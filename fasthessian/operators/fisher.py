@@ -57,12 +57,12 @@ class EmpiricalFisher(OuterCurvature):
                 f"the outputs must have one row a sample for EmpiricalFisher ({count} here), got "
                 f"shape {tuple(z.shape)}; put the batch first"
             )
-        criterion = self._loss.criterion  # type: ignore[union-attr]
+        criterion = self._given.criterion
         mean = float(count)
         if option(criterion, "reduction") == "sum":
             mean = 1.0
         elif option(criterion, "ignore_index") is not None and has_classes(part.batch):
-            mean = terms(self._loss.model, criterion, part.batch)  # type: ignore[union-attr]
+            mean = terms(self._given.model, criterion, part.batch)
         return Scores(slopes[None], tuple(range(1, z.dim())), mean)
 
 
@@ -113,7 +113,7 @@ class Fisher(OuterCurvature):
         super().__init__(model, criterion, data, **options)
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
-        criterion = self._loss.criterion  # type: ignore[union-attr]
+        criterion = self._given.criterion
         found = self._categorical(part, z, loss)
         found = found if found is not None and found.exact else None
         drawn = [

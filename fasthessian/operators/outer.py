@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from fasthessian.operators.engines import Graph, difference
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.likelihood import Categorical, categorical, is_slope
 from fasthessian.operators.linearised import Linearised, Middle, along
-from fasthessian.operators.losses import Part
+from fasthessian.operators.losses import ModelLoss, Part
 
 OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
 Tangent = Callable[[Sequence[int], Sequence[Tensor]], "Tensor | None"]  # J v for one block
@@ -32,6 +32,11 @@ class OuterCurvature(Curvature):
             with self._pass() as params, closing(self._loss.parts()) as parts:
                 self._graph(next(parts), params)
 
+    @property
+    def _given(self) -> ModelLoss:
+        """The loss: always of a model, since the outputs are needed."""
+        return cast(ModelLoss, self._loss)
+
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
         """M of one part at its outputs z; None if it is 0."""
         raise NotImplementedError
@@ -42,8 +47,8 @@ class OuterCurvature(Curvature):
 
     def _categorical(self, part: Part, z: Tensor, loss: Tensor) -> Categorical | None:
         """How the loss is a cross-entropy of z; a model's own loss is compared with it once."""
-        criterion = self._loss.criterion  # type: ignore[union-attr]
-        found = categorical(self._loss.model, criterion, part, z)  # type: ignore[union-attr]
+        criterion = self._given.criterion
+        found = categorical(self._given.model, criterion, part, z)
         if found is None or criterion is not None:
             return found
         if self._own_loss_is_known is None:
@@ -90,7 +95,7 @@ class OuterCurvature(Curvature):
             z = outputs.get("logits", outputs)
         else:
             z = getattr(outputs, "logits", outputs)
-        if z is outputs and self._loss.criterion is None:  # type: ignore[union-attr]
+        if z is outputs and self._given.criterion is None:
             raise TypeError(
                 f"criterion must be given: {type(self).__name__} needs the loss as a function of "
                 f"the outputs; for a model that returns its loss alone use Hessian"
