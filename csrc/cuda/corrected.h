@@ -25,15 +25,18 @@ Plan corrected_plan(int64_t k, int multiprocessors) {
   return {B, depth, warps, multiprocessors * (CORRECTED_WARPS / warps), true, true};
 }
 
-template <class TV>
+template <class TV, int B>
 struct CorrectedTile {
-  static constexpr int lane = sizeof(TV) == 8 ? 2 : 4;  // columns of a lane
+  // columns of a lane; with 8 a block of 2 and more takes 70 KB of shared memory, over the 48 that
+  // any kernel may have, and one of 2 has too few registers for its sums
+  static constexpr int lane = sizeof(TV) == 2 && B > 1 ? 4 : 16 / sizeof(TV);
   static constexpr int columns = WARP * lane;
 };
 template <class TV, int B>
 size_t corrected_shared(const Plan& plan) {
-  const int partial = plan.warps * CorrectedShape<B>::together * CorrectedTile<TV>::columns;
-  return (partial + B * CorrectedTile<TV>::columns + plan.warps * plan.depth * B) * sizeof(double);
+  const int partial = plan.warps * CorrectedShape<B>::together * CorrectedTile<TV, B>::columns;
+  return (partial + B * CorrectedTile<TV, B>::columns + plan.warps * plan.depth * B) *
+         sizeof(double);
 }
 
 // Column `column` of row q of W less `part`, rounded and stored; the number stored.
@@ -52,7 +55,7 @@ __global__ void __launch_bounds__(CORRECTED_WARPS* WARP, 1)
     corrected_kernel(Rows<TV> a, Plan plan, double* partial) {
   using Shape = CorrectedShape<B>;
   constexpr int DEPTH = Shape::depth, TOGETHER = Shape::together;
-  constexpr int LANE = CorrectedTile<TV>::lane, COLUMNS = CorrectedTile<TV>::columns;
+  constexpr int LANE = CorrectedTile<TV, B>::lane, COLUMNS = CorrectedTile<TV, B>::columns;
   FH_DYN_SHARED(double, parts);                                     // [warps][TOGETHER][COLUMNS]
   double* const settled = parts + plan.warps * TOGETHER * COLUMNS;  // [B][COLUMNS]
   double* const h = settled + B * COLUMNS;                          // [warps * DEPTH][B]

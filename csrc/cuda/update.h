@@ -7,7 +7,8 @@ constexpr int UPDATE_THREADS = 256, AHEAD = 8;
 
 template <class TV, int B>
 struct UpdateShape {
-  static constexpr int lane = sizeof(TV) == 8 ? 2 : sizeof(TV) == 2 && B <= 2 ? 8 : 4;
+  // columns of a thread; 8 in a block of 4 take 150 to 170 registers: one CTA instead of two
+  static constexpr int lane = sizeof(TV) == 2 && B == 4 ? 4 : 16 / sizeof(TV);
   static constexpr int per_multiprocessor = B == 8 ? 1 : 2;
   static constexpr int columns = UPDATE_THREADS * lane;
   static constexpr int held = 3072 / B;  // rows of H in shared memory at a time: 24 KB
