@@ -276,3 +276,19 @@ def test_a_model_that_differentiates_inside_can_be_cut_and_checked() -> None:
     A = fh.Hessian(*made, microbatch=2)
     assert mismatch(A, columns(fh.Hessian(*made))) < 1e-12
     assert A.check().ok
+
+
+class Functional(Forces):
+    """Differentiates inside by torch.func, which allows no hooks on what autograd saves."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: self.energy(x).sum())(x)
+
+
+def test_a_model_that_uses_torch_func_inside_is_served() -> None:
+    torch.manual_seed(0)
+    data = torch.randn(6, 4, dtype=F64), torch.randn(6, 4, dtype=F64)
+    plain, functional = Forces(), Functional()
+    functional.load_state_dict(plain.state_dict())
+    want = columns(fh.Hessian(plain, nn.MSELoss(), data))
+    assert mismatch(fh.Hessian(functional, nn.MSELoss(), data), want) < 1e-12

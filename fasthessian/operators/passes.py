@@ -94,22 +94,15 @@ class Passes(SymmetricOperator):
 
     def _try(self, part: Part, params: list[Tensor]) -> int:
         """Check the loss of the first part; return the bytes that its graph holds."""
-        meter = metered(params)
-        with meter as held:
-            try:
-                outputs, loss = self._evaluated(part)
-            except ValueError as error:
-                if "saved tensor hooks" not in str(error):
-                    raise
-                outputs = None
-            else:
-                examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
-            measured = held()
-        if outputs is None:  # a model that uses torch.func inside cannot be metered
-            outputs, loss = self._evaluated(part)
-            examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
-        first = float(loss.detach())
-        del outputs, loss
+        try:
+            with metered(params) as held:
+                first = self._look(part, params)
+                measured = held()
+        except ValueError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            # a model that uses torch.func inside cannot be metered
+            first, measured = self._look(part, params), 0
         second = float(self._value(part).detach())
         if abs(second - first) > REPEATED * abs(first):
             raise RuntimeError(
@@ -117,6 +110,12 @@ class Passes(SymmetricOperator):
                 f"parameters and random seeds; H needs a loss that is a function of the parameters"
             )
         return measured
+
+    def _look(self, part: Part, params: list[Tensor]) -> float:
+        """The loss of a part, examined for the derivatives that products take."""
+        outputs, loss = self._evaluated(part)
+        examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
+        return float(loss.detach())
 
     def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
         """The scalar whose gradient is differentiated for a product."""
