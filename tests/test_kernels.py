@@ -4,10 +4,6 @@ Tolerances are error budgets: kernels accumulate in float64 and round W once, so
 the rounding of float64 sums and a corrected W within one rounding of its own dtype.
 """
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from backends import ROWS
@@ -410,39 +406,3 @@ def test_select_prefers_native_and_names_its_reasons(monkeypatch):
     assert "no: the extension is not built" in kernels.doctor()
     with pytest.raises(RuntimeError, match="not built"):
         kernels.select("cpu", "native")
-
-
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_every_instruction_set_passes_this_suite(isa):
-    """The same tests in a process where FASTHESSIAN_ISA forces the level."""
-    if native.unavailable() is not None:
-        pytest.skip(f"no native backend: {native.unavailable()}")
-    if isa not in native._native.isas():
-        pytest.skip(f"this processor has no {isa}")
-    if os.environ.get("FASTHESSIAN_ISA"):
-        pytest.skip("already inside the forced process")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    env = {**os.environ, "FASTHESSIAN_ISA": isa, "FASTHESSIAN_TEST_ROWS": "native"}
-    check = "import sys; from fasthessian import _native as m; sys.exit(m.isa() != sys.argv[1])"
-    assert subprocess.run([sys.executable, "-c", check, isa], env=env).returncode == 0
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]
-
-
-def test_unknown_instruction_set_is_named(tmp_path):
-    if native.unavailable() is not None:
-        pytest.skip(f"no native backend: {native.unavailable()}")
-    code = "from fasthessian.kernels import native; print(native.unavailable())"
-    env = {**os.environ, "FASTHESSIAN_ISA": "mmx"}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-    assert "FASTHESSIAN_ISA=mmx" in run.stdout and "accepted: generic" in run.stdout
-
-
-def test_one_openmp_runtime_is_mapped():
-    """A second libgomp would make every call that alternates with torch 1000 times slower."""
-    if native.unavailable() is not None:
-        pytest.skip(f"no native backend: {native.unavailable()}")
-    code = "import fasthessian; print(open('/proc/self/maps').read())"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    paths = {line.split()[-1] for line in run.stdout.splitlines() if line}
-    assert len({path for path in paths if "libgomp" in path or "libomp" in path}) == 1

@@ -1,0 +1,166 @@
+"""The C++ kernels on a CPU: instruction sets, OpenMP, and every way in which a pass is cut up.
+
+A pass takes rows of V by groups of 8, 6, 4, 2 and 1, rows of W by 2 and 1, and columns by runs of
+up to 32768; the conformance suite (test_kernels.py) knows nothing of these and is too small for
+most. Matrix products in float64 are the reference, the budget is that of the suite.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasthessian.kernels import native
+
+F16, F32, F64 = torch.float16, torch.float32, torch.float64
+MISSING = native.unavailable()
+needs_native = pytest.mark.skipif(MISSING is not None, reason=f"no native backend: {MISSING}")
+types = pytest.mark.parametrize(
+    ("vtype", "wtype"),
+    [(F32, F32), (F64, F64), (F32, F64), (F64, F32), (F16, F32), (F16, F64)],
+    ids=lambda t: str(t).removeprefix("torch."),
+)
+
+
+def window(k, n, dtype, seed):
+    """Random rows (k, n), off alignment, in a buffer that is NaN everywhere else."""
+    buffer = torch.full((k + 2, n + 40), float("nan"), dtype=dtype)
+    inner = buffer[1 : k + 1, 3 : n + 3]
+    inner.copy_(torch.randn(k, n, generator=torch.Generator().manual_seed(seed), dtype=F64))
+    return buffer, inner
+
+
+def close(found, want, scale, eps):
+    error = (found.double() - want).abs()
+    return bool((error <= 4 * eps * scale + 1e-300).all())  # False for NaN too
+
+
+def check(k, n, b, vtype, wtype):
+    """Every kind of pass over (k, n) and (b, n): values, and nothing read or written outside."""
+    eps64, eps = torch.finfo(F64).eps, torch.finfo(wtype).eps
+    around, V = window(k, n, vtype, 1)
+    outside = torch.isnan(around)
+    given = window(b, n, wtype, 2)[1].clone()
+    generator = torch.Generator().manual_seed(3)
+    H = torch.randn(k, b, generator=generator, dtype=F64)
+    S = torch.randn(b, b, generator=generator, dtype=F64)
+    V64, W64, size = V.double(), given.double(), given.double().abs()
+    reach = (size + H.abs().T @ V64.abs()) * (1 + k * eps64 / eps)
+    corrected = W64 - H.T @ V64
+    passes = {
+        "project": lambda W: native.project_(V, W),
+        "fused": lambda W: native.project_(V, W, H),
+        "update": lambda W: native.update_(V, W, H),
+        "mixed": lambda W: native.update_(V, W, H, S),
+    }
+    wants = {"project": W64, "fused": corrected, "update": corrected, "mixed": S @ corrected}
+    scales = {"project": size * 0, "fused": reach, "update": reach, "mixed": S.abs() @ reach}
+    for name, run in passes.items():
+        buffer, W = window(b, n, wtype, 2)
+        found = run(W)
+        what = f"{name} of k={k}, n={n}, b={b}"
+        assert close(W, wants[name], scales[name], eps), what
+        assert int(torch.isnan(buffer).sum()) == buffer.numel() - b * n, f"{what} wrote outside"
+        if isinstance(found, tuple):
+            stored, root = W.double(), n**0.5
+            C, G = found
+            assert close(C, V64 @ stored.T, V64.abs() @ stored.abs().T * root, eps64), what
+            assert close(G, stored @ stored.T, stored.abs() @ stored.abs().T * root, eps64), what
+    if k > 1:
+        append(around, V, H[: k - 1], S, b, wtype)
+    assert torch.equal(torch.isnan(around), outside)
+
+
+def append(around, V, H, S, b, wtype):
+    """The last row of V becomes 0.5 of the first row of S (W - H^T V), W the last."""
+    k, n = V.shape
+    before = V.clone()
+    buffer, W = window(b, n, wtype, 2)
+    old, V64 = W.clone(), V[: k - 1].double()
+    native.update_(V, W, torch.cat([H, H[:1]]), S, count=k - 1, append=0.5)
+    want = S @ (old.double() - H.T @ V64)
+    scale = S.abs() @ (old.double().abs() + H.abs().T @ V64.abs()) * k
+    tiny = 2.0**-24 if V.dtype is F16 else 0.0  # half of the smallest subnormal, and then some
+    row_eps = max(torch.finfo(V.dtype).eps, torch.finfo(F32).eps if V.dtype is F16 else 0)
+    assert close(V[k - 1], 0.5 * want[0], 0.5 * scale[0] + tiny / row_eps, row_eps)
+    assert close(W[0], want[-1], scale[-1], torch.finfo(wtype).eps)
+    assert torch.equal(W[1:], old[1:]) and torch.equal(V[: k - 1], before[: k - 1])
+    assert int(torch.isnan(buffer).sum()) == buffer.numel() - b * n
+
+
+@needs_native
+@types
+@pytest.mark.parametrize("b", range(1, 9))
+def test_every_grouping_of_rows(b, vtype, wtype):
+    """Each remainder of 8 and of 6, with a ragged last line of every type."""
+    for k in range(26):
+        check(k, 1024 + 37 + k, b, vtype, wtype)
+
+
+@needs_native
+@types
+def test_runs_of_every_length(vtype, wtype):
+    """Long enough for the longest runs of each kind, and ending within a line."""
+    for k, n, b in ((9, 300_011, 2), (5, 300_011, 3), (3, 2_200_003, 1), (2, 2_200_003, 2)):
+        check(k, n, b, vtype, wtype)
+
+
+@needs_native
+def test_short_runs_of_many_rows():
+    """A fused pass over so many rows that its runs are cut to the smallest width."""
+    check(700, 5003, 2, F64, F64)
+    check(1000, 1301, 1, F32, F32)
+
+
+@needs_native
+@pytest.mark.parametrize("vtype", [F16, F32])
+def test_infinity_and_nan_reach_their_columns_and_sums_only(vtype):
+    for bad in (float("inf"), float("nan")):
+        V = torch.ones(12, 5000, dtype=vtype)
+        V[9, 4321] = bad
+        W, H = torch.ones(2, 5000), torch.zeros(12, 2, dtype=F64)
+        H[9, 1] = 1.0
+        C, _ = native.project_(V, W)
+        assert not bool(torch.isfinite(C[9]).any()) and bool(torch.isfinite(C[:9]).all())
+        native.update_(V, W, H)
+        assert torch.isfinite(W).logical_not().nonzero().tolist()[-1] == [1, 4321]
+        assert bool(torch.isfinite(W[1, :4321]).all() and torch.isfinite(W[1, 4322:]).all())
+
+
+@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
+@pytest.mark.parametrize("suite", ["test_kernels.py", "test_native.py"])
+def test_every_instruction_set_passes(suite, isa):
+    """The conformance suite and this one in a process where FASTHESSIAN_ISA forces the level."""
+    if MISSING is not None:
+        pytest.skip(f"no native backend: {MISSING}")
+    if isa not in native._native.isas():
+        pytest.skip(f"this processor has no {isa}")
+    if os.environ.get("FASTHESSIAN_ISA"):
+        pytest.skip("already inside the forced process")
+    path = str(Path(__file__).with_name(suite))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path]
+    env = {**os.environ, "FASTHESSIAN_ISA": isa, "FASTHESSIAN_TEST_ROWS": "native"}
+    names = "import sys; from fasthessian import _native as m; sys.exit(m.isa() != sys.argv[1])"
+    assert subprocess.run([sys.executable, "-c", names, isa], env=env).returncode == 0
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+@needs_native
+def test_unknown_instruction_set_is_named():
+    code = "from fasthessian.kernels import native; print(native.unavailable())"
+    env = {**os.environ, "FASTHESSIAN_ISA": "mmx"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "FASTHESSIAN_ISA=mmx" in run.stdout and "accepted: generic" in run.stdout
+
+
+@needs_native
+def test_one_openmp_runtime_is_mapped():
+    """A second libgomp would make every call that alternates with torch 1000 times slower."""
+    code = "import fasthessian; print(open('/proc/self/maps').read())"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    paths = {line.split()[-1] for line in run.stdout.splitlines() if line}
+    assert len({path for path in paths if "libgomp" in path or "libomp" in path}) == 1
