@@ -1,6 +1,6 @@
 """The C++ kernels on a CPU: instruction sets, OpenMP, and every way in which a pass is cut up.
 
-A pass takes rows of V by groups of 8, 6, 4, 2 and 1, rows of W by 2 and 1, and columns by runs of
+A pass takes rows of V by groups of 6, 4, 2 and 1, rows of W by 2 and 1, and columns by runs of
 up to 32768; the conformance suite (test_kernels.py) knows nothing of these and is too small for
 most. Matrix products in float64 are the reference, the budget is that of the suite.
 """
@@ -95,7 +95,7 @@ def append(around, V, H, S, b, wtype):
 @types
 @pytest.mark.parametrize("b", range(1, 9))
 def test_every_grouping_of_rows(b, vtype, wtype):
-    """Each remainder of 8 and of 6, with a ragged last line of every type."""
+    """Each remainder of 6, with a ragged last line of every type."""
     for k in range(26):
         check(k, 1024 + 37 + k, b, vtype, wtype)
 
