@@ -3,18 +3,12 @@
 The tolerance is an error budget: twice the error of torch's own expression in the same dtype.
 """
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 from backends import ROWS
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from fasthessian.kernels import native
 
 F32, F64 = torch.float32, torch.float64
 INF, NAN = float("inf"), float("nan")
@@ -301,18 +295,3 @@ def test_bad_arguments_are_one_clear_line(row, given, message):
     with pytest.raises(ValueError, match=message) as caught:
         row.module().softmax_curvature_(*given)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
-def test_every_instruction_set_passes_this_suite(isa):
-    """The same tests in a process where FASTHESSIAN_ISA forces the level."""
-    if native.unavailable() is not None:
-        pytest.skip(f"no native backend: {native.unavailable()}")
-    if isa not in native._native.isas():
-        pytest.skip(f"this processor has no {isa}")
-    if os.environ.get("FASTHESSIAN_ISA"):
-        pytest.skip("already inside the forced process")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    env = {**os.environ, "FASTHESSIAN_ISA": isa, "FASTHESSIAN_TEST_ROWS": "native"}
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-3000:]
