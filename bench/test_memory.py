@@ -4,7 +4,7 @@ import json
 import sys
 
 import torch
-from resident import fresh, peak
+from processes import fresh, peak
 
 import fasthessian as fh
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import median, rounds
 from hessian_eigenthings.loss_fns import supervised_loss_of_output
-from resident import fresh, peak
+from processes import fresh, peak
 
 from fasthessian import kernels
 
