@@ -58,6 +58,46 @@ def test_outliers_far_above_what_float16_resolves(schedule, n, ratio):
 
 
 @pytest.mark.parametrize("schedule", ["dcgs2", "cgs2"])
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_a_density_finer_than_float16_resolves_says_so(schedule, dtype):
+    """A bulk of width 1 below 3000: float16 rows end the run, the others resolve it."""
+    d = torch.linspace(-0.3, 0.7, 4000, dtype=F64)
+    d[:3] = torch.tensor([3000.0, 2100.0, 1500.0])
+    options = {"steps": 40, "schedule": schedule}
+    with pytest.warns(ConvergenceWarning, match="float16 basis ended after .* of 40 steps") as told:
+        found = fh.density(diagonal(d, dtype), sigma=0.1, basis="compressed", **options)
+    assert len(told) == 1 and int((found.weights > 0).sum()) < 10
+    # at the width that is asked for by default, ten times that, nothing is lost
+    fh.density(diagonal(d, dtype), basis="compressed", **options)
+    for basis in ("full", "none"):
+        found = fh.density(diagonal(d, dtype), sigma=0.1, basis=basis, **options)
+        assert int((found.weights > 0).sum()) > 30, basis
+
+
+def test_a_density_that_ends_exactly_is_silent():
+    A = fh.SymmetricOperator(lambda v: 2 * v, 1024)  # signs / 32: no number is rounded
+    assert fh.density(A, steps=20, sigma=1e-6, basis="compressed").matvecs == 1
+
+
+@pytest.mark.parametrize("schedule", ["dcgs2", "cgs2"])
+def test_steps_looked_at_late_tell_of_the_same_loss(schedule):
+    d = torch.linspace(-0.3, 0.7, 4000, dtype=F64)
+    d[:3] = torch.tensor([3000.0, 2100.0, 1500.0])
+    lost = []
+    for deferred in (False, True):
+        options = {"refill": False, "deferred": deferred, "schedule": schedule}
+        krylov = Lanczos(diagonal(d, F32), 20, seed=0, basis="compressed", **options)
+        for _ in range(3 if deferred else 0):
+            krylov.step()
+        assert krylov.blur == 0
+        while krylov.size < 20 and not krylov.exhausted:
+            krylov.step()
+        krylov.look(True)
+        lost.append((krylov.size, krylov.blur))
+    assert lost[0] == lost[1] and 2 < lost[0][1] < 10
+
+
+@pytest.mark.parametrize("schedule", ["dcgs2", "cgs2"])
 def test_invariant_subspaces_end_on_a_compressed_basis(schedule):
     found = fh.eigsh(diagonal(torch.full((1000,), 2.0)), 1, basis="compressed", schedule=schedule)
     assert found.converged and abs(found.values[0] - 2) < 1e-12

@@ -9,7 +9,13 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fasthessian.algorithms.arguments import Progress, integer, positive, seed_of
+from fasthessian.algorithms.arguments import (
+    ConvergenceWarning,
+    Progress,
+    integer,
+    positive,
+    seed_of,
+)
 from fasthessian.algorithms.lanczos import Lanczos
 from fasthessian.algorithms.rounds import Run, solve
 from fasthessian.algorithms.threeterm import ThreeTerm
@@ -67,9 +73,9 @@ def density(  # type: ignore[misc]  # the overloads leave the options to this on
         schedule: orthogonalisation, "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
         basis: "full" rows in the operator's dtype; "compressed" float16 rows, half the memory of
-            float32, nodes good to about 1e-3 ||A||; "offload" rows in host memory, for a GPU;
-            "none" keeps no basis, three vectors in all: quadrature stays right, though converged
-            nodes come back as copies.
+            float32, nodes good to about 1e-3 ||A||, with a warning where that loses some and sigma
+            is finer; "offload" rows in host memory, for a GPU; "none" keeps no basis, three
+            vectors in all: quadrature stays right, though converged nodes come back as copies.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
         progress: called with (products done, steps * probes at most) after each.
 
@@ -116,7 +122,7 @@ def _run(
     progress: Progress | None,
 ) -> Run[Density]:
     n, start, total = A.n, A.matvecs, probes * min(steps, A.n)
-    runs = []
+    runs, blur = [], 0.0
     for probe in range(probes):
         krylov = begin(probe)
         while krylov.size < krylov.capacity and not krylov.exhausted:
@@ -127,6 +133,7 @@ def _run(
             if progress is not None:
                 progress(A.matvecs - start, total)
         runs.append(krylov.T[: krylov.size, : krylov.size].clone())
+        blur = max(blur, krylov.blur)
         krylov.close()
         del krylov  # the basis, before the next probe's
     full = [quadrature(T) for T in runs]
@@ -145,6 +152,12 @@ def _run(
             f"[{low:.4g}, {high:.4g}]; {finest:.3g} is used, nodes and weights are unaffected"
         )
         sigma = finest
+    if sigma < blur:
+        shortfall = ConvergenceWarning(
+            f"the float16 basis ended after {min(map(len, runs))} of {steps} steps: what was left "
+            f"is within its rounding, and eigenvalues closer than {blur:.3g} may share a node; "
+            f"with sigma={sigma:.3g} take basis='full' or 'none', or a sigma of at least {blur:.3g}"
+        )
     grid = _grid(low, high, sigma)
     values = _smooth(full, grid, sigma)
     # K_sigma^2 = K_(sigma / sqrt 2) / (2 sqrt(pi) sigma), so tr(f^2) / n is a density too

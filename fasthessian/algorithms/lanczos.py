@@ -98,6 +98,7 @@ class Lanczos:
         self.beta = 1.0
         self.size = self._judged = 0
         self.exhausted = self.broke_down = False
+        self._left = 0.0  # norm of the candidate that was last taken for rounding of the rows
         self._draw(signs)
         self._accept(self._state().wait())
         self._replay = Replay(self, graph)
@@ -113,6 +114,11 @@ class Lanczos:
         size = len(self.T) - 1
         rounding = NOISE * torch.finfo(self.A.dtype).eps
         return rounding / self._rounding * self._noise_of(size) if size else 0.0
+
+    @property
+    def blur(self) -> float:
+        """The size under which what was left of A was lost to float16's rounding; 0 if nothing."""
+        return self._noise_of(self.size) if self._left > self.noise else 0.0
 
     def step(self) -> None:
         """One more final row by a product of the operator; see ``advance``."""
@@ -225,14 +231,17 @@ class Lanczos:
         """Take a state over; look for a breakdown and for asymmetry in its new rows."""
         self.T, gauges = state.T, state.gauges
         self.beta = math.sqrt(max(float(gauges[-1, 0]), 0.0))
-        broken = state.size
+        broken, left = state.size, self.beta
         for j in range(self._judged, state.size):
             uu, nu2, asymmetry = gauges[j].tolist()
             scale = float(self.T[: j + 1, : j + 1].abs().max())
             if not all(map(math.isfinite, (uu, nu2, asymmetry, scale))):
                 raise ValueError(f"{self.A} returned NaN or Inf for a finite vector")
-            if not nu2 > CANCELLED * uu or self._is_noise(j, math.sqrt(uu)):
-                broken = j
+            if not nu2 > CANCELLED * uu:
+                broken, left = j, 0.0
+                break
+            if self._is_noise(j, math.sqrt(uu)):
+                broken, left = j, math.sqrt(uu)
                 break
             if asymmetry > self._asymmetry * scale:
                 raise ValueError(
@@ -243,6 +252,7 @@ class Lanczos:
         if broken == self.A.n:
             self.beta = 0.0
         elif broken < state.size or self._is_noise(broken, self.beta):
+            self._left = left
             self._take_back(broken)
 
     def _is_noise(self, j: int, norm: float) -> bool:

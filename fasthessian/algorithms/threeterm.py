@@ -25,7 +25,10 @@ class ThreeTerm:
         T: (size, size) float64 on the CPU.
         size, capacity: steps made, and at most.
         exhausted: an invariant subspace was met.
+        blur: nothing is lost to rows of less precision.
     """
+
+    blur = 0.0
 
     def __init__(
         self,
