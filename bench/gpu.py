@@ -85,6 +85,8 @@ def carry_out(part, limit, folder):
 def carry_out_all(parts, folder, seconds, words=""):
     """Each part in turn, each told and the failed ones with the end of their log."""
     outcomes, end = [], time.monotonic() + seconds
+    if os.environ.get("OUT"):
+        Path(os.environ["OUT"]).mkdir(parents=True, exist_ok=True)
     for i, part in enumerate(parts):
         kept = sum(later.limit for later in parts[i + 1 :] if later.must)
         limit = min(part.limit, end - time.monotonic() - kept * (not part.must))

@@ -53,8 +53,16 @@ def _rows() -> list[Row]:
         rows.append(Row("cuda-simulated", slow=True))
         if kernels.BACKENDS["triton"].unavailable("cpu") is None:
             rows.append(Row("triton-interpreted", slow=True))
-    only = os.environ.get("FASTHESSIAN_TEST_ROWS")
-    return [row for row in rows if only is None or str(row) in only.split(",")]
+    if "FASTHESSIAN_TEST_ROWS" not in os.environ:
+        return rows
+    served = {str(row): row for row in rows}
+    only = os.environ["FASTHESSIAN_TEST_ROWS"].split(",")
+    if missing := set(only) - set(served):  # else a run that tests nothing would pass
+        raise ValueError(
+            f"FASTHESSIAN_TEST_ROWS names {', '.join(sorted(missing))}, which cannot serve here; "
+            f"these can: {', '.join(served)}"
+        )
+    return [served[name] for name in served if name in only]
 
 
 ROWS = _rows()

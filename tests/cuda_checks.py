@@ -37,7 +37,8 @@ def operator(name, device, dtype=F64):
 
 def mlp(device, width=64):
     """A Hessian that a step can be captured of, large enough for 60 rows."""
-    with torch.random.fork_rng():
+    # the same on any default device of the caller's
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         model = torch.nn.Sequential(
             torch.nn.Linear(20, width), torch.nn.Tanh(), torch.nn.Linear(width, 5)
@@ -79,8 +80,8 @@ def check_problem(name, device):
         assert float((found.values - spectrum.flip(0)[:3]).abs().max()) < bound * scale
         assert found.vectors.device == A.device
     A = operator(name, device)
-    estimate = fh.trace(A, rtol=0.1)
-    here = fh.trace(operator(name, torch.device("cpu")), rtol=0.1)
+    estimate = fh.trace(A, rtol=0.1, max_matvecs=5000)
+    here = fh.trace(operator(name, torch.device("cpu")), rtol=0.1, max_matvecs=5000)
     assert abs(estimate.value / here.value - 1) < 1e-6  # the same signs
     low, high = estimate.interval
     assert low - (high - low) < float(dense.trace()) < high + (high - low)
@@ -123,8 +124,10 @@ def check_failed_capture(device, monkeypatch, plant):
 
     def failing(self, made, *counts):
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+            original(self, made, *counts)  # torch warns of a capture without a kernel
             plant(made)
-        original(self, made, *counts)
+        else:
+            original(self, made, *counts)
 
     monkeypatch.setattr(Lanczos, "delayed_step", failing)
     before = torch.cuda.current_stream() if device.type == "cuda" else None
@@ -220,7 +223,9 @@ def check_curvatures(name, device):
         want = kind(*here)
         eye = torch.eye(want.n, dtype=F64)
         whole = want @ eye
-        for engine in ("retained", "recompute", "forward"):
+        # the GPU's fused GRU cell has no forward derivative
+        forward = () if (name, device.type) == ("gru", "cuda") else ("forward",)
+        for engine in ("retained", "recompute", *forward):
             found = kind(*there, engine=engine) @ eye.to(device)
             torch.testing.assert_close(found.cpu(), whole, rtol=1e-9, atol=1e-11)
         blocks = kind(*there).blocks("layer")

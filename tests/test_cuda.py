@@ -24,6 +24,7 @@ from models import PROBLEMS
 import fasthessian as fh
 from fasthessian import kernels
 from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.algorithms.replay import FEW
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 F32, CUDA = torch.float32, torch.device("cuda")
@@ -52,11 +53,11 @@ def test_captured_steps_are_the_eager_ones(basis):
 
 @each_problem
 def test_every_problem_is_captured(name):
-    steps = min(12, sum(p.numel() for p in PROBLEMS[name].make()[0].parameters()))
     A = operator(name, CUDA)
-    found = Lanczos(A, steps, seed=0)
+    found = Lanczos(A, 12, seed=0)
     found.step()
-    assert found.replay == "captured"
+    few = f"eager: {A.n} steps are too few to pay for a capture"
+    assert found.replay == ("captured" if A.n >= FEW else few)
 
 
 def planted_error(count):
@@ -94,6 +95,7 @@ def test_an_offloaded_basis_is_the_full_one():
     torch.testing.assert_close(full, away, rtol=1e-4, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad")  # its node is of the first run's stream
 def test_the_kept_graph_outlives_a_second_run():
     """A run between another's steps builds the graphs anew; the first may not read freed memory."""
     A = mlp(CUDA)

@@ -7,15 +7,18 @@ the stream of its forward.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from fasthessian.algorithms.lanczos import Lanczos
 
 FEW = 8  # steps: a capture costs about as much as making them kernel by kernel
+_FAILED: list[torch.cuda.CUDAGraph] = []  # kept for good, see _mend
 
 
 @functools.cache
@@ -68,10 +71,27 @@ class Replay:
             self._graph, self._kept = graph, run.A.kept()
         except RuntimeError as error:
             self._reason = f"the capture failed: {str(error).splitlines()[0]}"
-            graph.reset()
+            _mend(graph, side, counter)
         run.A.matvecs = made  # a capture makes no product
         ahead.wait_stream(side)
         return True
+
+
+def _mend(failed: torch.cuda.CUDAGraph, side: torch.cuda.Stream, like: Tensor) -> None:
+    """What torch leaves undone where a capture ends in an error.
+
+    By its source (2.11; pytorch issues 171263 and 180395): the generator stays in the capture, and
+    refuses random numbers, until another one succeeds; and the allocator keeps asking the failed
+    graph which stream it captured, so it may not be freed.
+    """
+    _FAILED.append(failed)
+    small = torch.cuda.CUDAGraph()
+    with (
+        contextlib.suppress(RuntimeError),  # then it is as it was
+        torch.cuda.stream(side),
+        torch.cuda.graph(small, stream=side),
+    ):
+        torch.zeros_like(like)
 
 
 def _obstacle(run: Lanczos, wanted: bool) -> str | None:

@@ -10,6 +10,7 @@ import contextlib
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +73,12 @@ def own_buffers(roots: Sequence[nn.Module], copies: Copies | None = None) -> Ite
 @contextlib.contextmanager
 def _float32(tf32: bool) -> Iterator[None]:
     """TF32 or not: 11 bits instead of 24, which cuDNN's convolutions use unless told otherwise."""
-    matmul = torch.get_float32_matmul_precision()
     try:
+        matmul = torch.get_float32_matmul_precision()
         convolution = torch.backends.cudnn.allow_tf32
     except RuntimeError:  # the user chose by torch's newer switches, which exclude the older
-        yield
+        with _newer_switches("tf32" if tf32 else "ieee"):
+            yield
         return
     try:
         torch.backends.cudnn.allow_tf32 = tf32
@@ -85,6 +87,30 @@ def _float32(tf32: bool) -> Iterator[None]:
     finally:
         torch.backends.cudnn.allow_tf32 = convolution
         torch.set_float32_matmul_precision(matmul)
+
+
+@contextlib.contextmanager
+def _newer_switches(precision: str) -> Iterator[None]:
+    cudnn: Any = torch.backends.cudnn
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn)
+    held = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = precision
+        yield
+    finally:
+        for switch, value in zip(switches, held, strict=True):
+            switch.fp32_precision = value
+
+
+@contextlib.contextmanager
+def _no_cudnn() -> Iterator[None]:
+    enabled = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = enabled
 
 
 @contextlib.contextmanager
@@ -140,7 +166,7 @@ def engaged(
         if device.type == "cuda" and any(
             isinstance(module, nn.RNNBase) for root in roots for module in root.modules()
         ):  # cuDNN's recurrent layers have no second derivative
-            stack.enter_context(torch.backends.cudnn.flags(enabled=False, allow_tf32=False))
+            stack.enter_context(_no_cudnn())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(seeded(0))

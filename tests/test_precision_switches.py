@@ -1,0 +1,49 @@
+"""Float32 products are float32 by either of torch's two sets of switches, which exclude another."""
+
+import pytest
+import torch
+
+from fasthessian.operators.state import _float32, _no_cudnn
+
+SWITCHES = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.backends.cudnn, "conv"), reason="this torch has only the older switches"
+)
+
+
+def precisions():
+    return [switch.fp32_precision for switch in SWITCHES]
+
+
+@pytest.fixture(params=["all", "matmul", "rnn"])
+def newer(request):
+    """The user chose by the newer switches, so that asking by the older ones raises."""
+    held = [torch.backends.fp32_precision, *precisions()]
+    if request.param == "all":
+        torch.backends.fp32_precision = "tf32"
+    elif request.param == "matmul":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    else:
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"
+    yield precisions()
+    torch.backends.fp32_precision = held[0]
+    for switch, value in zip(SWITCHES, held[1:], strict=True):
+        switch.fp32_precision = value
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_newer_switches_are_set_and_brought_back(newer, tf32):
+    with pytest.raises(ZeroDivisionError), _float32(tf32), _no_cudnn():
+        assert precisions() == ["tf32" if tf32 else "ieee"] * 3
+        assert not torch.backends.cudnn.enabled
+        raise ZeroDivisionError
+    assert precisions() == newer and torch.backends.cudnn.enabled
+
+
+def test_older_switches_are_set_and_brought_back():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    for tf32, word in ((True, "high"), (False, "highest")):
+        with _float32(tf32):
+            assert torch.get_float32_matmul_precision() == word
+            assert torch.backends.cudnn.allow_tf32 is tf32
+    assert before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
