@@ -21,9 +21,15 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+HEAD_START = 1_000_000  # cycles: half a millisecond, several times what enqueuing a call takes
 
-def milliseconds(function, device, repeats=20, warm=3):
-    """Median time of one call: by events on a GPU, by the clock in a rehearsal."""
+
+def milliseconds(function, device, repeats=20, warm=3, *, queued=False):
+    """Median time of one call: by events on a GPU, by the clock in a rehearsal.
+
+    With ``queued`` the device is kept waiting while the host enqueues the call, so that the time
+    is the device's alone.
+    """
     for _ in range(warm):
         function()
     if device.type != "cuda":
@@ -36,6 +42,8 @@ def milliseconds(function, device, repeats=20, warm=3):
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     torch.cuda.synchronize(device)
     for begin, end in marks:
+        if queued:
+            torch.cuda._sleep(HEAD_START)
         begin.record()
         function()
         end.record()

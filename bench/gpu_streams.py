@@ -180,7 +180,8 @@ def measure(case, names, rows, device, ceiling, repeats):
             if name != "torch":
                 compare(f"{case.what} by {name}", found, expected)
             few = name == "reference"  # one launch a tile and operation: slow, and not on trial
-            ms = milliseconds(call, device, min(5, repeats) if few else repeats, 1 if few else 3)
+            count, warm = (min(5, repeats), 1) if few else (repeats, 3)
+            ms = milliseconds(call, device, count, warm, queued=True)
             speed = case.bytes / ms / 1e6
             rows.add(case.what, backend=name, bytes=case.bytes, ms=ms, gb_s=speed,
                      of_copy=speed / ceiling)  # fmt: skip
@@ -190,7 +191,7 @@ def copied(rows, n, device, repeats):
     """GB/s of a copy of n floats, 1.6 GB by default: far beyond any cache."""
     source = torch.randn(n, device=device)
     target = torch.empty_like(source)
-    ms = milliseconds(lambda: target.copy_(source), device, repeats)
+    ms = milliseconds(lambda: target.copy_(source), device, repeats, queued=True)
     speed = 2 * source.nbytes / ms / 1e6
     rows.add("copy device to device", backend="torch", bytes=2 * source.nbytes, ms=ms,
              gb_s=speed, of_copy=1.0)  # fmt: skip
