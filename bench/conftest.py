@@ -21,10 +21,6 @@ from fasthessian.records import write_whole
 ROWS: list[dict] = []
 
 
-def pytest_configure(config):
-    config.option.benchmark_skip = False
-
-
 def rounds(functions, count=7, prepare=None):
     """Seconds of each named function, one call each per round in turn: {name: [s, ...]}."""
     times = {name: [] for name in functions}

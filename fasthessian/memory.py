@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+GROUP = Path("/sys/fs/cgroup")  # this process's control group, as a container sees it
+
 
 def available_bytes(device: torch.device) -> int:
     """Free memory of the device; on a CPU within the limit of a container's control group, v2.
@@ -23,10 +25,12 @@ def available_bytes(device: torch.device) -> int:
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # no control group, or its limit reads "max"
-        limit = int((group / "memory.max").read_text())
-        free = min(free, limit - int((group / "memory.current").read_text()))
+        limit = int((GROUP / "memory.max").read_text())
+        used = int((GROUP / "memory.current").read_text())
+        counts = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
+        # files that were read and can be dropped count as used
+        free = min(free, limit - used + int(counts.get("inactive_file", 0)))
     return max(free, 0)
 
 

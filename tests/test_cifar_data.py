@@ -1,3 +1,4 @@
+import importlib.util
 import pickle
 
 import numpy as np
@@ -8,6 +9,9 @@ from torch import nn
 from fasthessian.study.data import cifar, digits
 from fasthessian.study.training import evaluate, train
 
+needs_digits = pytest.mark.skipif(
+    importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed"
+)
 TEN = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
 
 
@@ -187,6 +191,7 @@ def test_a_pickle_cut_short(tmp_path):
     one_line(tmp_path, "test_batch", "not a CIFAR python file")
 
 
+@needs_digits
 def test_digits_are_split_normalised_and_repeatable():
     data = digits(seed=1)
     assert data.train_x.shape == (1437, 3, 32, 32) and data.test_x.shape == (360, 3, 32, 32)
@@ -203,6 +208,7 @@ def small_model():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 
 
+@needs_digits
 def test_training_learns_repeats_and_leaves_the_global_generator_alone():
     data = digits(size=8, channels=1)
     runs = []
@@ -223,6 +229,7 @@ def test_training_learns_repeats_and_leaves_the_global_generator_alone():
     assert not model.training and all(p.grad is None for p in model.parameters())
 
 
+@needs_digits
 def test_no_epochs_leave_the_model_and_bad_sizes_are_refused():
     data = digits(size=8, channels=1)
     model = small_model()

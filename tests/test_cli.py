@@ -12,6 +12,8 @@ import fasthessian as fh
 from fasthessian import cli, report
 from fasthessian.study import problems
 
+for extra in ("click", "rich", "matplotlib", "sklearn"):
+    pytest.importorskip(extra)
 ROOT = Path(cli.__file__).parent.parent
 
 MINE = """

@@ -14,11 +14,13 @@ import fasthessian
 
 ROOT = Path(fasthessian.__file__).parent
 NAMES = [m.name for m in pkgutil.walk_packages([str(ROOT)], "fasthessian.")]
+EXTRAS = {"fasthessian.commands": "click", "fasthessian.console": "rich"}
 NAMES = [name for name in NAMES if not name.endswith(("_native", "__main__"))]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_docstring_examples(name):
+    pytest.importorskip(EXTRAS.get(name, "torch"))
     results = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert results.failed == 0
 

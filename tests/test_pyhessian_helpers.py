@@ -154,6 +154,7 @@ def test_gaussian():
 
 
 def test_esd_plot_writes_its_pdf(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
     from matplotlib import pyplot as plt
 
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ from fasthessian.records import BlockSpectra, Density, Eigenpairs, Estimate, Lan
 from fasthessian.study.analysis import Analysis, Plan
 from fasthessian.study.problems import Problem
 
+pytest.importorskip("matplotlib")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -62,7 +62,7 @@ def _no_cuda() -> str | None:
     if driver < runtime and reason is not None:
         return (
             f"the driver's CUDA {_version(driver)} is older than the {_version(runtime)} that "
-            "the kernels were built with; triton serves instead"
+            "the kernels were built with; Triton's do not need it"
         )
     if reason is not None or devices == 0:
         return str(reason or "no CUDA device")
@@ -76,7 +76,7 @@ def _no_chip(index: int) -> str | None:
         return None
     major, minor = torch.cuda.get_device_capability(index)
     why = _native.cuda_error(-chip) if chip else "no code for its chip was built"
-    return f"device {index} (sm_{major}{minor}): {why}; triton serves instead"
+    return f"device {index} (sm_{major}{minor}): {why}; Triton compiles for the chip it finds"
 
 
 def describe() -> str:

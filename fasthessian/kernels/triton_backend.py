@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import itertools
 import os
+import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -63,7 +64,7 @@ def unavailable(device: torch.device | str = "cpu") -> str | None:
         return "this torch sees no CUDA or ROCm device"
     if _interpreted():
         return "TRITON_INTERPRET=1 serves CPU tensors only; unset it"
-    return _too_old()
+    return _cannot_compile()
 
 
 def _interpreted() -> bool:
@@ -73,18 +74,28 @@ def _interpreted() -> bool:
 
 
 @functools.cache
-def _too_old() -> str | None:
-    version: str = importlib.import_module("triton").__version__
-    if tuple(int(part) for part in version.split(".")[:2]) >= OLDEST:
-        return None
-    return f"Triton {version} is older than {'.'.join(map(str, OLDEST))}; pip install -U triton"
+def _cannot_compile() -> str | None:
+    try:
+        version: str = importlib.import_module("triton").__version__
+    except Exception as error:  # whatever a broken installation raises
+        return f"Triton does not import ({type(error).__name__}: {error}); reinstall it"
+    numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
+    if numbers and numbers < OLDEST:  # a version without numbers is somebody's own build
+        return f"Triton {version} is older than {'.'.join(map(str, OLDEST))}; pip install -U triton"
+    named = os.environ.get("CC")
+    if not any(map(shutil.which, [named] if named is not None else ["gcc", "clang"])):
+        return "Triton builds its launcher with a C compiler, and finds none; put gcc on PATH"
+    return None
 
 
 def describe() -> str:
     """The version, and whether kernels are compiled or interpreted."""
     if importlib.util.find_spec("triton") is None:
         return "not installed"
-    version = importlib.import_module("triton").__version__
+    try:
+        version = importlib.import_module("triton").__version__
+    except Exception as error:  # whatever a broken installation raises
+        return f"does not import ({type(error).__name__}: {error})"
     return f"{version}, {'interpreted' if _interpreted() else 'compiled at first use'}"
 
 
