@@ -190,9 +190,15 @@ def _known(count: Count) -> int:
 
 
 def allocate(
-    kind: str, rows: int, n: int, dtype: torch.dtype, device: torch.device, kernels: ModuleType
+    kind: str,
+    rows: int,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: ModuleType,
+    beside: int = 0,
 ) -> Basis:
-    """A basis of ``rows`` rows in one of FORMATS.
+    """A basis of ``rows`` rows in one of FORMATS, where ``beside`` vectors fit too.
 
     Raises:
         ValueError: an unknown format, or ``offload`` for an operator that is not on a GPU.
@@ -211,11 +217,12 @@ def allocate(
         room = min(1 << 30, available_bytes(device) // 8)
         chunk = max(1, min(rows, room // stride_bytes(n, dtype) - 1))
         check_room(kind, rows, n, dtype, torch.device("cpu"), device, 0)
-        check_room(kind, 2 * (chunk + 1), n, dtype, device, device, 2)
+        check_room(kind, 2 * (chunk + 1), n, dtype, device, device, 2 + beside)
         like = torch.empty(0, n, dtype=dtype, device=device)
         pinned = torch.empty(rows, n, dtype=dtype, device="cpu", pin_memory=True)
         return Offloaded(pinned, like, kernels, chunk)
-    check_room(kind, rows, n, stored, device, device, 2 * dtype.itemsize / stored.itemsize)
+    vectors = (2 + beside) * dtype.itemsize / stored.itemsize
+    check_room(kind, rows, n, stored, device, device, vectors)
     scale = min(math.sqrt(n), LARGEST) if kind == "compressed" else 1.0
     return Basis(empty_rows(rows, n, stored, device), scale, kernels)
 
@@ -229,7 +236,7 @@ def check_room(
     device: torch.device,
     vectors: float,
 ) -> None:
-    """MemoryError unless ``rows`` rows fit, with the candidate and its product as ``vectors``."""
+    """MemoryError unless ``rows`` rows fit and ``vectors``: the candidate, its product, results."""
     row, free = stride_bytes(n, stored), available_bytes(where)
     needs = int((rows + vectors) * row)
     if kind == "offload" and where.type == "cpu":  # torch rounds pinned blocks up

@@ -116,9 +116,17 @@ def test_compressed_runs_keep_to_their_products():
     assert found.matvecs <= 15
 
 
+def test_compressed_runs_need_two_products_a_pair():
+    with pytest.raises(ValueError, match="max_matvecs must be at least 10, got 9"):
+        fh.eigsh(diagonal(outliers(2000)), 5, basis="compressed", max_matvecs=9)
+
+
 def test_compressed_pairs_out_of_reach_say_so():
     A = diagonal(outliers(4000))
-    with pytest.warns(ConvergenceWarning, match="residuals under 2e-4 .* need basis='full'"):
+    with pytest.warns(
+        ConvergenceWarning,
+        match="raise max_matvecs or tol; residuals under 2e-4 .* need basis='full'",
+    ):
         found = fh.eigsh(A, 6, tol=1e-7, basis="compressed", max_matvecs=120)
     assert not found.converged and bool((found.residuals < 0.1).all())
 

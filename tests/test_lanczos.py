@@ -299,6 +299,20 @@ def test_basis_that_does_not_fit_says_what_would(monkeypatch):
     assert A.matvecs == 0
 
 
+@pytest.mark.parametrize("basis", ["full", "compressed"])
+def test_the_eigenvectors_have_to_fit_beside_the_basis(basis, monkeypatch):
+    n, ncv, k = 10**5, 14, 4
+    row = 4 * n
+    stored = ncv * row // (2 if basis == "compressed" else 1)
+    A = fh.SymmetricOperator(lambda v: v, n, check=False)
+    monkeypatch.setattr(bases, "available_bytes", lambda device: stored + (2 + k) * row - row // 2)
+    with pytest.raises(MemoryError, match="14 rows of 100000"):
+        fh.eigsh(A, k, ncv=ncv, basis=basis)
+    assert A.matvecs == 0
+    monkeypatch.setattr(bases, "available_bytes", lambda device: stored + (2 + k) * row + row // 2)
+    assert fh.eigsh(A, k, ncv=ncv, basis=basis).converged
+
+
 def test_a_run_is_freed_when_it_is_dropped():
     """No cycle keeps a basis alive until the collector comes."""
     gc.disable()

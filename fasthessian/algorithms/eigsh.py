@@ -115,10 +115,10 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
             rows = min(integer("ncv", ncv, min(count + 2, B.n), largest), B.n)
         limit = max(1000, 20 * rows)
         if max_matvecs is not None:
-            limit = integer("max_matvecs", max_matvecs, count)
+            limit = integer("max_matvecs", max_matvecs, count * (1 + (basis == "compressed")))
         options: dict[str, Any] = {"schedule": schedule, "backend": backend}
         options |= {"basis": basis, "graph": graph}
-        krylov = Lanczos(B, rows, seed=seed, **options)
+        krylov = Lanczos(B, rows, seed=seed, beside=count, **options)
         return _run(krylov, count, which, tol, limit, basis, told)
 
     return solve(A, start, progress)
@@ -235,7 +235,7 @@ def _refined(
 
 def _way_out(basis: str) -> str:
     if basis == "compressed":
-        return "residuals under 2e-4 ||A|| need basis='full'; take it, or raise tol"
+        return "raise max_matvecs or tol; residuals under 2e-4 ||A|| need basis='full'"
     return "raise max_matvecs or ncv"
 
 

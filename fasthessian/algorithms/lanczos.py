@@ -47,6 +47,7 @@ class Lanczos:
         schedule: "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
         basis: where the rows are kept: "full", "compressed" or "offload" (see ``basis``).
+        beside: vectors that the caller will make beside the basis, which have to fit too.
         graph: on a GPU, replay the step as a CUDA graph where it can be captured.
         deferred: enqueue steps without looking at them; default on GPUs.
 
@@ -74,6 +75,7 @@ class Lanczos:
         schedule: str = "dcgs2",
         backend: str | None = None,
         basis: str = "full",
+        beside: int = 0,
         graph: bool = True,
         deferred: bool | None = None,
     ) -> None:
@@ -85,7 +87,7 @@ class Lanczos:
         self.kernels = kernels.select(A.device, backend)
         # cgs2 appends its candidate before the product
         rows = self.capacity + (not self.delayed)
-        self.basis = bases.allocate(basis, rows, A.n, A.dtype, A.device, self.kernels)
+        self.basis = bases.allocate(basis, rows, A.n, A.dtype, A.device, self.kernels, beside)
         self.W = empty_rows(2, A.n, A.dtype, A.device)
         self._u = 0  # the row of W that holds the candidate
         self.ledger = Ledger(self.capacity, A.device)
