@@ -100,12 +100,9 @@ def describe() -> str:
 
 
 @functools.cache
-def _kernels() -> tuple[Any, Any, Any]:
-    return (
-        importlib.import_module("fasthessian.kernels.triton_kernels"),
-        importlib.import_module("fasthessian.kernels.triton_vectors"),
-        importlib.import_module("fasthessian.kernels.triton_softmax"),
-    )
+def _kernels() -> tuple[Any, ...]:
+    names = ("kernels", "vectors", "softmax")
+    return tuple(importlib.import_module(f"fasthessian.kernels.triton_{name}") for name in names)
 
 
 @functools.cache
