@@ -28,9 +28,10 @@ def available_bytes(device: torch.device) -> int:
     with contextlib.suppress(OSError, ValueError):  # no control group, or its limit reads "max"
         limit = int((GROUP / "memory.max").read_text())
         used = int((GROUP / "memory.current").read_text())
-        counts = dict(line.split() for line in (GROUP / "memory.stat").read_text().splitlines())
-        # files that were read and can be dropped count as used
-        free = min(free, limit - used + int(counts.get("inactive_file", 0)))
+        for line in (GROUP / "memory.stat").read_text().splitlines():
+            if line.startswith("inactive_file "):  # files that were read and can be dropped
+                used -= int(line.split()[1])
+        free = min(free, limit - used)
     return max(free, 0)
 
 

@@ -14,8 +14,8 @@ import fasthessian
 
 ROOT = Path(fasthessian.__file__).parent
 NAMES = [m.name for m in pkgutil.walk_packages([str(ROOT)], "fasthessian.")]
-EXTRAS = {"fasthessian.commands": "click", "fasthessian.console": "rich"}
 NAMES = [name for name in NAMES if not name.endswith(("_native", "__main__"))]
+EXTRAS = {"fasthessian.commands": "click", "fasthessian.console": "rich"}
 
 
 @pytest.mark.parametrize("name", NAMES)

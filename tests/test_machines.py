@@ -7,6 +7,8 @@ import sys
 import pytest
 import torch
 
+import fasthessian as fh
+from fasthessian import basis as bases
 from fasthessian import memory
 from fasthessian.kernels import triton_backend
 
@@ -25,6 +27,33 @@ def test_files_that_can_be_dropped_do_not_count_as_used(tmp_path, monkeypatch):
     assert memory.available_bytes(CPU) == 11 * MIB < unlimited
     (tmp_path / "memory.max").write_text("max\n")
     assert memory.available_bytes(CPU) > 11 * MIB
+
+
+def test_basis_that_does_not_fit_says_what_would(monkeypatch):
+    monkeypatch.setattr(bases, "available_bytes", lambda device: 6 * 10**8)
+    A = fh.SymmetricOperator(lambda v: v, 10**7, check=False)
+    with pytest.raises(MemoryError) as caught:
+        fh.density(A, steps=20)
+    message = str(caught.value)
+    assert "20 rows of 10000000 float32 numbers needs 839 MiB on cpu, 572 MiB are free" in message
+    assert "basis='compressed' needs 458 MiB" in message and "13 rows would fit" in message
+    with pytest.raises(MemoryError, match=r"float16 numbers needs .* rows would fit"):
+        fh.eigsh(A, ncv=200, basis="compressed")
+    assert A.matvecs == 0
+
+
+@pytest.mark.parametrize("basis", ["full", "compressed"])
+def test_the_eigenvectors_have_to_fit_beside_the_basis(basis, monkeypatch):
+    n, ncv, k = 10**5, 14, 4
+    row = 4 * n
+    stored = ncv * row // (2 if basis == "compressed" else 1)
+    A = fh.SymmetricOperator(lambda v: v, n, check=False)
+    monkeypatch.setattr(bases, "available_bytes", lambda device: stored + (2 + k) * row - row // 2)
+    with pytest.raises(MemoryError, match="14 rows of 100000"):
+        fh.eigsh(A, k, ncv=ncv, basis=basis)
+    assert A.matvecs == 0
+    monkeypatch.setattr(bases, "available_bytes", lambda device: stored + (2 + k) * row + row // 2)
+    assert fh.eigsh(A, k, ncv=ncv, basis=basis).converged
 
 
 def doctor_with(tmp_path, triton):

@@ -1,14 +1,16 @@
-"""Float32 products are float32 by either of torch's two sets of switches, which exclude another."""
+"""Float32 products are float32 by either set of torch's switches, which exclude each other."""
+
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from fasthessian.operators.state import _float32, _no_cudnn
 
+if not hasattr(torch.backends.cudnn, "conv"):
+    pytest.skip("this torch has only the older switches", allow_module_level=True)
 SWITCHES = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.backends.cudnn, "conv"), reason="this torch has only the older switches"
-)
 
 
 def precisions():
@@ -38,6 +40,24 @@ def test_newer_switches_are_set_and_brought_back(newer, tf32):
         assert not torch.backends.cudnn.enabled
         raise ZeroDivisionError
     assert precisions() == newer and torch.backends.cudnn.enabled
+
+
+LATER = """
+import torch
+from fasthessian.operators.state import _float32
+backends = torch.backends
+backends.fp32_precision = "tf32"
+with _float32(False):
+    pass
+backends.fp32_precision = "ieee"
+switches = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn
+assert [switch.fp32_precision for switch in switches] == ["ieee"] * 3
+"""
+
+
+def test_a_later_choice_for_all_still_counts():
+    """In a process of its own: whether a switch follows that for all cannot be asked, or undone."""
+    subprocess.run([sys.executable, "-c", LATER], check=True)
 
 
 def test_older_switches_are_set_and_brought_back():

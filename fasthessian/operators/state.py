@@ -100,7 +100,9 @@ def _newer_switches(precision: str) -> Iterator[None]:
         yield
     finally:
         for switch, value in zip(switches, held, strict=True):
-            switch.fp32_precision = value
+            switch.fp32_precision = "none"  # as the switch above it says: may be all there was
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value
 
 
 @contextlib.contextmanager
