@@ -19,6 +19,7 @@ from gpu_meter import Rows, milliseconds, no_waiting, per_step
 
 import fasthessian as fh
 from fasthessian import kernels
+from fasthessian.algorithms.eigsh import LOOK
 from fasthessian.algorithms.lanczos import Lanczos
 from fasthessian.study.resnet import resnet
 
@@ -33,10 +34,14 @@ def started(A, capacity=WARM + FEW + 2 * MANY, **options):
     return krylov
 
 
-def steps_of(krylov):
+def steps_of(krylov, every=None):
+    """Steps as a function of their number; with ``every``, as eigsh makes them: with looks."""
+
     def steps(count):
         for _ in range(count):
             krylov.step()
+            if every is not None and krylov.size % every == 0:
+                krylov.look(wait=False)
 
     return steps
 
@@ -61,7 +66,11 @@ def serving(device):
 
 
 def step_costs(rows, device, n):
-    """Kernels of a step outside its product, and waits, by backend; product: one multiplication."""
+    """Kernels and copies of a step outside its product, with a look every LOOK steps, by backend.
+
+    The product is one multiplication. Waits are those of steps alone: a look waits until the device
+    has reached the one before.
+    """
     d = torch.linspace(1, 3, n, device=device)
     A = fh.SymmetricOperator(lambda v: d * v, n, device=device, check=False)
     u, w = (torch.randn(1, n, device=device) for _ in range(2))
@@ -72,9 +81,12 @@ def step_costs(rows, device, n):
 
     for name in serving(device):
         with rows.section(f"step by {name}"):
-            step = per_step(steps_of(started(A, backend=name)), device, FEW, MANY)
+            looking = steps_of(started(A, backend=name), LOOK)
+            step = per_step(looking, device, FEW, MANY)
             own = per_step(products, device, FEW, MANY)
             outside = {kind: step[kind] - own[kind] for kind in step}
+            steps = steps_of(started(A, backend=name))
+            outside["waits"] = per_step(steps, device, FEW, MANY)["waits"] - own["waits"]
             waits = first_wait(steps_of(started(A, backend=name)), device)
             rows.add(f"step by {name}: kernels outside the product", value=outside["kernels"],
                      copies=outside["copies"], waits=outside["waits"], first_wait=waits,

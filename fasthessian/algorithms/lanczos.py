@@ -99,6 +99,7 @@ class Lanczos:
         self.T = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
         self.beta = 1.0
         self.size = self._judged = 0
+        self._begun = 0  # rows when the candidate was last not made by a step
         self.exhausted = self.broke_down = False
         self._left = 0.0  # norm of the candidate that was last taken for rounding of the rows
         self._draw(signs)
@@ -145,7 +146,7 @@ class Lanczos:
         """Refresh ``T``, ``beta`` and ``size``; False if nothing new is known.
 
         Without ``wait`` the state of the last but one look is read, which the device has left
-        behind, and the steps since then go on undisturbed.
+        behind, and the steps since then go on undisturbed: no kernel is launched for it.
         """
         if not self.deferred:
             return True
@@ -153,7 +154,7 @@ class Lanczos:
             self._pending = None
             self._accept(self._state().wait())
             return True
-        earlier, self._pending = self._pending, self._state()
+        earlier, self._pending = self._pending, self._passed_state()
         if earlier is None:
             return False
         self._accept(earlier.wait())
@@ -183,7 +184,7 @@ class Lanczos:
             self.basis.store(p, self.W[self._u])
         T = torch.diag(torch.nn.functional.pad(values[keep], (0, 1)))
         T[p, :p] = self.T[-1, :-1] @ S[:, keep]
-        self.size = self._judged = p
+        self.size = self._judged = self._begun = p
         self.T = T
         self.ledger.rewrite(T)
         self.ledger.candidate(p, self.beta**2)
@@ -229,10 +230,18 @@ class Lanczos:
             self.ledger.candidate(self.size, G[0, 0])
         return State(self.ledger, self.size)
 
+    def _passed_state(self) -> State | None:
+        """The same without a kernel: of the last row but one where only a step knows the norm."""
+        if not self.delayed:
+            return State(self.ledger, self.size)
+        return State(self.ledger, self.size - 1, final=True) if self.size > self._begun else None
+
     def _accept(self, state: State) -> None:
         """Take a state over; look for a breakdown and for asymmetry in its new rows."""
         self.T, gauges = state.T, state.gauges
-        self.beta = math.sqrt(max(float(gauges[-1, 0]), 0.0))
+        self.beta = math.sqrt(max(float(gauges[-1, int(state.final)]), 0.0))
+        if state.final:  # its norm is in the row already
+            self.T[-1, :-1] /= self.beta or 1.0
         broken, left = state.size, self.beta
         for j in range(self._judged, state.size):
             uu, nu2, asymmetry = gauges[j].tolist()
@@ -268,7 +277,7 @@ class Lanczos:
         """Drop the rows from ``size`` on; the run ends or goes on from a fresh direction."""
         self._pending = None
         self.broke_down = True
-        self.size = self._judged = size
+        self.size = self._judged = self._begun = size
         self.beta = 0.0
         self.T = self.T[: size + 1, : size + 1].clone()
         self.T[size] = self.T[:, size] = 0.0

@@ -47,10 +47,13 @@ class Ledger:
 
 
 class State:
-    """The ledger up to some row, copied to the host behind the work enqueued so far."""
+    """The ledger up to the row behind ``size`` rows, copied behind the work enqueued so far.
 
-    def __init__(self, ledger: Ledger, size: int) -> None:
-        self.size = size
+    That row is the candidate's, or with ``final`` that of a candidate that was made a row since.
+    """
+
+    def __init__(self, ledger: Ledger, size: int, final: bool = False) -> None:
+        self.size, self.final = size, final
         cells = ledger.cells[: size + 1]
         self._event: torch.cuda.Event | None = None
         if cells.device.type == "cuda":
