@@ -5,6 +5,7 @@ from fasthessian.algorithms.arguments import ConvergenceWarning
 from fasthessian.algorithms.density import density
 from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.landscape import landscape
+from fasthessian.algorithms.spectrum import spectrum
 from fasthessian.algorithms.trace import trace
 from fasthessian.kernels import doctor
 from fasthessian.operators.base import SymmetricOperator
@@ -12,7 +13,7 @@ from fasthessian.operators.fisher import EmpiricalFisher, Fisher
 from fasthessian.operators.gaussnewton import GaussNewton
 from fasthessian.operators.hessian import Hessian
 from fasthessian.pyhessian import hessian
-from fasthessian.records import Density, Eigenpairs, Estimate, Landscape
+from fasthessian.records import Density, Eigenpairs, Estimate, Landscape, Spectrum
 
 __all__ = [
     "ConvergenceWarning",
@@ -24,6 +25,7 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "Landscape",
+    "Spectrum",
     "SymmetricOperator",
     "__version__",
     "density",
@@ -31,5 +33,6 @@ __all__ = [
     "eigsh",
     "hessian",
     "landscape",
+    "spectrum",
     "trace",
 ]

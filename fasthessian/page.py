@@ -159,6 +159,9 @@ def how(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("Krylov basis", KEPT[settings["basis"]]))
     if content["top"] or content["bottom"]:
         rows.append(("eigenvalues", "Lanczos with full orthogonalisation, stopped on residuals"))
+    steps = {(content[part] or {}).get("graph") for part in ("top", "bottom", "density")}
+    if words := "; ".join(sorted(filter(None, steps))):
+        rows.append(("Lanczos steps", words))
     if content["trace"]:
         rows.append(
             (

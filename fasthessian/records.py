@@ -45,6 +45,12 @@ def write_whole(path: str | os.PathLike[str], payload: bytes, *, overwrite: bool
         raise
 
 
+def defaults(kind: type[Record]) -> dict[str, Any]:
+    """The fields that a file of an earlier version may lack, with their values."""
+    fields = dataclasses.fields(kind)
+    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Record:
     """Base of the results: immutable fields, ``save`` and ``load``."""
@@ -55,19 +61,25 @@ class Record:
         Raises:
             FileExistsError: ``path`` exists and ``overwrite`` is False.
         """
-        scalars: dict[str, Any] = {}
         arrays: dict[str, np.ndarray[Any, Any]] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                arrays[field.name] = value.detach().cpu().numpy()
-            else:
-                scalars[field.name] = value
-        header = json.dumps({"record": type(self).__name__, "scalars": scalars})
+        header = json.dumps(self._packed("", arrays))
         buffer = io.BytesIO()
         arrays["__record__"] = np.array(header)
         np.savez(buffer, **arrays)  # type: ignore[arg-type]  # its keywords are not all arrays
         write_whole(path, buffer.getvalue(), overwrite=overwrite)
+
+    def _packed(self, prefix: str, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
+        """Name and scalars; tensors go to ``arrays``, those of a record within under its name."""
+        scalars: dict[str, Any] = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                arrays[prefix + field.name] = value.detach().cpu().numpy()
+            elif isinstance(value, Record):
+                scalars[field.name] = value._packed(f"{prefix}{field.name}.", arrays)
+            else:
+                scalars[field.name] = value
+        return {"record": type(self).__name__, "scalars": scalars}
 
     @classmethod
     def load(cls: type[R], path: str | os.PathLike[str]) -> R:
@@ -80,21 +92,37 @@ class Record:
         try:
             with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
                 header = json.loads(str(archive["__record__"]))
-                found, fields = header["record"], dict(header["scalars"])
-                for key in archive.files:
-                    if key != "__record__":
-                        fields[key] = torch.from_numpy(archive[key])
+                arrays = {key: archive[key] for key in archive.files if key != "__record__"}
+                found = header["record"]
+                record = None if found != name else cls._unpacked(header, "", arrays)
         except FileNotFoundError:
             raise
         except Exception as error:
             raise ValueError(f"{path} is not a saved {name} ({error})") from error
-        if found != name:
+        if record is None:
             raise ValueError(f"{path} holds a {found}, not a {name}; use {found}.load")
+        return record
+
+    @classmethod
+    def _unpacked(
+        cls: type[R], header: dict[str, Any], prefix: str, arrays: dict[str, np.ndarray[Any, Any]]
+    ) -> R:
+        kinds = {kind.__name__: kind for kind in Record.__subclasses__()}
+        fields = defaults(cls) | dict(header["scalars"])
+        for field, value in fields.items():
+            if isinstance(value, dict):
+                fields[field] = kinds[value["record"]]._unpacked(value, f"{prefix}{field}.", arrays)
+            elif isinstance(value, list):
+                fields[field] = tuple(value)
+        for key, array in arrays.items():
+            start, _, field = key.rpartition(".")
+            if start == prefix.rstrip("."):
+                fields[field] = torch.from_numpy(array)
         names = {field.name for field in dataclasses.fields(cls)}
         if names != set(fields):
             odd = ", ".join(sorted(names ^ set(fields)))
-            raise ValueError(f"{path} is not a saved {name} of this version (fields: {odd})")
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+            raise ValueError(f"another version's fields: {odd}")
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -106,6 +134,7 @@ class Eigenpairs(Record):
     residuals: Tensor  # (k,) float64, bounds on ||H v - theta v||
     converged: bool
     matvecs: int
+    graph: str = ""  # "captured" as a CUDA graph, or "eager: " and why
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the eigenvalues with their residuals as error bars (needs matplotlib)."""
@@ -145,12 +174,31 @@ class Density(Record):
     upper: Tensor  # (g,) float64
     sigma: float  # standard deviation of the Gaussian kernel, in units of the eigenvalues
     matvecs: int
+    graph: str = ""  # "captured" as a CUDA graph, or "eager: " and why
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the density on a logarithmic axis with its band (needs matplotlib)."""
         from fasthessian.plots import plot_density
 
         return plot_density(self, ax)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectrum(Record):
+    """Both ends, the trace and the density of one operator."""
+
+    top: Eigenpairs  # the largest, descending
+    bottom: Eigenpairs  # the smallest, ascending
+    trace: Estimate
+    density: Density
+    matvecs: int  # of all together
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw the density with the eigenvalues of both ends marked (needs matplotlib)."""
+        from fasthessian.plots import plot_density
+
+        known = [*self.top.values.tolist(), *self.bottom.values.tolist()]
+        return plot_density(self.density, ax, eigenvalues=known)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -27,6 +27,7 @@ from fasthessian.records import (
     Estimate,
     Landscape,
     Record,
+    defaults,
 )
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def records(content: Mapping[str, Any]) -> dict[str, Any]:
             continue
         try:
             values: dict[str, Any] = {}
+            part = defaults(kind) | part
             for field in dataclasses.fields(kind):
                 if field.name == "vectors":
                     values["vectors"] = torch.empty(0, 0)

@@ -215,7 +215,7 @@ def test_density_without_a_basis_keeps_three_vectors():
     assert run._rows.untyped_storage().nbytes() < 3.1 * 4 * 10_000
     for _ in range(50):
         run.step()
-    assert len(run.T) == 50
+    assert len(run.jacobi()) == 50
 
 
 @pytest.fixture

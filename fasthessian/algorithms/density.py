@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, overload
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from fasthessian.algorithms.arguments import (
     seed_of,
 )
 from fasthessian.algorithms.lanczos import Lanczos
-from fasthessian.algorithms.rounds import Run, solve
+from fasthessian.algorithms.rounds import Request, Run, solve
 from fasthessian.algorithms.threeterm import ThreeTerm
 from fasthessian.basis import FORMATS
 from fasthessian.operators.base import SymmetricOperator
@@ -81,7 +81,8 @@ def density(  # type: ignore[misc]  # the overloads leave the options to this on
 
     Returns:
         Density: nodes and weights (probes, steps) - where the Krylov space ends early, the last
-        node repeats with weight 0 - and values with a band on a grid finer than the kernel.
+        node repeats with weight 0 - and values with a band on a grid finer than the kernel; graph
+        says whether steps were "captured", or "eager: " and why.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or A is not symmetric.
@@ -121,48 +122,78 @@ def _run(
     sigma: float | None,
     progress: Progress | None,
 ) -> Run[Density]:
-    n, start, total = A.n, A.matvecs, probes * min(steps, A.n)
-    runs, blur = [], 0.0
+    start, total = A.matvecs, probes * min(steps, A.n)
+
+    def told() -> None:
+        if progress is not None:
+            progress(A.matvecs - start, total)
+
+    runs = []
     for probe in range(probes):
         krylov = begin(probe)
-        while krylov.size < krylov.capacity and not krylov.exhausted:
-            yield from krylov.advance()
-            last = krylov.size == krylov.capacity or krylov.exhausted
-            if last or krylov.size % LOOK == 0:
-                krylov.look(wait=last)
-            if progress is not None:
-                progress(A.matvecs - start, total)
-        runs.append(krylov.T[: krylov.size, : krylov.size].clone())
-        blur = max(blur, krylov.blur)
+        runs.append((yield from grow(krylov, steps, told)))
         krylov.close()
-        del krylov  # the basis, before the next probe's
-    full = [quadrature(T) for T in runs]
-    half = [quadrature(T[: (len(T) + 1) // 2, : (len(T) + 1) // 2]) for T in runs]
+    return smoothed(runs, A.n, steps, sigma, A.matvecs - start)
+
+
+class Measured(NamedTuple):
+    """What quadrature takes from a run: ``Lanczos.jacobi``, ``blur`` and ``replay``."""
+
+    jacobi: Tensor
+    blur: float
+    replay: str
+
+
+def grow(
+    krylov: Lanczos | ThreeTerm, steps: int, told: Callable[[], None]
+) -> Generator[Request, None, Measured]:
+    """Make ``steps`` rows, or fewer where the space of the start vector ends."""
+    while krylov.size < min(steps, krylov.capacity) and not krylov.ended:
+        yield from krylov.advance()
+        last = krylov.size >= min(steps, krylov.capacity) or krylov.ended
+        if last or krylov.size % LOOK == 0:
+            krylov.look(wait=last)
+        told()
+    return Measured(krylov.jacobi(), krylov.blur, krylov.replay)
+
+
+def smoothed(
+    runs: list[Measured], n: int, steps: int, sigma: float | None, matvecs: int
+) -> tuple[Density, list[Warning]]:
+    """The density of an operator of size n from runs of ``steps`` steps, and its shortfalls."""
+    matrices, blur = [run.jacobi for run in runs], max(run.blur for run in runs)
+    full = [quadrature(T) for T in matrices]
+    half = [quadrature(T[: (len(T) + 1) // 2, : (len(T) + 1) // 2]) for T in matrices]
 
     low = min(float(nodes[0]) for nodes, _ in full)
     high = max(float(nodes[-1]) for nodes, _ in full)
     if sigma is None:
         size = max(abs(low), abs(high)) or 1.0
         sigma = max(0.005 * (high - low), 1e-4 * size)
-    shortfall = None
+    shortfalls: list[Warning] = []
     finest = (high - low) * FINENESS / (MAX_GRID - 2 * REACH * FINENESS - 2)
     if sigma < finest:
-        shortfall = UserWarning(
-            f"sigma={sigma:.3g} needs more than {MAX_GRID} grid points for the range "
-            f"[{low:.4g}, {high:.4g}]; {finest:.3g} is used, nodes and weights are unaffected"
+        shortfalls.append(
+            UserWarning(
+                f"sigma={sigma:.3g} needs more than {MAX_GRID} grid points for the range "
+                f"[{low:.4g}, {high:.4g}]; {finest:.3g} is used, nodes and weights are unaffected"
+            )
         )
         sigma = finest
     if sigma < blur:
-        shortfall = ConvergenceWarning(
-            f"the float16 basis ended after {min(map(len, runs))} of {steps} steps: what was left "
-            f"is within its rounding, and eigenvalues closer than {blur:.3g} may share a node; "
-            f"with sigma={sigma:.3g} take basis='full' or 'none', or a sigma of at least {blur:.3g}"
+        shortfalls.append(
+            ConvergenceWarning(
+                f"the float16 basis ended after {min(map(len, matrices))} of {steps} steps: what "
+                f"was left is within its rounding, and eigenvalues closer than {blur:.3g} may "
+                f"share a node; with sigma={sigma:.3g} take basis='full' or 'none', or a sigma of "
+                f"at least {blur:.3g}"
+            )
         )
     grid = _grid(low, high, sigma)
     values = _smooth(full, grid, sigma)
     # K_sigma^2 = K_(sigma / sqrt 2) / (2 sqrt(pi) sigma), so tr(f^2) / n is a density too
     narrow = _smooth(full, grid, sigma / math.sqrt(2))
-    variance = 2 * narrow / (2 * math.sqrt(math.pi) * sigma) / (n * probes)
+    variance = 2 * narrow / (2 * math.sqrt(math.pi) * sigma) / (n * len(runs))
     spread = torch.sqrt(BAND**2 * variance + (values - _smooth(half, grid, sigma)) ** 2)
     found = Density(
         nodes=torch.stack([_padded(nodes, steps, float(nodes[-1])) for nodes, _ in full]),
@@ -172,9 +203,10 @@ def _run(
         lower=(values - spread).clamp(min=0.0),
         upper=values + spread,
         sigma=sigma,
-        matvecs=A.matvecs - start,
+        matvecs=matvecs,
+        graph="; ".join(dict.fromkeys(run.replay for run in runs)),
     )
-    return found, shortfall
+    return found, shortfalls
 
 
 def quadrature(T: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from types import ModuleType
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -81,7 +81,8 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
 
     Returns:
         Eigenpairs: values (k,) float64, vectors (k, n) unit rows, residuals (k,) float64 from the
-        recurrence plus the rounding floor 16 eps ||A||, converged, matvecs. With a compressed
+        recurrence plus the rounding floor 16 eps ||A||, converged, matvecs, graph (whether steps
+        were "captured", or "eager: " and why). With a compressed
         basis the pairs are refined by k more products in A's dtype (Rayleigh-Ritz on the vectors),
         and the residuals are the explicit ||A v - theta v||: about 2e-4 ||A|| is its limit, and
         what lies below 1e-3 ||A|| apart from the largest is not resolved.
@@ -109,8 +110,7 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
 
     def start(B: SymmetricOperator, told: Progress | None) -> Run[Eigenpairs]:
         count = min(k, B.n)
-        default_rows = min(B.n, max(2 * count + 30, 4 * count))
-        rows = default_rows
+        rows = default_rows(count, B.n)
         if ncv is not None:
             rows = min(integer("ncv", ncv, min(count + 2, B.n), largest), B.n)
         limit = max(1000, 20 * rows)
@@ -119,79 +119,130 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
         options: dict[str, Any] = {"schedule": schedule, "backend": backend}
         options |= {"basis": basis, "graph": graph}
         krylov = Lanczos(B, rows, seed=seed, beside=count, **options)
-        return _run(krylov, count, which, tol, limit, basis, told)
+        return _run(krylov, count, which, tol, limit, told)
 
     return solve(A, start, progress)
 
 
+def default_rows(k: int, n: int) -> int:
+    """Rows of the basis for k pairs."""
+    return min(n, max(2 * k + 30, 4 * k))
+
+
+class Found(NamedTuple):
+    """What a run of k wanted pairs found, in their order: as `Eigenpairs`, with each's verdict."""
+
+    values: Tensor  # (k,)
+    vectors: Tensor  # (k, n)
+    residuals: Tensor  # (k,)
+    converged: Tensor  # (k,) bool
+    graph: str
+
+    def take(self, index: Tensor | slice) -> Found:
+        """The pairs of an index (j,), or of a slice without copying the vectors."""
+        return Found(
+            self.values[index],
+            self.vectors[index],
+            self.residuals[index],
+            self.converged[index],
+            self.graph,
+        )
+
+    def record(
+        self, tol: float, matvecs: int, compressed: bool, rows: str = "ncv"
+    ) -> tuple[Eigenpairs, list[Warning]]:
+        """The pairs, and a warning where some have not converged; ``rows`` is what adds to them."""
+        converged = bool(self.converged.all())
+        found = Eigenpairs(
+            values=self.values,
+            vectors=self.vectors,
+            residuals=self.residuals,
+            converged=converged,
+            matvecs=matvecs,
+            graph=self.graph,
+        )
+        if converged:
+            return found, []
+        way = f"raise max_matvecs or {rows}"
+        if compressed:
+            way = "raise max_matvecs or tol; residuals under 2e-4 ||A|| need basis='full'"
+        shortfall = ConvergenceWarning(
+            f"{int(self.converged.sum())} of {len(self.values)} eigenpairs converged to "
+            f"tol={tol:g} in {matvecs} products; {way}, or accept the residuals returned"
+        )
+        return found, [shortfall]
+
+
 def _run(
+    krylov: Lanczos, k: int, which: str, tol: float, limit: int, progress: Progress | None
+) -> Run[Eigenpairs]:
+    A, start = krylov.A, krylov.A.matvecs
+
+    def told() -> None:
+        if progress is not None:
+            progress(A.matvecs - start, None)
+
+    ends = ((k + 1) // 2, k // 2) if which == "BE" else None
+    found = yield from converge(krylov, k, ends or which, tol, start + limit, told)
+    if ends is not None:
+        found = found.take(found.values.argsort(descending=True))
+    return found.record(tol, A.matvecs - start, krylov.compressed)
+
+
+def converge(
     krylov: Lanczos,
     k: int,
-    which: str,
+    which: str | tuple[int, int],
     tol: float,
-    limit: int,
-    basis: str,
-    progress: Progress | None,
-) -> Run[Eigenpairs]:
-    A, ncv, start = krylov.A, krylov.capacity, krylov.A.matvecs
-    compressed = basis == "compressed"
+    until: int,
+    told: Callable[[], None],
+) -> Generator[Request, None, Found]:
+    """Go on with a run until k pairs have converged or A has made ``until`` products; close it.
+
+    ``which`` is one of "LM", "LA", "SA", or how many from the top (descending) and how many from
+    the bottom (ascending).
+    """
+    A, ncv, compressed = krylov.A, krylov.capacity, krylov.compressed
+    aim = tol
     if compressed:  # k products are kept for the refinement, and a margin for what it measures
-        limit = max(limit - k, k)
+        until, aim = until - k, tol / 2
+    entered = krylov.size
     while True:
-        yield from krylov.advance()
-        made = A.matvecs - start
-        if progress is not None:
-            progress(made, None)
-        last = krylov.size == ncv or krylov.exhausted or made >= limit
+        spent, last = A.matvecs >= until, krylov.size == ncv or krylov.exhausted
         # A breakdown may hide further copies of an eigenvalue: then only a full basis is judged.
         every = max(LOOK if krylov.deferred else 1, krylov.size // 20)
         due = krylov.size >= k + 8 and krylov.size % every == 0
-        if krylov.size < k or not (last or (due and not krylov.broke_down)):
-            continue
-        aim = tol / 2 if compressed else tol
-        converged, order = _judged(krylov, k, which, aim, wait=last)
-        if not last and bool(converged.all()):  # take what was enqueued since
-            converged, order = _judged(krylov, k, which, aim, wait=True)
-        full = krylov.size == ncv or krylov.exhausted
-        if krylov.broke_down and not (full or made >= limit):  # noticed by this look
-            continue
-        if len(order) >= k and (made >= limit or krylov.exhausted or bool(converged.all())):
-            break
-        if full:
-            krylov.restart(order[: k + (ncv - k) // 2])
-            krylov.broke_down = False
+        now = last or spent or krylov.size == entered
+        if krylov.size >= k and (now or (due and not krylov.broke_down)):
+            converged, order = _judged(krylov, k, which, aim, wait=now)
+            if not now and bool(converged.all()):  # take what was enqueued since
+                converged, order = _judged(krylov, k, which, aim, wait=True)
+            full = krylov.size == ncv or krylov.exhausted
+            if full or spent or not krylov.broke_down:  # a breakdown may be noticed by this look
+                if len(order) >= k and (spent or krylov.exhausted or bool(converged.all())):
+                    break
+                if full:
+                    krylov.restart(order[: k + (ncv - k) // 2])
+                    krylov.broke_down = False
+        yield from krylov.advance()
+        told()
 
     values, S, residuals = krylov.ritz()
     chosen = order[:k]
-    if which == "BE":
-        chosen = chosen.sort(descending=True).values
     vectors = torch.empty(k, A.n, dtype=A.dtype, device=A.device)
     krylov.combine(S[:, chosen], vectors)
-    krylov.close()
-    values, residuals = values[chosen], residuals[chosen] + krylov.noise
+    graph, noise = krylov.replay, krylov.noise
+    krylov.close()  # the basis, before the products of the vectors
+    values, residuals = values[chosen], residuals[chosen] + noise
     if compressed:
-        floor, backend_used = 2 * krylov.noise, krylov.kernels
-        del krylov  # the basis, before the products of the vectors
-        values, residuals = yield from _refined(vectors, values, backend_used)
-        converged = residuals <= torch.clamp(tol * values.abs(), min=floor)
-        made = A.matvecs - start
-    shortfall = None
-    if not bool(converged.all()):
-        shortfall = ConvergenceWarning(
-            f"{int(converged.sum())} of {k} eigenpairs converged to tol={tol:g} in {made} "
-            f"products; {_way_out(basis)}, or accept the residuals returned"
-        )
-    found = Eigenpairs(
-        values=values,
-        vectors=vectors,
-        residuals=residuals,
-        converged=bool(converged.all()),
-        matvecs=made,
-    )
-    return found, shortfall
+        values, residuals = yield from _refined(vectors, values, krylov.kernels)
+        converged = residuals <= torch.clamp(tol * values.abs(), min=2 * noise)
+    return Found(values, vectors, residuals, converged, graph)
 
 
-def _judged(krylov: Lanczos, k: int, which: str, tol: float, wait: bool) -> tuple[Tensor, Tensor]:
+def _judged(
+    krylov: Lanczos, k: int, which: str | tuple[int, int], tol: float, wait: bool
+) -> tuple[Tensor, Tensor]:
     """Whether each of the k wanted pairs has converged, as of a look, and all in their order."""
     if not krylov.look(wait):
         return torch.zeros(1, dtype=torch.bool, device="cpu"), torch.arange(0, device="cpu")
@@ -233,20 +284,17 @@ def _refined(
     return found, residuals
 
 
-def _way_out(basis: str) -> str:
-    if basis == "compressed":
-        return "raise max_matvecs or tol; residuals under 2e-4 ||A|| need basis='full'"
-    return "raise max_matvecs or ncv"
-
-
-def _wanted(values: Tensor, which: str) -> Tensor:
+def _wanted(values: Tensor, which: str | tuple[int, int]) -> Tensor:
     """Indices of the ascending ``values``, most wanted first."""
     ascending = torch.arange(len(values), device=values.device)
     if which == "SA":
         return ascending
     if which == "LA":
         return ascending.flip(0)
-    if which == "LM":
+    if isinstance(which, str):
         return values.abs().argsort(descending=True, stable=True)
-    both = torch.stack((ascending.flip(0), ascending), dim=1).reshape(-1)
-    return both[: len(values)]
+    top, bottom = which
+    best = torch.cat((ascending[len(values) - top :].flip(0), ascending[:bottom]))
+    rest = ascending[bottom : len(values) - top]
+    both = torch.stack((rest.flip(0), rest), dim=1).reshape(-1)
+    return torch.cat((best, both[: len(rest)]))

@@ -53,6 +53,7 @@ class Lanczos:
 
     Attributes:
         basis: the rows; the first ``size`` are final.
+        compressed: whether they are float16.
         W: (2, n) working rows: the candidate and its product.
         size: final rows, as far as is known.
         T: (size + 1, size + 1) float64 on the CPU, as of the last look: V H V^T and, in its last
@@ -92,15 +93,16 @@ class Lanczos:
         self._u = 0  # the row of W that holds the candidate
         self.ledger = Ledger(self.capacity, A.device)
         self._pending: State | None = None
-        compressed = basis == "compressed"
-        self._rounding = HALF_NOISE if compressed else NOISE * torch.finfo(A.dtype).eps
-        self._asymmetry = 10 * ASYMMETRY[torch.float32 if compressed else A.dtype]
+        self.compressed = basis == "compressed"
+        self._rounding = HALF_NOISE if self.compressed else NOISE * torch.finfo(A.dtype).eps
+        self._asymmetry = 10 * ASYMMETRY[torch.float32 if self.compressed else A.dtype]
         self._seed, self._drawn = seed, offset
         self.T = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
         self.beta = 1.0
         self.size = self._judged = 0
         self._begun = 0  # rows when the candidate was last not made by a step
         self.exhausted = self.broke_down = False
+        self._own: int | None = None  # rows before the first breakdown, once there was one
         self._left = 0.0  # norm of the candidate that was last taken for rounding of the rows
         self._draw(signs)
         self._accept(self._state().wait())
@@ -122,6 +124,16 @@ class Lanczos:
     def blur(self) -> float:
         """The size under which what was left of A was lost to float16's rounding; 0 if nothing."""
         return self._noise_of(self.size) if self._left > self.noise else 0.0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the Krylov space of the start vector ended, so that ``jacobi`` is all of it."""
+        return self.exhausted or self._own is not None
+
+    def jacobi(self) -> Tensor:
+        """The Jacobi matrix of the start vector: T (j, j), j final rows or those of its space."""
+        j = len(self.T) - 1 if self._own is None else self._own
+        return self.T[:j, :j].clone()
 
     def step(self) -> None:
         """One more final row by a product of the operator; see ``advance``."""
@@ -161,9 +173,10 @@ class Lanczos:
         return True
 
     def close(self) -> None:
-        """Give back what a captured run holds: the operator's graphs belong to its stream."""
+        """Give back the rows, and what a captured run holds: A's graphs belong to its stream."""
         if self.replay == "captured":
             self.A.rebuild()
+        del self.basis, self.W, self._replay
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values ascending (j,), T's eigenvectors (j, j) in columns, residual norms (j,)."""
@@ -277,6 +290,7 @@ class Lanczos:
         """Drop the rows from ``size`` on; the run ends or goes on from a fresh direction."""
         self._pending = None
         self.broke_down = True
+        self._own = size if self._own is None else self._own
         self.size = self._judged = self._begun = size
         self.beta = 0.0
         self.T = self.T[: size + 1, : size + 1].clone()

@@ -30,7 +30,7 @@ class Request(NamedTuple):
 
 
 Asking = Generator[Request, None, None]
-Run = Generator[Request, None, tuple[R, "Warning | None"]]  # the record, and what it falls short of
+Run = Generator[Request, None, tuple[R, list[Warning]]]  # the record, and where it falls short
 Start = Callable[[SymmetricOperator, "Progress | None"], Run[R]]
 
 
@@ -48,10 +48,10 @@ def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R
             try:
                 V, out, trusted = next(run)
             except StopIteration as stop:
-                record, shortfall = stop.value
+                record, shortfalls = stop.value
                 break
             A.apply(V, out, trusted=trusted)
-        if shortfall is not None:
+        for shortfall in shortfalls:
             warnings.warn(shortfall, stacklevel=3)
         return record  # type: ignore[no-any-return]
     return _together(A, start, progress)
@@ -88,8 +88,8 @@ def _together(
                 V, out, trusted = next(runs[name])
             except StopIteration as stop:
                 del runs[name]
-                found[name], shortfall = stop.value
-                if shortfall is not None:
+                found[name], shortfalls = stop.value
+                for shortfall in shortfalls:
                     warnings.warn(type(shortfall)(f"{name}: {shortfall}"), stacklevel=4)
                 continue
             except (ValueError, MemoryError) as error:

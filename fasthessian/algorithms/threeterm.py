@@ -26,9 +26,11 @@ class ThreeTerm:
         size, capacity: steps made, and at most.
         exhausted: an invariant subspace was met.
         blur: nothing is lost to rows of less precision.
+        replay: why steps are not replayed as a CUDA graph.
     """
 
     blur = 0.0
+    replay = "eager: steps without a basis are not captured"
 
     def __init__(
         self,
@@ -78,7 +80,8 @@ class ThreeTerm:
         return wait or not self._deferred
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Give back the rows."""
+        del self._rows
 
     def _read(self) -> None:
         """Look at the entries since the last look: for NaN, and for the end of the space."""
@@ -94,8 +97,12 @@ class ThreeTerm:
         self._seen = self.size
 
     @property
-    def T(self) -> Tensor:
-        """(size, size) float64 on the CPU."""
+    def ended(self) -> bool:
+        """Whether an invariant subspace was met."""
+        return self.exhausted
+
+    def jacobi(self) -> Tensor:
+        """The Jacobi matrix of the start vector: T (size, size) float64 on the CPU."""
         diagonal, beside = self._entries[: self.size].cpu().unbind(1)
         return torch.diag(diagonal) + torch.diag(beside[:-1], 1) + torch.diag(beside[:-1], -1)
 

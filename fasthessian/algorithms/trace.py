@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import ModuleType
 from typing import Any, overload
 
 import torch
@@ -13,16 +14,18 @@ from fasthessian.algorithms.arguments import (
     ConvergenceWarning,
     Progress,
     integer,
+    operator,
     positive,
     seed_of,
 )
 from fasthessian.algorithms.rounds import Request, Run, solve
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.records import Estimate
+from fasthessian.records import Eigenpairs, Estimate
 from fasthessian.vectors import empty_rows
 
 METHODS = ("auto", "hutchinson")
 BLOCK = 8  # samples between two looks at the interval, and vectors in one pass over the data
+MOST = 1000  # samples, unless told
 FIRST_LOOK = 16  # samples: a variance from fewer stops too early too often
 
 
@@ -41,6 +44,7 @@ def trace(  # type: ignore[misc]  # the overloads leave the options to this one
     rtol: float = 0.05,
     confidence: float = 0.95,
     max_matvecs: int | None = None,
+    deflate: Eigenpairs | Mapping[str, Eigenpairs] | None = None,
     seed: int = 0,
     backend: str | None = None,
     progress: Progress | None = None,
@@ -51,6 +55,10 @@ def trace(  # type: ignore[misc]  # the overloads leave the options to this one
     stops when the half-width of the Student-t interval is at most ``rtol |mean|``, looked at
     every 8 samples from the 16th on - never on the change of the running mean.
 
+    With ``deflate`` the trace is ``sum theta + tr(P A P)``, P = I - Q'Q for the eigenvectors Q, and
+    only the second term is sampled (the idea of Hutch++, arXiv 2010.09649): a few outliers that
+    hold most of ||A||_F no longer add to the variance. Unbiased, converged pairs or not.
+
     Args:
         A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
             together, and a dictionary of results is returned.
@@ -58,6 +66,8 @@ def trace(  # type: ignore[misc]  # the overloads leave the options to this one
         rtol: half-width of the interval over |trace|, in (0, 1).
         confidence: of the interval, in (0, 1).
         max_matvecs: products at most, at least 2; default 1000.
+        deflate: eigenpairs of A as `eigsh` gives them, a dictionary for a dictionary of operators.
+            Those of `spectrum` need another seed: its start vectors are this one's samples.
         seed: sample i is elements i n .. (i + 1) n of the seed's stream of signs.
         backend: kernels by name; default the best that serves.
         progress: called with (products done, products expected in all) after each block.
@@ -80,16 +90,60 @@ def trace(  # type: ignore[misc]  # the overloads leave the options to this one
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
-    limit = 1000 if max_matvecs is None else integer("max_matvecs", max_matvecs, 2)
+    limit = MOST if max_matvecs is None else integer("max_matvecs", max_matvecs, 2)
     seed = seed_of(seed)
 
+    known = _by_operator(A, deflate)
+
     def start(B: SymmetricOperator, told: Progress | None) -> Run[Estimate]:
-        return _run(B, rtol, confidence, limit, seed, backend, told)
+        run = hutchinson(B, rtol, confidence, limit, seed, backend, told)
+        pairs = known.get(id(B))
+        return run if pairs is None else deflated(run, pairs, kernels.select(B.device, backend))
 
     return solve(A, start, progress)
 
 
-def _run(
+def _by_operator(A: Any, pairs: Any) -> dict[int, Eigenpairs]:
+    """The pairs of each operator by its id, or an error that names the argument."""
+    if pairs is None:
+        return {}
+    single = not isinstance(A, Mapping)
+    operators, given = ({"A": A}, {"A": pairs}) if single else (A, pairs)
+    if not isinstance(given, Mapping) or set(given) != set(operators):
+        raise ValueError("deflate must be a dictionary of A's names, as eigsh returns it for A")
+    for name, found in given.items():
+        B = operator(operators[name])
+        if not isinstance(found, Eigenpairs):
+            raise TypeError(
+                f"deflate must be Eigenpairs as eigsh returns them, got {type(found).__name__}"
+            )
+        Q = found.vectors
+        if Q.shape != (len(found.values), B.n) or (Q.dtype, Q.device) != (B.dtype, B.device):
+            raise ValueError(
+                f"deflate must hold vectors ({len(found.values)}, {B.n}) of {B.dtype} on "
+                f"{B.device}, got {tuple(Q.shape)} of {Q.dtype} on {Q.device}"
+            )
+    return {id(operators[name]): found for name, found in given.items()}
+
+
+def deflated(run: Run[Estimate], pairs: Eigenpairs, serve: ModuleType) -> Run[Estimate]:
+    """Answer the requests of a run by P A P + (sum theta / n) I, which has the trace of A."""
+    Q, shift = pairs.vectors, float(pairs.values.sum()) / pairs.vectors.shape[1]
+    asked = next(run)
+    while True:
+        V, out, trusted = asked
+        rest = V.clone()
+        serve.update_(Q, rest, serve.project_(Q, rest)[0])
+        yield Request(rest, out, trusted)
+        serve.update_(Q, out, serve.project_(Q, out)[0])
+        out.add_(V, alpha=shift)
+        try:
+            asked = next(run)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+
+
+def hutchinson(
     A: SymmetricOperator,
     rtol: float,
     confidence: float,
@@ -97,7 +151,9 @@ def _run(
     seed: int,
     backend: str | None,
     progress: Progress | None,
+    skip: int = 0,
 ) -> Run[Estimate]:
+    """A run of the estimator; its first vector is the one behind ``skip`` of the stream."""
     n, serve = A.n, kernels.select(A.device, backend)
     rows = empty_rows(BLOCK, n, A.dtype, A.device)
     products = torch.empty(min(BLOCK, limit), n, dtype=A.dtype, device=A.device)
@@ -106,7 +162,7 @@ def _run(
     while len(samples) < limit and not converged:
         b = min(BLOCK, limit - len(samples))
         for i in range(b):
-            serve.signs_(rows[i], seed, (len(samples) + i) * n)
+            serve.signs_(rows[i], seed, (skip + len(samples) + i) * n)
         yield Request(rows[:b], products[:b])
         C, _ = serve.project_(rows[:b], products[:b])
         samples = torch.cat((samples, C.diagonal().cpu()))
@@ -119,11 +175,13 @@ def _run(
             needed = int(min(limit, max(s + BLOCK, s * min(ratio, 1e4) ** 2)))
         if progress is not None:
             progress(A.matvecs - start, s if converged else needed)
-    shortfall = None
+    shortfalls: list[Warning] = []
     if not converged:
-        shortfall = ConvergenceWarning(
-            f"the trace's interval is {value:.4g} +- {half:.2g} after {len(samples)} products, "
-            f"wider than rtol={rtol:g}; raise max_matvecs or rtol"
+        shortfalls.append(
+            ConvergenceWarning(
+                f"the trace's interval is {value:.4g} +- {half:.2g} after {len(samples)} products, "
+                f"wider than rtol={rtol:g}; raise max_matvecs or rtol"
+            )
         )
     found = Estimate(
         value=value,
@@ -134,7 +192,7 @@ def _run(
         matvecs=A.matvecs - start,
         converged=converged,
     )
-    return found, shortfall
+    return found, shortfalls
 
 
 def student_t(confidence: float, df: int) -> float:

@@ -146,11 +146,16 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
         if plan.bottom:
             ends("bottom", plan.bottom, "SA")
         if plan.trace:
-            B = deflated(A, found["top"]) if plan.top else A
             run(
                 "trace",
                 "trace",
-                lambda p: trace(B, rtol=plan.trace_rtol, seed=plan.seed, progress=p),
+                lambda p: trace(
+                    A,
+                    rtol=plan.trace_rtol,
+                    deflate=found.get("top"),
+                    seed=plan.seed,
+                    progress=p,
+                ),
             )
         if plan.density:
             run(
@@ -240,19 +245,3 @@ def default_span(loss: float, curvature: float) -> float:
     if loss <= 0 or curvature <= 0:
         return 1.0
     return float(f"{math.sqrt(2 * 10 * loss / curvature):.2g}")
-
-
-def deflated(A: SymmetricOperator, pairs: Eigenpairs) -> SymmetricOperator:
-    """B = P A P + (sum theta / n) I with P = I - Q'Q, which has the trace of A and less variance.
-
-    tr(A) = sum theta + tr(P A P) for orthonormal rows Q with Rayleigh quotients theta, converged
-    or not. For random signs v the second term of v'Bv is the sum of theta with no variance, so
-    the outliers, which hold most of ||A||_F, no longer add to it (as in Hutch++, arXiv 2010.09649).
-    """
-    Q, shift = pairs.vectors, float(pairs.values.sum()) / A.n
-
-    def product(v: Tensor) -> Tensor:
-        w = A @ (v - (Q @ v) @ Q)
-        return w - (Q @ w) @ Q + shift * v
-
-    return SymmetricOperator(product, A.n, dtype=A.dtype, device=A.device, check=False)

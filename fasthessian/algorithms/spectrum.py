@@ -1,0 +1,174 @@
+"""Both ends of the spectrum, its density and the trace from one Krylov run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from fasthessian import kernels
+from fasthessian.algorithms.arguments import (
+    Progress,
+    integer,
+    operator,
+    positive,
+    seed_of,
+)
+from fasthessian.algorithms.density import grow, smoothed
+from fasthessian.algorithms.eigsh import converge, default_rows
+from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.algorithms.rounds import Run, solve
+from fasthessian.algorithms.trace import FIRST_LOOK, MOST, deflated, hutchinson
+from fasthessian.operators.base import SymmetricOperator
+from fasthessian.records import Spectrum
+
+PAIRS = 5  # at each end, unless told
+
+
+@overload
+def spectrum(A: SymmetricOperator, **options: Any) -> Spectrum: ...
+
+
+@overload
+def spectrum(A: Mapping[str, SymmetricOperator], **options: Any) -> dict[str, Spectrum]: ...
+
+
+def spectrum(  # type: ignore[misc]  # the overloads leave the options to this one
+    A: SymmetricOperator | Mapping[str, SymmetricOperator],
+    k: int | tuple[int, int] | None = None,
+    *,
+    tol: float = 1e-3,
+    steps: int = 100,
+    probes: int = 1,
+    sigma: float | None = None,
+    rtol: float = 0.05,
+    confidence: float = 0.95,
+    max_matvecs: int | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+    basis: str = "full",
+    graph: bool = True,
+    progress: Progress | None = None,
+) -> Spectrum | dict[str, Spectrum]:
+    r"""Largest and smallest eigenvalues, trace and density of A, by fewer products than apart.
+
+    One Lanczos run from random signs serves two ends: its first ``steps`` steps are those of
+    `density`, to the bit, and the same rows hold the eigenpairs of both ends. It goes on, as
+    `eigsh` does, until they have converged. The pairs then take their share out of the trace
+    (``trace(A, deflate=...)``), of which few samples are left to take, by vectors of their own.
+
+    Args:
+        A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
+            together, and a dictionary of results is returned.
+        k: pairs at each end, or (largest, smallest), one of which may be 0; at most n. Default 5,
+            or as many as there are.
+        tol: relative residual at which a pair is converged, as in `eigsh`.
+        steps: of the density, at least 1, as in `density`.
+        probes: random starts of the density; those behind the first are runs of their own.
+        sigma: width of the density's kernel, as in `density`.
+        rtol: half-width of the trace's interval over |trace|, as in `trace`.
+        confidence: of that interval.
+        max_matvecs: products at most in all, at least ``steps * probes + 16``, and one more for
+            each pair on a compressed basis; default as many as `eigsh` and `trace` take apart.
+        seed: of all random vectors; the same seed gives the same bits.
+        backend: kernels by name; default the best that serves.
+        basis: "full", "compressed" or "offload" rows, as in `eigsh`. Memory: the larger of
+            ``steps`` and 2 k + 30 rows for k pairs in all, their vectors and two more.
+        graph: on a GPU, replay a step as a CUDA graph where it can be captured.
+        progress: called with (products done, None) after each.
+
+    Returns:
+        Spectrum: top and bottom (Eigenpairs, descending and ascending; their matvecs are those of
+        the run, which they share), trace (Estimate), density (Density), matvecs of all together.
+
+    Warns:
+        ConvergenceWarning: as `eigsh`, `density` and `trace` do, one warning each.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range, or A is not symmetric.
+        MemoryError: the basis does not fit; the message says what would.
+
+    Example:
+        >>> import torch, fasthessian as fh
+        >>> A = fh.SymmetricOperator(lambda v: torch.arange(1.0, 101.0) * v, 100)
+        >>> s = fh.spectrum(A, 2)
+        >>> [round(x, 3) for x in (*s.top.values.tolist(), *s.bottom.values.tolist())]
+        [100.0, 99.0, 1.0, 2.0]
+        >>> round(s.trace.value, 3)
+        5050.0
+    """
+    tol, seed = positive("tol", tol), seed_of(seed)
+    steps, probes = integer("steps", steps, 1), integer("probes", probes, 1)
+    sigma = None if sigma is None else positive("sigma", sigma)
+    rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
+    each = A.values() if isinstance(A, Mapping) else [A]
+    ends = _ends(k, max((operator(B).n for B in each), default=1))
+
+    def run(B: SymmetricOperator, told: Progress | None) -> Run[Spectrum]:
+        top, bottom = (min(count, B.n) for count in ends)
+        pairs, long, start = min(top + bottom, B.n), min(steps, B.n), B.matvecs
+        rows = max(long, default_rows(pairs, B.n))
+        others = long * (probes - 1) + FIRST_LOOK  # products of the further probes and the trace
+        limit, samples = max(1000, 20 * rows) + others, MOST
+        if max_matvecs is not None:
+            least = long + others + pairs * (basis == "compressed")
+            limit = samples = integer("max_matvecs", max_matvecs, least)
+
+        def begin(probe: int, rows: int, **more: Any) -> Lanczos:
+            options: dict[str, Any] = {"backend": backend, "basis": basis, "graph": graph}
+            options |= {"seed": seed, "offset": probe * B.n, "signs": True}
+            return Lanczos(B, rows, **options, **more)
+
+        def tell(*_: Any) -> None:
+            if told is not None:
+                told(B.matvecs - start, None)
+
+        krylov = begin(0, rows, beside=pairs)
+        measured = [(yield from grow(krylov, long, tell))]
+        made = B.matvecs - start
+        split, until = (top, pairs - top), start + limit - others
+        found = yield from converge(krylov, pairs, split, tol, until, tell)
+        shared = B.matvecs - start
+        both, shortfalls = found.record(tol, shared, krylov.compressed, "steps")
+        lowest: slice | Tensor = slice(top, pairs)
+        if top + bottom > pairs:  # the two ends overlap
+            lowest = torch.cat((torch.arange(top, pairs), torch.arange(top).flip(0)))[:bottom]
+        (above, _), (below, _) = (
+            found.take(index).record(tol, shared, krylov.compressed)
+            for index in (slice(top), lowest)
+        )
+
+        for probe in range(1, probes):
+            krylov = begin(probe, long, refill=False)
+            measured.append((yield from grow(krylov, long, tell)))
+            krylov.close()
+        made += B.matvecs - start - shared
+        shape, warned = smoothed(measured, B.n, steps, sigma, made)
+        shortfalls += warned
+
+        samples = min(samples, limit - (B.matvecs - start))
+        sampled = hutchinson(B, rtol, confidence, samples, seed, backend, tell, skip=probes)
+        serve = kernels.select(B.device, backend)
+        total, warned = yield from deflated(sampled, both, serve)
+        result = Spectrum(
+            top=above, bottom=below, trace=total, density=shape, matvecs=B.matvecs - start
+        )
+        return result, [*shortfalls, *warned]
+
+    return solve(A, run, progress)
+
+
+def _ends(k: Any, n: int) -> tuple[int, int]:
+    """How many pairs from the top and from the bottom."""
+    if k is None:
+        return min(PAIRS, n), min(PAIRS, n)
+    if not isinstance(k, (tuple, list)):
+        return integer("k", k, 1, n), int(k)
+    if len(k) != 2:
+        raise ValueError(f"k must be a number or (largest, smallest), got {k!r}")
+    top, bottom = (integer("k", count, 0, n) for count in k)
+    if top + bottom == 0:
+        raise ValueError("k must ask for a pair at one end at least, got (0, 0)")
+    return top, bottom
