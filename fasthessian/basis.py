@@ -216,13 +216,12 @@ def allocate(
         # at most 1 GiB each, and an eighth of what the card has left
         room = min(1 << 30, available_bytes(device) // 8)
         chunk = max(1, min(rows, room // stride_bytes(n, dtype) - 1))
-        check_room(kind, rows, n, dtype, torch.device("cpu"), device, 0)
-        check_room(kind, 2 * (chunk + 1), n, dtype, device, device, 2 + beside)
+        check_room(kind, rows, n, dtype, dtype, torch.device("cpu"), device, 0)
+        check_room(kind, 2 * (chunk + 1), n, dtype, dtype, device, device, 2 + beside)
         like = torch.empty(0, n, dtype=dtype, device=device)
         pinned = torch.empty(rows, n, dtype=dtype, device="cpu", pin_memory=True)
         return Offloaded(pinned, like, kernels, chunk)
-    vectors = (2 + beside) * dtype.itemsize / stored.itemsize
-    check_room(kind, rows, n, stored, device, device, vectors)
+    check_room(kind, rows, n, stored, dtype, device, device, 2 + beside)
     scale = min(math.sqrt(n), LARGEST) if kind == "compressed" else 1.0
     return Basis(empty_rows(rows, n, stored, device), scale, kernels)
 
@@ -232,30 +231,41 @@ def check_room(
     rows: int,
     n: int,
     stored: torch.dtype,
+    dtype: torch.dtype,
     where: torch.device,
     device: torch.device,
-    vectors: float,
+    vectors: int,
 ) -> None:
-    """MemoryError unless ``rows`` rows fit and ``vectors``: the candidate, its product, results."""
+    """MemoryError unless ``rows`` rows of the ``stored`` type fit into the memory of ``where``.
+
+    ``vectors`` of the operator's ``dtype`` have to fit too: the candidate, its product, results.
+    """
     row, free = stride_bytes(n, stored), available_bytes(where)
-    needs = int((rows + vectors) * row)
-    if kind == "offload" and where.type == "cpu":  # torch rounds pinned blocks up
-        needs = 1 << (needs - 1).bit_length()
+    beside, pinned = vectors * stride_bytes(n, dtype), kind == "offload" and where.type == "cpu"
+    needs = _pinned(rows * row) if pinned else rows * row + beside
     if needs <= free:
         return
     ways = []
-    half = rows * stride_bytes(n, torch.float16) + int(vectors * row)
+    half = rows * stride_bytes(n, torch.float16) + beside
     if kind == "full" and half <= free:
         ways.append(f"basis='compressed' needs {readable(half)}")
-    if kind != "offload" and device.type == "cuda":
-        host = available_bytes(torch.device("cpu"))
-        if 2 * needs <= host:
-            ways.append(f"basis='offload' puts it into the {readable(host)} of the host")
-    fit = max(0, int(free / row - vectors))
-    if fit:
-        ways.append(f"{fit} rows would fit (fewer steps, or a smaller ncv)")
+    if kind in ("full", "compressed") and device.type == "cuda":
+        away, host = _pinned(rows * stride_bytes(n, dtype)), available_bytes(torch.device("cpu"))
+        if away <= host:
+            ways.append(
+                f"basis='offload' needs {readable(away)} of the {readable(host)} of the host"
+            )
+    room = _pinned(free + 1) // 2 if pinned else free - beside
+    if room >= row and (kind in ("full", "compressed") or pinned):
+        rows_fit = "1 row" if room < 2 * row else f"{room // row} rows"
+        ways.append(f"{rows_fit} would fit (fewer steps, or a smaller ncv)")
     ways = ways or ["use a machine with more memory"]
     raise MemoryError(
         f"the basis of {rows} rows of {n} {str(stored).removeprefix('torch.')} numbers needs "
         f"{readable(needs)} on {where}, {readable(free)} are free; {', or '.join(ways)}"
     )
+
+
+def _pinned(size: int) -> int:
+    """What torch takes for a pinned block of this many bytes: the next power of two."""
+    return 1 << (size - 1).bit_length()

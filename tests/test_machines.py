@@ -1,5 +1,6 @@
 """What a machine limits or lacks: a container's memory, a Triton that is broken, a compiler."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from fasthessian import basis as bases
 from fasthessian import memory
 from fasthessian.kernels import triton_backend
 
+density_module = importlib.import_module("fasthessian.algorithms.density")
 CPU, MIB = torch.device("cpu"), 1 << 20
 
 
@@ -40,6 +42,61 @@ def test_basis_that_does_not_fit_says_what_would(monkeypatch):
     with pytest.raises(MemoryError, match=r"float16 numbers needs .* rows would fit"):
         fh.eigsh(A, ncv=200, basis="compressed")
     assert A.matvecs == 0
+
+
+def test_a_density_that_does_not_fit_may_do_without_a_basis(monkeypatch):
+    A = fh.SymmetricOperator(lambda v: v, 10**7, check=False)
+    for room, words in (
+        (
+            3 * 4 * 10**7,
+            "; 1 row would fit (fewer steps, or a smaller ncv), or basis='none' needs 114 MiB",
+        ),
+        (3 * 4 * 10**7 - 1, "use a machine with more memory"),
+    ):
+        for module in (bases, density_module):
+            monkeypatch.setattr(module, "available_bytes", lambda device, room=room: room)
+        with pytest.raises(MemoryError) as caught:
+            fh.density(A, steps=20)
+        assert str(caught.value).endswith(words)
+    with pytest.raises(MemoryError, match=r"basis of 3 rows .* 114 MiB are free; use a machine"):
+        fh.density(A, steps=20, basis="none")
+
+
+@pytest.mark.parametrize(
+    ("kind", "where", "free", "words"),
+    [
+        # rows of 1 MB, 20 of them: pinned memory comes in powers of two, 32 MiB
+        (
+            "full",
+            "cuda",
+            {"cuda": 10e6, "cpu": 2**25},
+            "basis='offload' needs 32 MiB of the 32 MiB",
+        ),
+        ("full", "cuda", {"cuda": 10e6, "cpu": 2**25 - 1}, "; 8 rows would fit"),
+        # of a compressed basis the host would hold rows of float32
+        (
+            "compressed",
+            "cuda",
+            {"cuda": 10e6, "cpu": 2**25},
+            "'offload' needs 32 MiB of the 32 MiB",
+        ),
+        ("compressed", "cuda", {"cuda": 10e6, "cpu": 2**25 - 1}, "; 15 rows would fit"),
+        (
+            "offload",
+            "cpu",
+            {"cuda": 10e6, "cpu": 2**25 - 1},
+            "needs 32 MiB on cpu, 32 MiB are free; 16",
+        ),
+        ("offload", "cuda", {"cuda": 10e6, "cpu": 2**30}, "; use a machine with more memory"),
+    ],
+)
+def test_what_would_fit_beside_a_gpu(kind, where, free, words, monkeypatch):
+    monkeypatch.setattr(bases, "available_bytes", lambda device: int(free[device.type]))
+    stored = torch.float16 if kind == "compressed" else torch.float32
+    place, device = torch.device(where), torch.device("cuda")
+    with pytest.raises(MemoryError) as caught:
+        bases.check_room(kind, 20, 250_000, stored, torch.float32, place, device, 2)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("basis", ["full", "compressed"])

@@ -18,10 +18,12 @@ from fasthessian.algorithms.arguments import (
 )
 from fasthessian.algorithms.lanczos import Lanczos
 from fasthessian.algorithms.rounds import Request, Run, solve
-from fasthessian.algorithms.threeterm import ThreeTerm
+from fasthessian.algorithms.threeterm import ROWS, ThreeTerm
 from fasthessian.basis import FORMATS
+from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.records import Density
+from fasthessian.vectors import stride_bytes
 
 REACH = 8  # kernel widths beyond the outermost nodes: the mass outside is below 1e-15
 FINENESS = 4  # grid points a kernel width: the sum of a sampled Gaussian is then exact to 1e-16
@@ -107,7 +109,13 @@ def density(  # type: ignore[misc]  # the overloads leave the options to this on
             if basis == "none":
                 return ThreeTerm(B, steps, **options)
             options |= {"schedule": schedule, "basis": basis, "graph": graph}
-            return Lanczos(B, steps, signs=True, refill=False, **options)
+            try:
+                return Lanczos(B, steps, signs=True, refill=False, **options)
+            except MemoryError as error:
+                needs = ROWS * stride_bytes(B.n, B.dtype)
+                if needs > available_bytes(B.device):
+                    raise
+                raise MemoryError(f"{error}, or basis='none' needs {readable(needs)}") from None
 
         return _run(B, krylov, steps, probes, sigma, told)
 

@@ -17,6 +17,8 @@ from fasthessian.basis import check_room
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.vectors import empty_rows
 
+ROWS = 3
+
 
 class ThreeTerm:
     """The tridiagonal T of a Krylov space from a vector of random signs; see ``Lanczos``.
@@ -47,8 +49,8 @@ class ThreeTerm:
         self._seen, self._largest = 0, 0.0
         self._deferred = A.device.type == "cuda" if deferred is None else deferred
         self._kernels = kernels.select(A.device, backend)
-        check_room("none", 3, A.n, A.dtype, A.device, A.device, 0)
-        self._rows = empty_rows(3, A.n, A.dtype, A.device)  # q_j in row j mod 3
+        check_room("none", ROWS, A.n, A.dtype, A.dtype, A.device, A.device, 0)
+        self._rows = empty_rows(ROWS, A.n, A.dtype, A.device)  # q_j in row j mod 3
         # row j: the diagonal entry, and the coupling to row j + 1
         self._entries = torch.zeros(self.capacity, 2, dtype=torch.float64, device=A.device)
         self._kernels.signs_(self._rows[0], seed, offset)
