@@ -1,4 +1,4 @@
-// The CUDA half of the bindings: the tensors' device is current for the call, every error is named.
+// The CUDA half of the bindings: the tensors' device is made current, every error is named.
 #include <stdexcept>
 #include <string>
 
@@ -7,23 +7,19 @@
 #include "cuda/kernels.h"
 
 namespace {
-void check(int error, const std::string& asked, int device) {
+// Throws what went wrong; asked() says in what.
+template <class Asked>
+void check(int error, Asked&& asked, int device) {
   if (error == 0) return;
-  throw std::runtime_error("CUDA: " + std::string(fh_cuda_error(error)) + ", in " + asked +
+  throw std::runtime_error("CUDA: " + std::string(fh_cuda_error(error)) + ", in " + asked() +
                            " on device " + std::to_string(device));
 }
 
-// Runs call() with the device current; asked() says what it was for, if it fails.
+// Runs call() with the device current.
 template <class Call, class Asked>
 auto on_device(int device, Call&& call, Asked&& asked) {
-  int previous = 0;
-  const int entered = fh_cuda_enter(device, &previous);
-  if (entered != 0) check(entered, asked(), device);
-  const auto result = call();
-  int left = device;
-  const int returned = fh_cuda_enter(previous, &left);
-  check(returned, asked(), device);
-  return result;
+  check(fh_cuda_enter(device), asked, device);
+  return call();
 }
 
 template <class Call, class Asked>
@@ -33,7 +29,7 @@ void launch(int device, Call&& call, Asked&& asked) {
     py::gil_scoped_release released;
     error = on_device(device, call, asked);
   }
-  if (error != 0) check(error, asked(), device);
+  check(error, asked, device);
 }
 
 FhCudaBlock block_of(Address v, int64_t ldv, int vtype, int64_t k, int64_t n, Address w,

@@ -4,6 +4,7 @@ import importlib
 import os
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 import fasthessian as fh
 from fasthessian import basis as bases
 from fasthessian import memory
-from fasthessian.kernels import triton_backend
+from fasthessian.kernels import native, triton_backend
 
 density_module = importlib.import_module("fasthessian.algorithms.density")
 CPU, MIB = torch.device("cpu"), 1 << 20
@@ -111,6 +112,33 @@ def test_the_eigenvectors_have_to_fit_beside_the_basis(basis, monkeypatch):
     assert A.matvecs == 0
     monkeypatch.setattr(bases, "available_bytes", lambda device: stored + (2 + k) * row + row // 2)
     assert fh.eigsh(A, k, ncv=ncv, basis=basis).converged
+
+
+def test_kernels_of_another_device_run_under_torchs_guard(monkeypatch):
+    """It brings the caller's device back without making a context there."""
+    current = [0]
+
+    class Guard:
+        def __init__(self, index):
+            self.index = index
+
+        def __enter__(self):
+            current.append(self.index)
+
+        def __exit__(self, *error):
+            current.pop()
+
+    cuda = types.SimpleNamespace(signs=lambda *place: (current[-1], place))
+    monkeypatch.setattr(native, "_native", types.SimpleNamespace(cuda=cuda, cpu=None))
+    monkeypatch.setattr(torch.cuda, "device", Guard)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    stream = types.SimpleNamespace(cuda_stream=7)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda index: stream)
+    for index in (0, 1):
+        tensor = types.SimpleNamespace(device=torch.device("cuda", index))
+        entry, place = native._entry(tensor)
+        assert entry.signs(*place) == (index, (index, 7)) and current == [0]
+        assert (entry is cuda) == (index == 0)
 
 
 def doctor_with(tmp_path, triton):

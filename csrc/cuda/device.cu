@@ -20,9 +20,9 @@ FhCudaState fh_cuda_state() {
 }
 
 int fh_cuda_chip(int device) {
-  int previous = 0, major = 0, minor = 0;
+  int major = 0, minor = 0;
   cudaFuncAttributes attributes;
-  cudaError_t error = (cudaError_t)fh_cuda_enter(device, &previous);
+  cudaError_t error = (cudaError_t)fh_cuda_enter(device);
   if (error != cudaSuccess) return -(int)error;
   if ((error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) ==
           cudaSuccess &&
@@ -30,14 +30,14 @@ int fh_cuda_chip(int device) {
           cudaSuccess)
     error = cudaFuncGetAttributes(&attributes, probe);
   cudaGetLastError();
-  cudaSetDevice(previous);
   if (error == cudaErrorNoKernelImageForDevice) return 0;
   return error == cudaSuccess ? 10 * major + minor : -(int)error;
 }
 
-int fh_cuda_enter(int device, int* previous) {
-  cudaError_t error = cudaGetDevice(previous);
-  if (error == cudaSuccess && *previous != device) error = cudaSetDevice(device);
+int fh_cuda_enter(int device) {
+  int current = 0;
+  cudaError_t error = cudaGetDevice(&current);
+  if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
   if (error != cudaSuccess) cudaGetLastError();
   return error;
 }

@@ -14,6 +14,7 @@ FhCudaState fh_cuda_state();
 // this build has no code for it.
 int fh_cuda_chip(int device);
 
-// Makes a device current for the calling thread; `previous` is the one to return to.
-int fh_cuda_enter(int device, int* previous);
+// Makes a device current for the calling thread. The way back is the caller's: cudaSetDevice makes
+// a context on the device that it is given, torch's guard only where there is one.
+int fh_cuda_enter(int device);
 const char* fh_cuda_error(int error);

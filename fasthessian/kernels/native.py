@@ -71,7 +71,8 @@ def _no_cuda() -> str | None:
 
 @functools.cache
 def _no_chip(index: int) -> str | None:
-    chip = _native.cuda_chip(index)
+    with torch.cuda.device(index):
+        chip = _native.cuda_chip(index)
     if chip > 0:
         return None
     major, minor = torch.cuda.get_device_capability(index)
@@ -90,12 +91,29 @@ def describe() -> str:
     return f"{_native.isa()} of {', '.join(_native.isas())}; {cuda}"
 
 
+class _Elsewhere:
+    """The CUDA entry points for a device that is not the current one, under torch's guard."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+
+    def __getattr__(self, name: str) -> Any:
+        call = getattr(_native.cuda, name)
+
+        def guarded(*args: Any) -> Any:
+            with torch.cuda.device(self._index):
+                return call(*args)
+
+        return guarded
+
+
 def _entry(tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
     """The entry points for a tensor's device, and their last arguments: where they work."""
     if tensor.device.type == "cpu":
         return _native.cpu, (torch.get_num_threads(),)
     index = tensor.device.index
-    return _native.cuda, (index, torch.cuda.current_stream(index).cuda_stream)
+    entry = _native.cuda if index == torch.cuda.current_device() else _Elsewhere(index)
+    return entry, (index, torch.cuda.current_stream(index).cuda_stream)
 
 
 def _count(count: Count, rows: int, entry: Any) -> tuple[int, int]:
