@@ -1,12 +1,12 @@
 # make demo | test | lint | bench | clean        (one environment, .venv, made on first use)
-# make gpu                                       (with PYTHON as it is: no network, no environment)
+# make gpu | tune                                (with PYTHON as it is: no network, no environment)
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?=
 OUT ?= report
 SOURCES := $(shell find csrc tests/cudasim tests/simulated.cpp -type f)
 
-.PHONY: demo test lint format bench gpu clean
+.PHONY: demo test lint format bench gpu tune clean
 .DEFAULT_GOAL := test
 
 # Rebuilt when the native sources or the dependencies change.
@@ -47,6 +47,9 @@ bench: .venv/.ready
 
 gpu:
 	$(PYTHON) bench/gpu.py
+
+tune:
+	PYTHONPATH=. $(PYTHON) bench/gpu_tune.py
 
 clean:
 	rm -rf .venv build *.egg-info fasthessian/_native*.so

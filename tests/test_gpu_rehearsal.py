@@ -1,6 +1,7 @@
 """``make gpu`` without a GPU: its parts, its verdicts, and the bodies of test_cuda.py on a CPU."""
 
 import importlib
+import json
 import os
 import subprocess
 import sys
@@ -84,6 +85,23 @@ def test_rehearsal():
         assert words in run.stdout, words
     assert "error" not in run.stdout and len(run.stdout) < 12_000
     assert sorted((ROOT / "bench" / "results").glob("*")) == before
+
+
+def test_tuning_checks_and_times_every_candidate(tmp_path):
+    pytest.importorskip("triton")
+    command = [sys.executable, "bench/gpu_tune.py", "--device", "cpu", "--n", "300", "--k", "3"]
+    command += ["--blocks", "2", "--registers", "80", "168", "--repeats", "1"]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [*command, "--json", tmp_path / "tune.json"],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    rows = json.loads((tmp_path / "tune.json").read_text())
+    assert len(rows) == 3 * 4 and all(row["tried"] == 3 and row["refused"] == 0 for row in rows)
+    kinds = ("project b=2", "project b=1", "project with H b=1", "update S append b=2")
+    names = [f"{kind} k=3 {t} n=300" for t in ("float32", "float16", "float64") for kind in kinds]
+    assert [row["what"] for row in rows] == names
 
 
 def test_the_parts_on_a_gpu_are_those_rehearsed(tmp_path):
