@@ -28,7 +28,9 @@ class Tile(NamedTuple):
 # By bytes of a number of V and, where that makes a difference, ``parts``; for 1, 2, 4 and 8 rows of
 # W; (BK, registers) of project without H, of project with H, of update. With more registers there
 # are fewer threads to wait for memory, with a lower BK each waits for less. None of these spills
-# (tests/test_triton_aot.py).
+# (tests/test_triton_aot.py). The length n says how many tiles a program takes (`_cut` in
+# triton_backend); the number of rows k says nothing, since a captured step serves every k. No GPU
+# has measured these yet: ``make tune`` compares others with them, by k, n and type.
 TABLE = {
     (8,): (
         ((8, 80), (8, 80), (8, 80)),
