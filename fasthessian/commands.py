@@ -112,7 +112,7 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
     begin = time.perf_counter()
     import torch
 
-    from fasthessian import report
+    from fasthessian import page, report
     from fasthessian.console import Stages, show_summary, stderr
     from fasthessian.plots import figure
     from fasthessian.study import analysis
@@ -142,9 +142,11 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
         problem = load(name, settings, progress)
         timing = {"training": time.perf_counter() - start}
         result = analysis.analyze(problem, plan, stages.stage)
-    stages.say(f"engine {result.engine}")
     timing |= result.seconds | {"total": time.perf_counter() - begin}
     content = report.document(problem, plan, result, timing)
+    stages.say(f"engine {result.engine}")
+    if words := page.steps(content):
+        stages.say(f"Lanczos steps {words}")
     if out is not None:
         report.write(out, report.files(content), overwrite=options["overwrite"])
     if options["as_json"]:

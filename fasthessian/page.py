@@ -151,6 +151,12 @@ KEPT = {
 }
 
 
+def steps(content: Mapping[str, Any]) -> str:
+    """Whether Lanczos steps were captured as CUDA graphs, or why not; empty if none is known."""
+    known = {(content[part] or {}).get("graph") for part in ("top", "bottom", "density")}
+    return "; ".join(sorted(filter(None, known)))
+
+
 def how(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The rows that say how each part was computed."""
     settings = content["settings"]
@@ -159,8 +165,7 @@ def how(content: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("Krylov basis", KEPT[settings["basis"]]))
     if content["top"] or content["bottom"]:
         rows.append(("eigenvalues", "Lanczos with full orthogonalisation, stopped on residuals"))
-    steps = {(content[part] or {}).get("graph") for part in ("top", "bottom", "density")}
-    if words := "; ".join(sorted(filter(None, steps))):
+    if words := steps(content):
         rows.append(("Lanczos steps", words))
     if content["trace"]:
         rows.append(

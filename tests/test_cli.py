@@ -76,6 +76,7 @@ def test_analyze_writes_a_report_and_says_what_it_found(here, capsys):
     assert content["problem"]["parameters"] == 23
     for words in ("largest λ 1", "smallest λ 1", "trace", "products", "report/report.html"):
         assert words in err, words
+    assert "Lanczos steps eager: cpu has no CUDA graphs" in err
     for title in ("top 2 eigenvalues", "spectral density: 6 in", "loss landscape: 9 in"):
         assert title in err, title
     assert not any(name.startswith(".") for name in os.listdir())

@@ -348,6 +348,16 @@ def test_replay_says_why_steps_are_not_captured():
     assert krylov.replay == "eager: graph=False"
 
 
+def test_results_say_why_steps_were_not_captured():
+    A = diagonal(outliers(200))
+    cpu, off = "eager: cpu has no CUDA graphs", "eager: graph=False"
+    assert fh.eigsh(A).graph == fh.density(A, steps=9, probes=2).graph == cpu
+    assert fh.eigsh(A, graph=False).graph == fh.density(A, steps=9, graph=False).graph == off
+    assert "without a basis" in fh.density(A, steps=9, basis="none").graph
+    found = fh.spectrum(A, 1, steps=9, graph=False)
+    assert {found.top.graph, found.bottom.graph, found.density.graph} == {off}
+
+
 class NothingReadBack(TorchDispatchMode):
     """Fails on every operation that would make the host wait for a GPU."""
 

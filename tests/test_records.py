@@ -14,6 +14,7 @@ from fasthessian.records import (
     Estimate,
     Landscape,
     Record,
+    Spectrum,
     write_whole,
 )
 
@@ -31,21 +32,27 @@ RECORDS = [
     Landscape(doubles(3), doubles(4), doubles(3, 4)),
     Landscape(doubles(3), doubles(0), doubles(3)),
 ]
+RECORDS.append(Spectrum(RECORDS[0], RECORDS[0], *RECORDS[1:4:2], 9))
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda r: type(r).__name__)
 def test_save_and_load_give_the_same_bits(tmp_path, record):
     path = tmp_path / "result.npz"
     record.save(path)
-    back = type(record).load(path)
+    same_bits(record, type(record).load(path))
+    assert os.listdir(tmp_path) == ["result.npz"]
+
+
+def same_bits(record, back):
     for field in dataclasses.fields(record):
         a, b = getattr(record, field.name), getattr(back, field.name)
+        assert type(a) is type(b), field.name
         if isinstance(a, torch.Tensor):
             assert torch.equal(a, b) and a.dtype == b.dtype, field.name
+        elif isinstance(a, Record):
+            same_bits(a, b)
         else:
             np.testing.assert_equal(b, a)  # NaN equals NaN here
-            assert type(a) is type(b), field.name
-    assert os.listdir(tmp_path) == ["result.npz"]
 
 
 def test_strided_and_differentiable_tensors_are_saved(tmp_path):
@@ -105,6 +112,13 @@ def test_missing_or_unknown_fields_are_a_value_error(tmp_path, scalars):
     np.savez(tmp_path / "a.npz", __record__=np.array(header), **arrays)
     with pytest.raises(ValueError, match="is not a saved Eigenpairs"):
         Eigenpairs.load(tmp_path / "a.npz")
+
+
+def test_a_file_of_before_a_field_had_a_default_is_read(tmp_path):
+    header = json.dumps({"record": "Eigenpairs", "scalars": {"converged": True, "matvecs": 1}})
+    arrays = {name: np.zeros(1) for name in ("values", "vectors", "residuals")}
+    np.savez(tmp_path / "a.npz", __record__=np.array(header), **arrays)
+    assert Eigenpairs.load(tmp_path / "a.npz").graph == ""
 
 
 def test_pickled_arrays_are_refused(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fasthessian import plots, report
+from fasthessian import page, plots, report
 from fasthessian.records import BlockSpectra, Density, Eigenpairs, Estimate, Landscape
 from fasthessian.study.analysis import Analysis, Plan
 from fasthessian.study.problems import Problem
@@ -130,6 +130,17 @@ def test_the_page_is_one_file_with_the_numbers_and_figures_inside():
         assert words in text, words
     assert "mine:&lt;f&gt;" in text and "<f>" not in text and "&lt;not&gt; converged" in text
     assert "a &amp; b" in text
+
+
+def test_why_steps_were_not_captured_is_told():
+    content = small_document()
+    assert page.steps(content) == "" and "Lanczos steps" not in dict(page.how(content))
+    for part, words in (("top", "captured"), ("density", "eager: why"), ("bottom", "captured")):
+        content[part]["graph"] = words
+    assert dict(page.how(content))["Lanczos steps"] == "captured; eager: why"
+    del content["top"]["graph"]  # of a file written before there was the field
+    assert page.steps(content) == "captured; eager: why"
+    assert report.records(content)["top"].graph == ""
 
 
 def test_the_same_document_gives_the_same_bytes():
