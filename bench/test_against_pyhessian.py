@@ -12,7 +12,7 @@ from conftest import median, rounds
 import fasthessian as fh
 from fasthessian.study.problems import Settings, load
 
-STEPS, TOP = 100, 10
+STEPS, TOP, FEW = 100, 10, 5
 
 
 @pytest.fixture(scope="module")
@@ -98,4 +98,36 @@ def test_top_eigenvalues(problem, row, benchmark):
     row("PyHessian's time over ours", their_time / our_time)
     row("our largest relative error", float(error), "")
     row("PyHessian's largest relative error at its tol 1e-3", float(their_error), "")
+    benchmark.pedantic(lambda: fh.eigsh(A, 1), rounds=1)
+
+
+def test_whole_analysis(row, benchmark):
+    """What ``make demo`` asks, on 256 images: `spectrum`, four calls, and PyHessian's three."""
+    problem, steps = load("resnet20", Settings(samples=256, batch_size=256)), 60
+    A = ours(problem)
+    start = time.perf_counter()
+    found = fh.spectrum(A, (FEW, 2), steps=steps)
+    our_time = time.perf_counter() - start
+    top, bottom = fh.eigsh(A, FEW, "LA", tol=1e-6), fh.eigsh(A, 2, "SA", tol=1e-6)
+    for mine, want in ((found.top, top), (found.bottom, bottom)):
+        assert mine.converged and (mine.values / want.values - 1).abs().max() < 1e-3
+    total = fh.trace(A, deflate=top, seed=1)
+    halves = [(e.interval[1] - e.interval[0]) / 2 for e in (found.trace, total)]
+    assert found.trace.converged and abs(found.trace.value - total.value) < 1.5 * sum(halves)
+    apart = [fh.eigsh(A, FEW, "LA"), fh.eigsh(A, 2, "SA"), total, fh.density(A, steps=steps)]
+    with peers.pyhessian() as package, counted(package) as product:
+        start = time.perf_counter()
+        peer = theirs(package, problem)
+        peer.eigenvalues(maxIter=500, tol=1e-3, top_n=FEW)
+        samples = peer.trace()
+        peer.density(iter=steps)
+        their_time = time.perf_counter() - start
+        their_products = product.call_count
+    what = f"top {FEW}, trace, density of {steps} steps"
+    row(f"{what}: our products, 2 bottom eigenvalues too", found.matvecs, "")
+    row("the same by four calls", sum(part.matvecs for part in apart), "")
+    row(f"{what}: PyHessian's products", their_products, "")
+    row(f"{what}: PyHessian's time over ours", their_time / our_time)
+    row("half-width of our trace's interval over its value", halves[0] / found.trace.value, "")
+    row("PyHessian's trace over ours", sum(samples) / len(samples) / found.trace.value)
     benchmark.pedantic(lambda: fh.eigsh(A, 1), rounds=1)

@@ -109,19 +109,22 @@ class Record:
     ) -> R:
         kinds = {kind.__name__: kind for kind in Record.__subclasses__()}
         fields = defaults(cls) | dict(header["scalars"])
-        for field, value in fields.items():
-            if isinstance(value, dict):
-                fields[field] = kinds[value["record"]]._unpacked(value, f"{prefix}{field}.", arrays)
-            elif isinstance(value, list):
-                fields[field] = tuple(value)
         for key, array in arrays.items():
-            start, _, field = key.rpartition(".")
+            start, _, name = key.rpartition(".")
             if start == prefix.rstrip("."):
-                fields[field] = torch.from_numpy(array)
-        names = {field.name for field in dataclasses.fields(cls)}
-        if names != set(fields):
-            odd = ", ".join(sorted(names ^ set(fields)))
+                fields[name] = torch.from_numpy(array)
+        expected = {field.name: field.type for field in dataclasses.fields(cls)}
+        if set(expected) != set(fields):
+            odd = ", ".join(sorted(set(expected) ^ set(fields)))
             raise ValueError(f"another version's fields: {odd}")
+        for name, value in fields.items():
+            kind = kinds.get(str(expected[name]))
+            if kind is not None:
+                if value["record"] != kind.__name__:
+                    raise ValueError(f"{name} is a {value['record']}, not a {kind.__name__}")
+                fields[name] = kind._unpacked(value, f"{prefix}{name}.", arrays)
+            elif isinstance(value, list):
+                fields[name] = tuple(value)
         return cls(**fields)
 
 

@@ -113,7 +113,7 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
         rows = default_rows(count, B.n)
         if ncv is not None:
             rows = min(integer("ncv", ncv, min(count + 2, B.n), largest), B.n)
-        limit = max(1000, 20 * rows)
+        limit = default_limit(rows)
         if max_matvecs is not None:
             limit = integer("max_matvecs", max_matvecs, count * (1 + (basis == "compressed")))
         options: dict[str, Any] = {"schedule": schedule, "backend": backend}
@@ -127,6 +127,11 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
 def default_rows(k: int, n: int) -> int:
     """Rows of the basis for k pairs."""
     return min(n, max(2 * k + 30, 4 * k))
+
+
+def default_limit(rows: int) -> int:
+    """Products at most on a basis of so many rows."""
+    return max(1000, 20 * rows)
 
 
 class Found(NamedTuple):

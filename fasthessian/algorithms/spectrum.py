@@ -17,7 +17,7 @@ from fasthessian.algorithms.arguments import (
     seed_of,
 )
 from fasthessian.algorithms.density import grow, smoothed
-from fasthessian.algorithms.eigsh import converge, default_rows
+from fasthessian.algorithms.eigsh import converge, default_limit, default_rows
 from fasthessian.algorithms.lanczos import Lanczos
 from fasthessian.algorithms.rounds import Run, solve
 from fasthessian.algorithms.trace import FIRST_LOOK, MOST, deflated, hutchinson
@@ -62,16 +62,17 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
     Args:
         A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
             together, and a dictionary of results is returned.
-        k: pairs at each end, or (largest, smallest), one of which may be 0; at most n. Default 5,
-            or as many as there are.
+        k: pairs at each end, or (largest, smallest), one of which may be 0; at most n, and of a
+            dictionary as many as an operator has at most. Default 5, or as many as there are.
         tol: relative residual at which a pair is converged, as in `eigsh`.
         steps: of the density, at least 1, as in `density`.
         probes: random starts of the density; those behind the first are runs of their own.
         sigma: width of the density's kernel, as in `density`.
         rtol: half-width of the trace's interval over |trace|, as in `trace`.
         confidence: of that interval.
-        max_matvecs: products at most in all, at least ``steps * probes + 16``, and one more for
-            each pair on a compressed basis; default as many as `eigsh` and `trace` take apart.
+        max_matvecs: products at most in all, at least ``steps * probes + 16`` (n in place of steps
+            where it is less, and for the first probe the pairs where they are more), and one more
+            for each pair on a compressed basis; default as many as the functions take apart.
         seed: of all random vectors; the same seed gives the same bits.
         backend: kernels by name; default the best that serves.
         basis: "full", "compressed" or "offload" rows, as in `eigsh`. Memory: the larger of
@@ -111,10 +112,10 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
         pairs, long, start = min(top + bottom, B.n), min(steps, B.n), B.matvecs
         rows = max(long, default_rows(pairs, B.n))
         others = long * (probes - 1) + FIRST_LOOK  # products of the further probes and the trace
-        limit, samples = max(1000, 20 * rows) + others, MOST
+        limit = default_limit(rows) + others
         if max_matvecs is not None:
-            least = long + others + pairs * (basis == "compressed")
-            limit = samples = integer("max_matvecs", max_matvecs, least)
+            least = max(long, pairs) + others + pairs * (basis == "compressed")
+            limit = integer("max_matvecs", max_matvecs, least)
 
         def begin(probe: int, rows: int, **more: Any) -> Lanczos:
             options: dict[str, Any] = {"backend": backend, "basis": basis, "graph": graph}
@@ -148,7 +149,9 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
         shape, warned = smoothed(measured, B.n, steps, sigma, made)
         shortfalls += warned
 
-        samples = min(samples, limit - (B.matvecs - start))
+        samples = MOST
+        if max_matvecs is not None:  # breakdowns may have taken more than their share
+            samples = max(FIRST_LOOK, limit - (B.matvecs - start))
         sampled = hutchinson(B, rtol, confidence, samples, seed, backend, tell, skip=probes)
         serve = kernels.select(B.device, backend)
         total, warned = yield from deflated(sampled, both, serve)

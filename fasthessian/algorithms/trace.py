@@ -26,6 +26,7 @@ from fasthessian.vectors import empty_rows
 METHODS = ("auto", "hutchinson")
 BLOCK = 8  # samples between two looks at the interval, and vectors in one pass over the data
 MOST = 1000  # samples, unless told
+SKEW = 1e-2  # of max |Q Q' - I|: vectors of eigsh have 1e-6, or 1e-3 of a compressed basis
 FIRST_LOOK = 16  # samples: a variance from fewer stops too early too often
 
 
@@ -57,7 +58,8 @@ def trace(  # type: ignore[misc]  # the overloads leave the options to this one
 
     With ``deflate`` the trace is ``sum theta + tr(P A P)``, P = I - Q'Q for the eigenvectors Q, and
     only the second term is sampled (the idea of Hutch++, arXiv 2010.09649): a few outliers that
-    hold most of ||A||_F no longer add to the variance. Unbiased, converged pairs or not.
+    hold most of ||A||_F no longer add to the variance. The mean of a given number of samples is
+    unbiased, converged pairs or not; stopping by the interval favours runs that spread little.
 
     Args:
         A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
@@ -129,6 +131,15 @@ def _by_operator(A: Any, pairs: Any) -> dict[int, Eigenpairs]:
 def deflated(run: Run[Estimate], pairs: Eigenpairs, serve: ModuleType) -> Run[Estimate]:
     """Answer the requests of a run by P A P + (sum theta / n) I, which has the trace of A."""
     Q, shift = pairs.vectors, float(pairs.values.sum()) / pairs.vectors.shape[1]
+    blocks = [serve.project_(Q, Q[i : i + BLOCK])[0] for i in range(0, len(Q), BLOCK)]
+    if blocks:
+        gram = torch.cat(blocks, 1)
+        off = float((gram - torch.eye(len(Q), dtype=gram.dtype, device=gram.device)).abs().max())
+        if not (off < SKEW and math.isfinite(shift)):
+            raise ValueError(
+                f"deflate must hold orthonormal vectors and finite values as eigsh returns them, "
+                f"but max |Q Q' - I| is {off:.2g} and the values' sum {shift * Q.shape[1]:.3g}"
+            )
     asked = next(run)
     while True:
         V, out, trusted = asked
