@@ -129,7 +129,7 @@ def parts_of(folder, facts, without):
         return Part(name, command, limit, base, must=True)
 
     build = {"FASTHESSIAN_CUDA": "1", "FASTHESSIAN_CUDA_ARCHS": arch}
-    contract = ("test_kernels.py", "test_softmax_curvature.py")
+    contract = ("test_kernels.py", "test_vector_kernels.py", "test_softmax_curvature.py")
     apart = (*contract, "test_cuda.py", "test_gpu_rehearsal.py")
     others = [p.name for p in sorted((ROOT / "tests").glob("test_*.py")) if p.name not in apart]
     kernels = [f"tests/{name}" for name in contract]

@@ -16,6 +16,7 @@ TESTS = (
     "append or recurrence_matches or rows_beyond or pieces_of_one_stream or same_bits_twice "
     "or second_derivative or scale_zero"
 )
+SUITES = ("kernels", "vector_kernels", "softmax_curvature")
 PLANTED = r"""
 __global__ void beyond(float* x, int n) { x[n + threadIdx.x] = 1.0f; }
 __global__ void race(float* x) {
@@ -67,7 +68,7 @@ def main():
     if run(command).returncode:
         sys.exit("the planted bugs do not build")
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-             "tests/test_kernels.py", "tests/test_softmax_curvature.py", "-k", TESTS]  # fmt: skip
+             *(f"tests/test_{name}.py" for name in SUITES), "-k", TESTS]  # fmt: skip
     env = {"FASTHESSIAN_TEST_ROWS": options.row}
     if options.rehearse:
         sys.exit(run(tests, **env).returncode)
