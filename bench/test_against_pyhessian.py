@@ -103,7 +103,7 @@ def test_top_eigenvalues(problem, row, benchmark):
 
 
 def test_whole_analysis(row, benchmark):
-    """What ``make demo`` asks: `spectrum`, four calls, and PyHessian's three on one batch of all."""
+    """What ``make demo`` asks: `spectrum`, four calls, and PyHessian's three on one batch."""
     problem, steps = load("resnet20", Settings()), 60
     A = ours(problem)
     start = time.perf_counter()
