@@ -184,3 +184,18 @@ def test_an_unknown_instruction_set_stops_instead_of_slowing(tmp_path):
     assert code == 2 and "FASTHESSIAN_ISA=mmx cannot serve" in errors
     code, _ = command(tmp_path, "doctor", FASTHESSIAN_ISA="mmx")
     assert code == 0
+
+
+@pytest.mark.parametrize("basis", ["full", "compressed"])
+def test_a_default_device_of_the_users_moves_nothing(basis):
+    """Nothing is made on torch.set_default_device's, here one without memory."""
+    d = torch.arange(1.0, 21.0)
+    A = fh.SymmetricOperator(lambda v: d * v, 20)
+    with torch.device("meta"):
+        found = fh.spectrum(A, 12, steps=15, probes=2, basis=basis)
+        pairs = fh.eigsh(A, 4, "BE", tol=1e-2, basis=basis)
+        density = fh.density(A, steps=5, basis="none")
+        total = fh.trace(A, deflate=pairs)
+    torch.testing.assert_close(found.bottom.values, d[:12].double(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(pairs.values, d[[19, 18, 1, 0]].double(), rtol=1e-4, atol=0)
+    assert total.value == pytest.approx(210) and density.nodes.max() <= 20 * (1 + 1e-6)

@@ -134,8 +134,9 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
         shared = B.matvecs - start
         both, shortfalls = found.record(tol, shared, krylov.compressed, "steps")
         lowest: slice | Tensor = slice(top, pairs)
-        if top + bottom > pairs:  # the two ends overlap
-            lowest = torch.cat((torch.arange(top, pairs), torch.arange(top).flip(0)))[:bottom]
+        if top + bottom > pairs:  # the two ends overlap: on from the last into the top's lowest
+            upwards = [*range(top, pairs), *reversed(range(top))]
+            lowest = torch.tensor(upwards[:bottom], dtype=torch.int64, device="cpu")
         (above, _), (below, _) = (
             found.take(index).record(tol, shared, krylov.compressed)
             for index in (slice(top), lowest)
