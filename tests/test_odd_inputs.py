@@ -198,4 +198,4 @@ def test_a_default_device_of_the_users_moves_nothing(basis):
         total = fh.trace(A, deflate=pairs)
     torch.testing.assert_close(found.bottom.values, d[:12].double(), rtol=1e-5, atol=0)
     torch.testing.assert_close(pairs.values, d[[19, 18, 1, 0]].double(), rtol=1e-4, atol=0)
-    assert total.value == pytest.approx(210) and density.nodes.max() <= 20 * (1 + 1e-6)
+    assert total.value == pytest.approx(210, abs=0.1) and density.nodes.max() <= 20 * (1 + 1e-6)
