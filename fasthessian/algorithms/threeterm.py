@@ -62,13 +62,13 @@ class ThreeTerm:
 
     def advance(self) -> Asking:
         """Ask for one product and make one more row of T, unless the space is exhausted."""
-        j, rows, project_ = self.size, self._rows, self._kernels.project_
+        j, rows, serve = self.size, self._rows, self._kernels
         q, w = (rows[i % 3][None] for i in (j, j + 1))
         yield Request(q, w, self._deferred)
         if j:
-            project_(rows[(j - 1) % 3][None], w, self._entries[j - 1, 1:, None])
-        C, _ = project_(q, w)
-        _, G = project_(q, w, C)
+            serve.update_(rows[(j - 1) % 3][None], w, self._entries[j - 1, 1:, None])
+        C, _ = serve.project_(q, w)
+        _, G = serve.project_(q, w, C)
         self._entries[j] = torch.cat((C[0], G[0].sqrt()))
         self._rescale(w, G)
         self.size += 1
