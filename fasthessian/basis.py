@@ -258,7 +258,7 @@ def check_room(
     room = _pinned(free + 1) // 2 if pinned else free - beside
     if room >= row and (kind in ("full", "compressed") or pinned):
         rows_fit = "1 row" if room < 2 * row else f"{room // row} rows"
-        ways.append(f"{rows_fit} would fit (fewer steps, or a smaller ncv)")
+        ways.append(f"{rows_fit} would fit (fewer steps or pairs, or a smaller ncv)")
     ways = ways or ["use a machine with more memory"]
     raise MemoryError(
         f"the basis of {rows} rows of {n} {str(stored).removeprefix('torch.')} numbers needs "

@@ -95,6 +95,8 @@ class Record:
                 arrays = {key: archive[key] for key in archive.files if key != "__record__"}
                 found = header["record"]
                 record = None if found != name else cls._unpacked(header, "", arrays)
+                if record is not None and arrays:
+                    raise ValueError(f"another version's fields: {', '.join(sorted(arrays))}")
         except FileNotFoundError:
             raise
         except Exception as error:
@@ -109,10 +111,10 @@ class Record:
     ) -> R:
         kinds = {kind.__name__: kind for kind in Record.__subclasses__()}
         fields = defaults(cls) | dict(header["scalars"])
-        for key, array in arrays.items():
+        for key in list(arrays):
             start, _, name = key.rpartition(".")
             if start == prefix.rstrip("."):
-                fields[name] = torch.from_numpy(array)
+                fields[name] = torch.from_numpy(arrays.pop(key))
         expected = {field.name: field.type for field in dataclasses.fields(cls)}
         if set(expected) != set(fields):
             odd = ", ".join(sorted(set(expected) ^ set(fields)))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fasthessian as fh
+from fasthessian.algorithms.eigsh import _wanted
 from fasthessian.algorithms.trace import student_t
 from tests.models import PROBLEMS
 from tests.test_lanczos import F32, F64, diagonal, outliers
@@ -127,6 +128,15 @@ def test_multiplicities_are_found():
     assert fh.eigsh(diagonal(many, F32), 8, "LA").values.min() > 4.999
     zero = fh.eigsh(diagonal(torch.zeros(50)), 3)
     assert zero.converged and zero.values.tolist() == [0, 0, 0]
+
+
+def test_the_order_in_which_pairs_are_wanted():
+    values = torch.tensor([-9.0, -2.0, 0.0, 1.0, 3.0, 10.0], dtype=F64)
+    for which, want in (
+        ("LA", [10, 3, 1, 0, -2, -9]), ("SA", [-9, -2, 0, 1, 3, 10]), ("LM", [10, -9, 3, -2, 1, 0]),
+        ((2, 2), [10, 3, -2, -9, 1, 0]), ((2, 1), [10, 3, -9, -2, 1, 0]), ((0, 2), [-2, -9, 10, 0]),
+    ):  # fmt: skip
+        assert values[_wanted(values, which)][: len(want)].tolist() == want
 
 
 def test_plus_and_minus_one_are_both_found():

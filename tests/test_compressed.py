@@ -220,8 +220,8 @@ def test_density_without_a_basis_keeps_three_vectors():
 
 @pytest.fixture
 def late(monkeypatch):
-    """Every run of eigsh and density is deferred, as on a GPU."""
-    for name in ("eigsh", "density"):
+    """Every run of eigsh, density and spectrum is deferred, as on a GPU."""
+    for name in ("eigsh", "density", "spectrum"):
         module = importlib.import_module(f"fasthessian.algorithms.{name}")
         monkeypatch.setattr(module, "Lanczos", functools.partial(Lanczos, deferred=True))
 
@@ -261,6 +261,42 @@ def test_late_looks_survive_breakdowns_and_restarts(late):
     torch.testing.assert_close(
         found.values, torch.tensor([100.0, 60, 40, 30], dtype=F64), rtol=1e-6, atol=0
     )
+
+
+@pytest.mark.parametrize("basis", ["full", "compressed"])
+def test_late_looks_give_the_same_density_and_spectrum(request, basis):
+    def answers():
+        A = diagonal(outliers(2000), F32)
+        density = fh.density(A, steps=37, basis=basis)  # the last look is due behind one of all
+        return density, fh.spectrum(A, (3, 1), steps=37, basis=basis)
+
+    (density, spectrum), _ = answers(), request.getfixturevalue("late")
+    late_density, late_spectrum = answers()
+    for found, want in ((late_density, density), (late_spectrum.density, spectrum.density)):
+        assert torch.equal(found.nodes, want.nodes) and torch.equal(found.values, want.values)
+    for end in ("top", "bottom"):
+        found, want = getattr(late_spectrum, end), getattr(spectrum, end)
+        torch.testing.assert_close(found.values, want.values, rtol=1e-5, atol=1e-5)
+    assert late_spectrum.trace.value == pytest.approx(spectrum.trace.value, rel=1e-4)
+
+
+@pytest.mark.parametrize("basis", ["full", "compressed"])
+@pytest.mark.parametrize("limit", range(8, 13))
+def test_late_looks_count_no_pair_twice(late, limit, basis):
+    """Three eigenvalues, ten times each: fewer rows than pairs are left when products are spent."""
+    A = diagonal([3.0] * 10 + [1.0] * 10 + [-2.0] * 10, F32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = fh.eigsh(A, 4, "BE", max_matvecs=limit, basis=basis)
+        both = fh.spectrum(A, 2, steps=2, rtol=0.5, max_matvecs=limit + 16, basis=basis)
+    ends = torch.cat([both.top.vectors, both.bottom.vectors])
+    for V in (found.vectors.double(), ends.double()):
+        assert (V @ V.T - torch.eye(4, dtype=F64)).abs().max() < 1e-5
+
+
+def test_late_looks_take_few_products_more_where_every_step_ends_the_space(late):
+    A = diagonal(torch.ones(47), F64)
+    assert fh.eigsh(A, 47, max_matvecs=47).converged and A.matvecs <= 2 * 47
 
 
 def test_late_looks_end_at_full_rank_and_at_the_limit(late):

@@ -1,5 +1,7 @@
 """Traces deflated by eigenpairs."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -25,6 +27,14 @@ def test_deflation_keeps_the_trace_and_takes_the_variance():
     assert low <= float(M.trace()) <= high
 
 
+def test_deflation_takes_vectors_of_any_strides():
+    _, A = spiked()
+    pairs = fh.eigsh(A, 2, "LA")
+    strided = dataclasses.replace(pairs, vectors=pairs.vectors.T.contiguous().T)
+    found, want = (fh.trace(A, rtol=0.5, deflate=p).samples for p in (strided, pairs))
+    assert torch.equal(found, want)
+
+
 def test_deflation_by_vectors_that_have_not_converged_keeps_the_trace():
     M, A = spiked()
     with pytest.warns(fh.ConvergenceWarning):
@@ -38,3 +48,16 @@ def test_deflation_by_vectors_that_have_not_converged_keeps_the_trace():
     for i, row in enumerate(signs):
         kernels.select("cpu").signs_(row, 0, i * 300)
     torch.testing.assert_close(found.samples, ((signs @ B) * signs).sum(1), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("probes", [1, 2])
+def test_the_trace_is_sampled_by_vectors_that_no_run_started_from(probes):
+    M, A = spiked()
+    s = fh.spectrum(A, (5, 0), steps=20, probes=probes, rtol=0.5)
+    Q, n = s.top.vectors, A.n
+    P = torch.eye(n, dtype=torch.float64) - Q.T @ Q
+    B = P @ M @ P + float(s.top.values.sum()) / n * torch.eye(n, dtype=torch.float64)
+    signs = torch.empty(len(s.trace.samples), n, dtype=torch.float64)
+    for i, row in enumerate(signs):
+        kernels.select("cpu").signs_(row, 0, (probes + i) * n)
+    torch.testing.assert_close(s.trace.samples, ((signs @ B) * signs).sum(1))

@@ -114,6 +114,7 @@ def test_breakdown_ends_or_gets_a_fresh_direction(schedule):
     krylov = grown(diagonal(values), 12, schedule=schedule)
     assert krylov.size == 12 and defects(krylov, values)[0] < 1e-13
     assert defects(krylov, values)[1] < 1e-13
+    assert krylov.ended and len(krylov.jacobi()) == 2  # up to the first of several breakdowns
     ritz = krylov.ritz()[0]
     assert bool((((ritz - 2).abs() < 1e-12) | ((ritz - 5).abs() < 1e-12)).all())
 
@@ -208,6 +209,7 @@ def test_a_candidate_within_the_basis_takes_the_later_rows_back():
     krylov.ledger.gauges[5, 1] = 0.9e-4 * krylov.ledger.gauges[5, 0]
     krylov.look(wait=True)
     assert krylov.broke_down and krylov.size == 5 and not krylov.T[5].any()
+    assert not krylov.deferred and krylov.look(wait=False)  # from here on each step is looked at
 
 
 @pytest.mark.parametrize("kept", [None, 5])

@@ -50,7 +50,8 @@ def test_a_density_that_does_not_fit_may_do_without_a_basis(monkeypatch):
     for room, words in (
         (
             3 * 4 * 10**7,
-            "; 1 row would fit (fewer steps, or a smaller ncv), or basis='none' needs 114 MiB",
+            "1 row would fit (fewer steps or pairs, or a smaller ncv), "
+            "or basis='none' needs 114 MiB",
         ),
         (3 * 4 * 10**7 - 1, "use a machine with more memory"),
     ):
@@ -112,6 +113,17 @@ def test_the_eigenvectors_have_to_fit_beside_the_basis(basis, monkeypatch):
     assert A.matvecs == 0
     monkeypatch.setattr(bases, "available_bytes", lambda device: stored + (2 + k) * row + row // 2)
     assert fh.eigsh(A, k, ncv=ncv, basis=basis).converged
+
+
+def test_the_pairs_of_both_ends_have_to_fit_too(monkeypatch):
+    n, room = 10**5, [0.0]
+    A = fh.SymmetricOperator(lambda v: v, n, check=False)
+    monkeypatch.setattr(bases, "available_bytes", lambda device: int(4 * n * room[0]))
+    room[0] = 38 + 2 + 4 - 0.5  # rows of 4 pairs, two to work on, the vectors
+    with pytest.raises(MemoryError, match="38 rows of 100000"):
+        fh.spectrum(A, 2, steps=10)
+    room[0] += 1
+    assert fh.spectrum(A, 2, steps=10).top.converged
 
 
 def test_kernels_of_another_device_run_under_torchs_guard(monkeypatch):

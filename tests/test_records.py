@@ -114,6 +114,17 @@ def test_missing_or_unknown_fields_are_a_value_error(tmp_path, scalars):
         Eigenpairs.load(tmp_path / "a.npz")
 
 
+@pytest.mark.parametrize("stray", ["other.values", "x.junk", "top.junk"])
+def test_stray_arrays_are_a_value_error(tmp_path, stray):
+    for record in (RECORDS[0], RECORDS[-1]):
+        record.save(tmp_path / "a", overwrite=True)
+        with np.load(tmp_path / "a") as archive:
+            arrays = dict(archive)
+        np.savez(tmp_path / "b.npz", **arrays, **{stray: np.zeros(1)})
+        with pytest.raises(ValueError, match=f"is not a saved .*{stray.rpartition('.')[2]}"):
+            type(record).load(tmp_path / "b.npz")
+
+
 def test_a_file_of_before_a_field_had_a_default_is_read(tmp_path):
     header = json.dumps({"record": "Eigenpairs", "scalars": {"converged": True, "matvecs": 1}})
     arrays = {name: np.zeros(1) for name in ("values", "vectors", "residuals")}

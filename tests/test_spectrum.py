@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from models import PROBLEMS, columns, refused
-from test_lanczos import diagonal
+from test_lanczos import diagonal, outliers
 from test_untouched import _restless, world
 
 import fasthessian as fh
+from fasthessian.algorithms.density import Measured, smoothed
 
 # runs are cut short on purpose; test_each_shortfall_is_one_warning looks at what they say
 pytestmark = pytest.mark.filterwarnings("ignore::fasthessian.ConvergenceWarning")
@@ -181,6 +182,19 @@ def test_each_shortfall_is_one_warning():
         assert len(caught) == len(words), [str(w.message) for w in caught]
         assert all(w in str(c.message) for w, c in zip(words, caught, strict=True))
         assert {c.filename for c in caught} == {__file__}
+        if "eigenpairs converged" in words:
+            assert "raise max_matvecs or steps" in str(caught[0].message)
+
+
+def test_a_run_whose_pairs_have_converged_makes_no_product_more():
+    """61 rows, where `eigsh` would look at every third."""
+    s = fh.spectrum(diagonal(outliers(2000)), (3, 1), steps=61)
+    assert s.top.converged and s.bottom.converged and s.top.matvecs == s.density.matvecs == 61
+
+
+def test_runs_that_differ_say_so():
+    runs = [Measured(torch.eye(2, dtype=F64), 0.0, words) for words in ("captured", "eager: x")]
+    assert smoothed([*runs, runs[0]], 9, 2, None, 6)[0].graph == "captured; eager: x"
 
 
 @pytest.mark.parametrize("options", [{}, {"basis": "compressed"}, {"backend": "reference"}])
@@ -249,7 +263,7 @@ BAD = [
     *[(failing(calls), {}, ValueError, "NaN or Inf") for calls in (0, 2, 4, 8)],
     (SKEWED, {}, ValueError, "not symmetric"), (HIDDEN, {}, ValueError, "A is not symmetric"),
     (torch.eye(3), {}, TypeError, "A must be an operator"),
-    ({}, {}, ValueError, "A is an empty dictionary"),
+    ({}, {"k": 5}, ValueError, "A is an empty dictionary"),
     (A30, {"basis": "offload"}, ValueError, "use 'full' or 'compressed'"),
     *[(A30, {name: value}, kind, f"{name} must")
       for kind, table in ((ValueError, VALUES), (TypeError, TYPES))
@@ -257,6 +271,11 @@ BAD = [
     *[(A, {"deflate": pairs}, kind, "deflate must") for A, pairs, kind in (
         (A30, PAIRS.vectors, TypeError), (A30, {"a": PAIRS}, TypeError),
         (A30, dataclasses.replace(PAIRS, vectors=PAIRS.vectors * math.nan), ValueError),
+        (A30, dataclasses.replace(PAIRS, vectors=PAIRS.vectors * 1.05), ValueError),
+        (A30, dataclasses.replace(PAIRS, vectors=[1]), TypeError),
+        (A30, dataclasses.replace(PAIRS, values=PAIRS.values.tolist()), TypeError),
+        (A30, dataclasses.replace(PAIRS, values=PAIRS.values[:, None]), TypeError),
+        (A30, dataclasses.replace(PAIRS, values=PAIRS.values * math.nan), ValueError),
         (diagonal([1, 2]), PAIRS, ValueError), (diagonal([1] * 30, F32), PAIRS, ValueError),
         ({"a": A30}, PAIRS, ValueError), ({"a": A30}, {"b": PAIRS}, ValueError))],
 ]  # fmt: skip
@@ -277,6 +296,8 @@ def test_spectra_are_saved_loaded_and_drawn(tmp_path, k):
     refused(lambda: s.save(path), FileExistsError, "pass overwrite=True")
     for kind in (fh.Eigenpairs, fh.Estimate, fh.Density):
         refused(lambda kind=kind: kind.load(path), ValueError, r"use Spectrum\.load")
+    dataclasses.replace(s, trace=s.density).save(tmp_path / "mixed")
+    refused(lambda: fh.Spectrum.load(tmp_path / "mixed"), ValueError, "trace is a Density, not a")
     s.top.save(tmp_path / "top")
     refused(lambda: fh.Spectrum.load(tmp_path / "top"), ValueError, r"use Eigenpairs\.load")
     axes = s.plot()

@@ -193,8 +193,8 @@ def smoothed(
             ConvergenceWarning(
                 f"the float16 basis ended after {min(map(len, matrices))} of {steps} steps: what "
                 f"was left is within its rounding, and eigenvalues closer than {blur:.3g} may "
-                f"share a node; with sigma={sigma:.3g} take basis='full' or 'none', or a sigma of "
-                f"at least {blur:.3g}"
+                f"share a node; with sigma={sigma:.3g} take basis='full', or a sigma of at least "
+                f"{blur:.3g}"
             )
         )
     grid = _grid(low, high, sigma)

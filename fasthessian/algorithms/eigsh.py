@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Generator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple, overload
@@ -68,7 +69,8 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
         tol: relative residual at which a pair is converged; never asked below the rounding of
             the operator's dtype, 16 eps ||A||.
         max_matvecs: products at most (at least 2 k on a compressed basis); default 20 times ncv,
-            at least 1000.
+            at least 1000. Where the Krylov space ends, which a GPU's run notices late, they may be
+            exceeded until there are k rows.
         ncv: basis rows at most, k + 2 to n; default max(2 k + 30, 4 k). Memory: ncv rows of the
             basis, the k vectors and two more.
         seed: of the start vector; the same seed gives the same bits.
@@ -104,8 +106,7 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
     if which not in WHICH:
         raise ValueError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     tol, seed = positive("tol", tol), seed_of(seed)
-    each = A.values() if isinstance(A, Mapping) else [A]
-    largest = max((operator(B).n for B in each), default=1)
+    largest = largest_of(A)
     k = integer("k", k, 1, largest)
 
     def start(B: SymmetricOperator, told: Progress | None) -> Run[Eigenpairs]:
@@ -122,6 +123,12 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
         return _run(krylov, count, which, tol, limit, told)
 
     return solve(A, start, progress)
+
+
+def largest_of(A: Any) -> int:
+    """Size of an operator, or of the largest of a dictionary; an empty one is refused later."""
+    each = A.values() if isinstance(A, Mapping) else [A]
+    return max((operator(B).n for B in each), default=sys.maxsize)
 
 
 def default_rows(k: int, n: int) -> int:
@@ -187,10 +194,8 @@ def _run(
         if progress is not None:
             progress(A.matvecs - start, None)
 
-    ends = ((k + 1) // 2, k // 2) if which == "BE" else None
-    found = yield from converge(krylov, k, ends or which, tol, start + limit, told)
-    if ends is not None:
-        found = found.take(found.values.argsort(descending=True))
+    wanted = ((k + 1) // 2, k // 2) if which == "BE" else which
+    found = yield from converge(krylov, k, wanted, tol, start + limit, told)
     return found.record(tol, A.matvecs - start, krylov.compressed)
 
 
@@ -204,8 +209,8 @@ def converge(
 ) -> Generator[Request, None, Found]:
     """Go on with a run until k pairs have converged or A has made ``until`` products; close it.
 
-    ``which`` is one of "LM", "LA", "SA", or how many from the top (descending) and how many from
-    the bottom (ascending).
+    ``which`` is one of "LM", "LA", "SA", or how many from the top and how many from the bottom,
+    all in descending order.
     """
     A, ncv, compressed = krylov.A, krylov.capacity, krylov.compressed
     aim = tol
@@ -252,9 +257,9 @@ def _judged(
     if not krylov.look(wait):
         return torch.zeros(1, dtype=torch.bool, device="cpu"), torch.arange(0, device="cpu")
     values, _, residuals = krylov.ritz()
+    if len(values) < k:
+        return torch.zeros(1, dtype=torch.bool, device="cpu"), torch.arange(0, device="cpu")
     order = _wanted(values, which)
-    if len(order) < k:
-        return torch.zeros(1, dtype=torch.bool, device="cpu"), order
     first = order[:k]
     return residuals[first] <= torch.clamp(tol * values[first].abs(), min=krylov.noise), order
 
@@ -299,7 +304,7 @@ def _wanted(values: Tensor, which: str | tuple[int, int]) -> Tensor:
     if isinstance(which, str):
         return values.abs().argsort(descending=True, stable=True)
     top, bottom = which
-    best = torch.cat((ascending[len(values) - top :].flip(0), ascending[:bottom]))
+    best = torch.cat((ascending[:bottom], ascending[len(values) - top :])).flip(0)
     rest = ascending[bottom : len(values) - top]
-    both = torch.stack((rest.flip(0), rest), dim=1).reshape(-1)
-    return torch.cat((best, both[: len(rest)]))
+    turns = (rest, rest.flip(0)) if top > bottom else (rest.flip(0), rest)
+    return torch.cat((best, torch.stack(turns, dim=1).reshape(-1)[: len(rest)]))

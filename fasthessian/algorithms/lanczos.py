@@ -49,7 +49,7 @@ class Lanczos:
         basis: where the rows are kept: "full", "compressed" or "offload" (see ``basis``).
         beside: vectors that the caller will make beside the basis, which have to fit too.
         graph: on a GPU, replay the step as a CUDA graph where it can be captured.
-        deferred: enqueue steps without looking at them; default on GPUs.
+        deferred: enqueue steps without looking at them, until a breakdown; default on GPUs.
 
     Attributes:
         basis: the rows; the first ``size`` are final.
@@ -100,7 +100,7 @@ class Lanczos:
         self.T = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
         self.beta = 1.0
         self.size = self._judged = 0
-        self._begun = 0  # rows when the candidate was last not made by a step
+        self._begun = 0  # rows kept by the last restart
         self.exhausted = self.broke_down = False
         self._own: int | None = None  # rows before the first breakdown, once there was one
         self._left = 0.0  # norm of the candidate that was last taken for rounding of the rows
@@ -133,7 +133,7 @@ class Lanczos:
     def jacobi(self) -> Tensor:
         """The Jacobi matrix of the start vector: T (j, j), j final rows or those of its space."""
         j = len(self.T) - 1 if self._own is None else self._own
-        return self.T[:j, :j].clone()
+        return self.T[:j, :j]
 
     def step(self) -> None:
         """One more final row by a product of the operator; see ``advance``."""
@@ -252,7 +252,7 @@ class Lanczos:
     def _accept(self, state: State) -> None:
         """Take a state over; look for a breakdown and for asymmetry in its new rows."""
         self.T, gauges = state.T, state.gauges
-        self.beta = math.sqrt(max(float(gauges[-1, int(state.final)]), 0.0))
+        self.beta = math.sqrt(max(float(gauges[-1, 0]), 0.0))
         if state.final:  # its norm is in the row already
             self.T[-1, :-1] /= self.beta or 1.0
         broken, left = state.size, self.beta
@@ -289,9 +289,9 @@ class Lanczos:
     def _take_back(self, size: int) -> None:
         """Drop the rows from ``size`` on; the run ends or goes on from a fresh direction."""
         self._pending = None
-        self.broke_down = True
+        self.broke_down, self.deferred = True, False  # what ended once may end soon again
         self._own = size if self._own is None else self._own
-        self.size = self._judged = self._begun = size
+        self.size = self._judged = size
         self.beta = 0.0
         self.T = self.T[: size + 1, : size + 1].clone()
         self.T[size] = self.T[:, size] = 0.0

@@ -51,6 +51,7 @@ def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R
                 record, shortfalls = stop.value
                 break
             A.apply(V, out, trusted=trusted)
+            del V, out  # the run may give their rows back before it asks again
         for shortfall in shortfalls:
             warnings.warn(shortfall, stacklevel=3)
         return record  # type: ignore[no-any-return]
@@ -95,5 +96,6 @@ def _together(
             except (ValueError, MemoryError) as error:
                 raise type(error)(f"{name}: {error}") from error
             jobs.append(Job(operators[name], V, out, trusted))
+            del V, out
         multiply(jobs)
     return {name: found[name] for name in operators}

@@ -6,18 +6,16 @@ from collections.abc import Mapping
 from typing import Any, overload
 
 import torch
-from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.algorithms.arguments import (
     Progress,
     integer,
-    operator,
     positive,
     seed_of,
 )
 from fasthessian.algorithms.density import grow, smoothed
-from fasthessian.algorithms.eigsh import converge, default_limit, default_rows
+from fasthessian.algorithms.eigsh import converge, default_limit, default_rows, largest_of
 from fasthessian.algorithms.lanczos import Lanczos
 from fasthessian.algorithms.rounds import Run, solve
 from fasthessian.algorithms.trace import FIRST_LOOK, MOST, deflated, hutchinson
@@ -72,11 +70,12 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
         confidence: of that interval.
         max_matvecs: products at most in all, at least ``steps * probes + 16`` (n in place of steps
             where it is less, and for the first probe the pairs where they are more), and one more
-            for each pair on a compressed basis; default as many as the functions take apart.
+            for each pair on a compressed basis; default as many as the functions take apart. Where
+            the Krylov space ends, which a GPU's run notices late, they may be exceeded.
         seed: of all random vectors; the same seed gives the same bits.
         backend: kernels by name; default the best that serves.
-        basis: "full", "compressed" or "offload" rows, as in `eigsh`. Memory: the larger of
-            ``steps`` and 2 k + 30 rows for k pairs in all, their vectors and two more.
+        basis: "full", "compressed" or "offload" rows, as in `eigsh`. Memory, with k pairs in all:
+            max(steps, 2 k + 30, 4 k) rows, k vectors and two more; 24 and k for the trace.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
         progress: called with (products done, None) after each.
 
@@ -104,8 +103,7 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
     steps, probes = integer("steps", steps, 1), integer("probes", probes, 1)
     sigma = None if sigma is None else positive("sigma", sigma)
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
-    each = A.values() if isinstance(A, Mapping) else [A]
-    ends = _ends(k, max((operator(B).n for B in each), default=1))
+    ends = _ends(k, largest_of(A))
 
     def run(B: SymmetricOperator, told: Progress | None) -> Run[Spectrum]:
         top, bottom = (min(count, B.n) for count in ends)
@@ -133,10 +131,7 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
         found = yield from converge(krylov, pairs, split, tol, until, tell)
         shared = B.matvecs - start
         both, shortfalls = found.record(tol, shared, krylov.compressed, "steps")
-        lowest: slice | Tensor = slice(top, pairs)
-        if top + bottom > pairs:  # the two ends overlap: on from the last into the top's lowest
-            upwards = [*range(top, pairs), *reversed(range(top))]
-            lowest = torch.tensor(upwards[:bottom], dtype=torch.int64, device="cpu")
+        lowest = torch.arange(pairs, device="cpu").flip(0)[:bottom]  # of all that descend
         (above, _), (below, _) = (
             found.take(index).record(tol, shared, krylov.compressed)
             for index in (slice(top), lowest)

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.algorithms.arguments import (
@@ -119,18 +120,21 @@ def _by_operator(A: Any, pairs: Any) -> dict[int, Eigenpairs]:
             raise TypeError(
                 f"deflate must be Eigenpairs as eigsh returns them, got {type(found).__name__}"
             )
-        Q = found.vectors
-        if Q.shape != (len(found.values), B.n) or (Q.dtype, Q.device) != (B.dtype, B.device):
+        Q, values = found.vectors, found.values
+        if not (isinstance(Q, Tensor) and isinstance(values, Tensor) and values.dim() == 1):
+            raise TypeError("deflate must hold tensors, values (k,) and vectors (k, n)")
+        if Q.shape != (len(values), B.n) or (Q.dtype, Q.device) != (B.dtype, B.device):
             raise ValueError(
-                f"deflate must hold vectors ({len(found.values)}, {B.n}) of {B.dtype} on "
-                f"{B.device}, got {tuple(Q.shape)} of {Q.dtype} on {Q.device}"
+                f"deflate must hold vectors ({len(values)}, {B.n}) of {B.dtype} on {B.device}, "
+                f"got {tuple(Q.shape)} of {Q.dtype} on {Q.device}"
             )
     return {id(operators[name]): found for name, found in given.items()}
 
 
 def deflated(run: Run[Estimate], pairs: Eigenpairs, serve: ModuleType) -> Run[Estimate]:
     """Answer the requests of a run by P A P + (sum theta / n) I, which has the trace of A."""
-    Q, shift = pairs.vectors, float(pairs.values.sum()) / pairs.vectors.shape[1]
+    Q = pairs.vectors.contiguous()
+    shift = float(pairs.values.sum()) / Q.shape[1]
     blocks = [serve.project_(Q, Q[i : i + BLOCK])[0] for i in range(0, len(Q), BLOCK)]
     if blocks:
         gram = torch.cat(blocks, 1)
