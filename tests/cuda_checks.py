@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from models import PROBLEMS
-from test_lanczos import NothingReadBack
+from test_deferred_steps import NothingReadBack
 
 import fasthessian as fh
 from fasthessian.algorithms.lanczos import Lanczos

@@ -160,29 +160,32 @@ class Found(NamedTuple):
             self.graph,
         )
 
-    def record(
-        self, tol: float, matvecs: int, compressed: bool, rows: str = "ncv"
-    ) -> tuple[Eigenpairs, list[Warning]]:
-        """The pairs, and a warning where some have not converged; ``rows`` is what adds to them."""
-        converged = bool(self.converged.all())
-        found = Eigenpairs(
+    def record(self, matvecs: int) -> Eigenpairs:
+        """The pairs as a result, after so many products."""
+        return Eigenpairs(
             values=self.values,
             vectors=self.vectors,
             residuals=self.residuals,
-            converged=converged,
+            converged=bool(self.converged.all()),
             matvecs=matvecs,
             graph=self.graph,
         )
-        if converged:
-            return found, []
+
+    def shortfalls(
+        self, tol: float, matvecs: int, compressed: bool, rows: str = "ncv"
+    ) -> list[Warning]:
+        """A warning where some have not converged; ``rows`` is the argument that adds rows."""
+        if bool(self.converged.all()):
+            return []
         way = f"raise max_matvecs or {rows}"
         if compressed:
             way = "raise max_matvecs or tol; residuals under 2e-4 ||A|| need basis='full'"
-        shortfall = ConvergenceWarning(
-            f"{int(self.converged.sum())} of {len(self.values)} eigenpairs converged to "
-            f"tol={tol:g} in {matvecs} products; {way}, or accept the residuals returned"
-        )
-        return found, [shortfall]
+        return [
+            ConvergenceWarning(
+                f"{int(self.converged.sum())} of {len(self.values)} eigenpairs converged to "
+                f"tol={tol:g} in {matvecs} products; {way}, or accept the residuals returned"
+            )
+        ]
 
 
 def _run(
@@ -196,7 +199,8 @@ def _run(
 
     wanted = ((k + 1) // 2, k // 2) if which == "BE" else which
     found = yield from converge(krylov, k, wanted, tol, start + limit, told)
-    return found.record(tol, A.matvecs - start, krylov.compressed)
+    made = A.matvecs - start
+    return found.record(made), found.shortfalls(tol, made, krylov.compressed)
 
 
 def converge(

@@ -52,9 +52,9 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
 ) -> Spectrum | dict[str, Spectrum]:
     r"""Largest and smallest eigenvalues, trace and density of A, by fewer products than apart.
 
-    One Lanczos run from random signs serves two ends: its first ``steps`` steps are those of
-    `density`, to the bit, and the same rows hold the eigenpairs of both ends. It goes on, as
-    `eigsh` does, until they have converged. The pairs then take their share out of the trace
+    One Lanczos run from random signs: its first ``steps`` steps are those of `density`, to the bit,
+    and the same rows hold the eigenpairs of both ends. It goes on, as `eigsh` does, until these
+    have converged. The pairs then take their share out of the trace
     (``trace(A, deflate=...)``), of which few samples are left to take, by vectors of their own.
 
     Args:
@@ -130,12 +130,8 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
         split, until = (top, pairs - top), start + limit - others
         found = yield from converge(krylov, pairs, split, tol, until, tell)
         shared = B.matvecs - start
-        both, shortfalls = found.record(tol, shared, krylov.compressed, "steps")
+        shortfalls = found.shortfalls(tol, shared, krylov.compressed, "steps")
         lowest = torch.arange(pairs, device="cpu").flip(0)[:bottom]  # of all that descend
-        (above, _), (below, _) = (
-            found.take(index).record(tol, shared, krylov.compressed)
-            for index in (slice(top), lowest)
-        )
 
         for probe in range(1, probes):
             krylov = begin(probe, long, refill=False)
@@ -150,9 +146,13 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
             samples = max(FIRST_LOOK, limit - (B.matvecs - start))
         sampled = hutchinson(B, rtol, confidence, samples, seed, backend, tell, skip=probes)
         serve = kernels.select(B.device, backend)
-        total, warned = yield from deflated(sampled, both, serve)
+        total, warned = yield from deflated(sampled, found.record(shared), serve)
         result = Spectrum(
-            top=above, bottom=below, trace=total, density=shape, matvecs=B.matvecs - start
+            top=found.take(slice(top)).record(shared),
+            bottom=found.take(lowest).record(shared),
+            trace=total,
+            density=shape,
+            matvecs=B.matvecs - start,
         )
         return result, [*shortfalls, *warned]
 
