@@ -33,6 +33,7 @@ class Curvature(Passes):
     """
 
     _ordered = False  # whether the matrix depends on the order of the data
+    _scaled = False  # whether the matrix of one batch depends on whether the loss is a sum
     _exact = False  # whether the matrix is the derivative of the gradient
 
     def __init__(
@@ -57,7 +58,8 @@ class Curvature(Passes):
         model, wrapper = parameters.unwrapped(model)
         chosen = parameters.of_model(model, params, wrapper)
         like = next(iter(chosen.values()))
-        loss = ModelLoss(model, criterion, data, weights, mode, like, microbatch, self._ordered)
+        ordered, scaled = self._ordered, self._scaled
+        loss = ModelLoss(model, criterion, data, weights, mode, like, microbatch, ordered, scaled)
         self._prepare(loss, chosen, options)
         if wrapper:
             self.engine += f"; {wrapper} unwrapped"

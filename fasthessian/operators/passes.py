@@ -78,12 +78,14 @@ class Passes(SymmetricOperator):
             self._capacity, self.engine = self._options.choose(
                 self._needs, loss.count, loss.replayable, self.device
             )
+        if loss.note:
+            self.engine += f"; {loss.note}"
         if self._options.microbatch:
-            change = self.coupling()
+            change, index = self._coupling()
             if change > (ROUNDED if self.rounded() else REPEATED):
                 raise ValueError(
-                    f"microbatch={self._options.microbatch} changes the loss of the first batch by "
-                    f"{change:.1%}: the model or the criterion couples the samples of a batch; "
+                    f"microbatch={self._options.microbatch} changes the gradient of batch {index} "
+                    f"by {change:.1%}: the model or the criterion couples the samples of a batch; "
                     f"use microbatch=None"
                 )
         if self._capacity and loss.replayable:
@@ -160,11 +162,10 @@ class Passes(SymmetricOperator):
         copies = self._copies if self._capacity else None
         options = self._options
         precision = None if exact else options.precision
-        with (
-            engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
-            Rewrite() if curved else contextlib.nullcontext(),
-        ):
-            yield list(now.values())
+        with engaged(self._loss.roots, mode or options.mode, self.device, copies, precision):
+            self._loss.count_terms(list(now.values()), self.rounded())
+            with Rewrite() if curved else contextlib.nullcontext():
+                yield list(now.values())
 
     def _made_graph(self, part: Part, params: list[Tensor]) -> Graph:
         graph = self._graph(part, params)
@@ -208,14 +209,17 @@ class Passes(SymmetricOperator):
         return low or self._options.precision == "bf16"
 
     def coupling(self) -> float:
-        """Relative change of the loss of a batch when it is cut; see ``ModelLoss``.
+        """Largest relative change of the gradient of a batch that is cut; see ``ModelLoss``.
 
         In eval mode, because the masks of dropout are drawn for each microbatch.
         """
+        return self._coupling()[0]
+
+    def _coupling(self) -> tuple[float, int]:
         if not isinstance(self._loss, ModelLoss):
-            return math.nan
-        with self._pass(curved=False, mode="eval"):
-            return self._loss.coupling()
+            return math.nan, -1
+        with self._pass(curved=False, mode="eval") as params:
+            return self._loss.coupling(params)
 
     def _forget(self) -> None:
         self._graphs.clear()

@@ -127,16 +127,17 @@ def _slow_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _training(roots: Sequence[nn.Module], training: bool) -> Iterator[None]:
+def training(roots: Sequence[nn.Module], flag: bool) -> Iterator[None]:
+    """Set the modules to training or evaluation; restore their flags at the end."""
     # the flag itself: a user's train() may do more than set it (merge adapters, keep layers frozen)
     held = [(module, module.training) for root in roots for module in root.modules()]
     try:
         for module, _ in held:
-            module.training = training
+            module.training = flag
         yield
     finally:
-        for module, flag in held:
-            module.training = flag
+        for module, before in held:
+            module.training = before
 
 
 @contextlib.contextmanager
@@ -173,7 +174,7 @@ def engaged(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(seeded(0))
         stack.enter_context(own_buffers(roots, copies))
-        stack.enter_context(_training(roots, mode == "train"))
+        stack.enter_context(training(roots, mode == "train"))
         yield
 
 
