@@ -20,12 +20,15 @@ from fasthessian.algorithms.arguments import (
     seed_of,
 )
 from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.algorithms.missing import limits, outside, search
 from fasthessian.algorithms.rounds import Request, Run, solve
 from fasthessian.basis import Basis
 from fasthessian.kernels.contract import MAX_BLOCK
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.records import Eigenpairs
 
+SLACK = 1e-8  # of ||A||: a missing eigenvalue so far beyond the wanted ones is looked for
+LOCKED = 0.01  # of tol: what pairs converge to before their couplings are given up
 LOOK = 4  # steps between two looks at a GPU's run
 WHICH = ("LM", "LA", "SA", "BE")
 
@@ -148,6 +151,7 @@ class Found(NamedTuple):
     vectors: Tensor  # (k, n)
     residuals: Tensor  # (k,)
     converged: Tensor  # (k,) bool
+    complete: bool  # no wanted eigenvalue is missing, but for a chance of MISS
     graph: str
 
     def take(self, index: Tensor | slice) -> Found:
@@ -157,6 +161,7 @@ class Found(NamedTuple):
             self.vectors[index],
             self.residuals[index],
             self.converged[index],
+            self.complete,
             self.graph,
         )
 
@@ -166,7 +171,7 @@ class Found(NamedTuple):
             values=self.values,
             vectors=self.vectors,
             residuals=self.residuals,
-            converged=bool(self.converged.all()),
+            converged=self.complete and bool(self.converged.all()),
             matvecs=matvecs,
             graph=self.graph,
         )
@@ -176,7 +181,11 @@ class Found(NamedTuple):
     ) -> list[Warning]:
         """A warning where some have not converged; ``rows`` is the argument that adds rows."""
         if bool(self.converged.all()):
-            return []
+            return [] if self.complete else [ConvergenceWarning(
+                f"all {len(self.values)} eigenpairs converged to tol={tol:g}, but {matvecs} "
+                f"products did not suffice to show that no eigenvalue between them is missing; "
+                f"raise max_matvecs"
+            )]  # fmt: skip
         way = f"raise max_matvecs or {rows}"
         if compressed:
             way = "raise max_matvecs or tol; residuals under 2e-4 ||A|| need basis='full'"
@@ -217,10 +226,12 @@ def converge(
     all in descending order.
     """
     A, ncv, compressed = krylov.A, krylov.capacity, krylov.compressed
-    aim = tol
     if compressed:  # k products are kept for the refinement, and a margin for what it measures
-        until, aim = until - k, tol / 2
-    entered = krylov.size
+        until = until - k
+    aim = tol / 2 if compressed else tol
+    entered, locking = krylov.size, False
+    points: list[tuple[float, int]] = []
+    count = 0  # eigenvalues beyond the points, at least
     while True:
         spent, last = A.matvecs >= until, krylov.size == ncv or krylov.exhausted
         # A breakdown may hide further copies of an eigenvalue: then only a full basis is judged.
@@ -228,14 +239,30 @@ def converge(
         due = krylov.size >= k + 8 and krylov.size % every == 0
         now = last or spent or krylov.size == entered
         if krylov.size >= k and (now or (due and not krylov.broke_down)):
-            converged, order = _judged(krylov, k, which, aim, wait=now)
+            goal = LOCKED * aim if locking else aim
+            converged, order = _judged(krylov, k, which, goal, wait=now, alike=locking)
             if not now and bool(converged.all()):  # take what was enqueued since
-                converged, order = _judged(krylov, k, which, aim, wait=True)
+                converged, order = _judged(krylov, k, which, goal, wait=True, alike=locking)
             full = krylov.size == ncv or krylov.exhausted
             if full or spent or not krylov.broke_down:  # a breakdown may be noticed by this look
-                if len(order) >= k and (spent or krylov.exhausted or bool(converged.all())):
+                if len(order) >= k and (spent or krylov.exhausted):
+                    complete = krylov.exhausted
                     break
-                if full:
+                values, done = krylov.ritz()[0], bool(converged.all())
+                known = outside(values, points) >= count  # what the last search found missing
+                if done and known:
+                    least = max(krylov.noise, SLACK * float(values.abs().max()))
+                    points = limits(values[order[:k]], which, tol, least)
+                    missing = yield from search(krylov, order[:k], points, count > 0, until, told)
+                    if not missing:
+                        complete = missing is False
+                        break
+                    count, locking = outside(values, points) + 1, True
+                    continue
+                if done and locking:
+                    krylov.renew(order[:k])
+                    locking = krylov.broke_down = False
+                elif full:
                     krylov.restart(order[: k + (ncv - k) // 2])
                     krylov.broke_down = False
         yield from krylov.advance()
@@ -245,27 +272,38 @@ def converge(
     chosen = order[:k]
     vectors = torch.empty(k, A.n, dtype=A.dtype, device=A.device)
     krylov.combine(S[:, chosen], vectors)
-    graph, noise = krylov.replay, krylov.noise
+    graph, noise, exact = krylov.replay, krylov.noise, krylov.exact
     krylov.close()  # the basis, before the products of the vectors
-    values, residuals = values[chosen], residuals[chosen] + noise
-    if compressed:
+    values, residuals = values[chosen], residuals[chosen] + krylov.dropped + noise
+    if compressed or not exact:
         values, residuals = yield from _refined(vectors, values, krylov.kernels)
         converged = residuals <= torch.clamp(tol * values.abs(), min=2 * noise)
-    return Found(values, vectors, residuals, converged, graph)
+    return Found(values, vectors, residuals, converged, complete, graph)
 
 
 def _judged(
-    krylov: Lanczos, k: int, which: str | tuple[int, int], tol: float, wait: bool
+    krylov: Lanczos,
+    k: int,
+    which: str | tuple[int, int],
+    tol: float,
+    wait: bool,
+    alike: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Whether each of the k wanted pairs has converged, as of a look, and all in their order."""
+    """Whether each of the k wanted pairs has converged, as of a look, and all in their order.
+
+    With ``alike`` each pair is held to the tolerance of the least value.
+    """
+    none = torch.zeros(1, dtype=torch.bool, device="cpu")
     if not krylov.look(wait):
-        return torch.zeros(1, dtype=torch.bool, device="cpu"), torch.arange(0, device="cpu")
+        return none, torch.arange(0, device="cpu")
     values, _, residuals = krylov.ritz()
     if len(values) < k:
-        return torch.zeros(1, dtype=torch.bool, device="cpu"), torch.arange(0, device="cpu")
+        return none, torch.arange(0, device="cpu")
     order = _wanted(values, which)
     first = order[:k]
-    return residuals[first] <= torch.clamp(tol * values[first].abs(), min=krylov.noise), order
+    sizes = values[first].abs()
+    sizes = sizes.min().expand(k) if alike else sizes
+    return residuals[first] <= torch.clamp(tol * sizes - krylov.dropped, min=krylov.noise), order
 
 
 def _refined(
