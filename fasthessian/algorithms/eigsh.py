@@ -226,9 +226,9 @@ def converge(
     all in descending order.
     """
     A, ncv, compressed = krylov.A, krylov.capacity, krylov.compressed
-    if compressed:  # k products are kept for the refinement, and a margin for what it measures
+    if compressed or not krylov.exact:  # k products are kept for the refinement
         until = until - k
-    aim = tol / 2 if compressed else tol
+    aim = tol / 2 if compressed else tol  # a margin for what the refinement measures
     entered, locking = krylov.size, False
     points: list[tuple[float, int]] = []
     count = 0  # eigenvalues beyond the points, at least

@@ -122,6 +122,10 @@ class SymmetricOperator:
         if V.shape != out.shape:
             raise ValueError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
 
+    def relative_error(self) -> float:
+        """The relative error of a product, as far as it is known beforehand: rounding."""
+        return torch.finfo(self.dtype).eps
+
     def capturable(self) -> str | None:
         """Why a product cannot be captured in a CUDA graph; None if it can."""
         return "a matvec may depend on more than its argument"

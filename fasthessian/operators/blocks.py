@@ -49,6 +49,10 @@ class Block(SymmetricOperator):
         self.layout = parent.layout.subset(self.positions)
         self._describe(self.layout.n, parent.dtype, parent.device)
 
+    def relative_error(self) -> float:
+        """That of the parent's products."""
+        return self.parent.relative_error()
+
     def capturable(self) -> str | None:
         """Why a product cannot be captured in a CUDA graph."""
         return "blocks share the graphs of one matrix"

@@ -207,6 +207,14 @@ class Passes(SymmetricOperator):
         low = any(dtype in parameters.LOW for dtype in self._dtypes.values())
         return low or self._options.precision == "bf16"
 
+    def relative_error(self) -> float:
+        """The relative error of a product, by the parameters' dtype, the precision, the engine."""
+        errors = [torch.finfo(dtype).eps for dtype in self._dtypes.values()]
+        errors.append({"bf16": 2.0**-8, "tf32": 2.0**-11}.get(self._options.precision or "", 0.0))
+        if self._options.engine == "difference":
+            errors.append(max(errors) ** (2 / 3))
+        return max(errors)
+
     def coupling(self) -> float:
         """Relative change of the loss of a batch when it is cut; see ``ModelLoss``.
 
