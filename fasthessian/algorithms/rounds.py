@@ -8,7 +8,7 @@ dictionary of operators together: one pass over the data a round for the blocks 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -34,6 +34,28 @@ Run = Generator[Request, None, tuple[R, list[Warning]]]  # the record, and where
 Start = Callable[[SymmetricOperator, "Progress | None"], Run[R]]
 
 
+class Guard:
+    """Notices that what the operators depend on changed since the guard was made.
+
+    The products before and after would be of two matrices. Changes between runs are followed.
+    """
+
+    def __init__(self, operators: Iterable[SymmetricOperator]) -> None:
+        self._held = [(A, A.changes(look=True)[0]) for A in operators]
+
+    def check(self, look: bool = False) -> None:
+        """Raise RuntimeError if a product found a change, or if a ``look`` finds one."""
+        for A, count in self._held:
+            now, name = A.changes(look)
+            if now != count:
+                owner = name.partition(".")[0].partition("[")[0]
+                owner = owner if owner in ("criterion", "data") else "model"
+                raise RuntimeError(
+                    f"{name} changed during the run, whose products then belong to two matrices; "
+                    f"change it before or after the run, or analyse a copy: copy.deepcopy({owner})"
+                )
+
+
 def alone(A: SymmetricOperator, requests: Asking) -> None:
     """Answer every request by A."""
     for V, out, trusted in requests:
@@ -43,15 +65,21 @@ def alone(A: SymmetricOperator, requests: Asking) -> None:
 def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R]:
     """The record of one run over an operator, or one a name over a dictionary of operators."""
     if not isinstance(A, Mapping):
-        run = start(operator(A), progress)
+        guard = Guard([operator(A)])
+        run = start(A, progress)
         while True:
             try:
                 V, out, trusted = next(run)
+                A.apply(V, out, trusted=trusted)
             except StopIteration as stop:
                 record, shortfalls = stop.value
                 break
-            A.apply(V, out, trusted=trusted)
+            except (ValueError, RuntimeError):  # a change may be the cause: asymmetry, say
+                guard.check(look=True)
+                raise
+            guard.check()
             del V, out  # the run may give their rows back before it asks again
+        guard.check(look=True)
         for shortfall in shortfalls:
             warnings.warn(shortfall, stacklevel=3)
         return record  # type: ignore[no-any-return]
@@ -80,6 +108,7 @@ def _together(
 
         return tell
 
+    guard = Guard({id(getattr(A, "parent", A)): operator(A) for A in operators.values()}.values())
     runs = {name: start(operator(A), told(name)) for name, A in operators.items()}
     found: dict[str, R] = {}
     while runs:
@@ -94,8 +123,15 @@ def _together(
                     warnings.warn(type(shortfall)(f"{name}: {shortfall}"), stacklevel=4)
                 continue
             except (ValueError, MemoryError) as error:
+                guard.check(look=True)
                 raise type(error)(f"{name}: {error}") from error
             jobs.append(Job(operators[name], V, out, trusted))
             del V, out
-        multiply(jobs)
+        try:
+            multiply(jobs)
+        except (ValueError, RuntimeError):
+            guard.check(look=True)
+            raise
+        guard.check()
+    guard.check(look=True)
     return {name: found[name] for name in operators}

@@ -126,6 +126,14 @@ class SymmetricOperator:
         """Why a product cannot be captured in a CUDA graph; None if it can."""
         return "a matvec may depend on more than its argument"
 
+    def changes(self, look: bool = False) -> tuple[int, str]:
+        """How often what products depend on was found changed, and what changed last.
+
+        Products look at it, in part where they are trusted; ``look`` looks at all of it. A matvec
+        tells nothing.
+        """
+        return 0, ""
+
     def rebuild(self) -> str | None:
         """Drop what is kept from product to product; see ``Curvature``."""
         return None

@@ -53,6 +53,10 @@ class Block(SymmetricOperator):
         """Why a product cannot be captured in a CUDA graph."""
         return "blocks share the graphs of one matrix"
 
+    def changes(self, look: bool = False) -> tuple[int, str]:
+        """Those of the parent."""
+        return self.parent.changes(look)
+
     def flatten(self, tensors: Mapping[str, Tensor] | list[Tensor]) -> Tensor:
         """A vector (n,) from tensors by parameter name, or in the order of the parameters."""
         return self.layout.flatten(tensors)

@@ -23,7 +23,8 @@ from fasthessian.operators.layers import Layers
 from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.rewrite import Rewrite
-from fasthessian.operators.state import Copies, Snapshot, engaged
+from fasthessian.operators.state import Copies, engaged, turn
+from fasthessian.operators.watch import Watch
 from fasthessian.vectors import Layout
 
 
@@ -57,8 +58,9 @@ class Passes(SymmetricOperator):
         self._capacity = 0  # parts whose graph is kept, in the order of the pass
         self._graphs: list[Graph] = []
         self._complete = False  # every part has its graph: the data need not be read
-        self._snapshot: Snapshot | None = None
-        self._copies: Copies = {}  # of buffers, as long as the snapshot holds
+        self._watch = Watch(loss.entries)
+        self._changes = 0, ""  # changes found so far, and what changed last
+        self._copies: Copies = {}  # of buffers, as long as nothing changes
         self._needs = 0.0  # bytes of the graphs of all parts
         self._padded: dict[int, int] = {}  # rows without gradient, by place of the parameter
         if isinstance(loss, ModelLoss):
@@ -142,29 +144,51 @@ class Passes(SymmetricOperator):
         trusted: bool = False,
         exact: bool = False,
         mode: str | None = None,
+        evaluates: bool = True,
     ) -> Iterator[list[Tensor]]:
         """The parameters as they are now, inside the conditions of a product.
 
         A pass that is not ``curved`` needs the loss alone. The rewrite spans the derivatives too,
         because checkpointed layers are run again there. ``exact`` passes over ``precision``,
-        and ``mode`` over the user's.
+        and ``mode`` over the user's. One that only reads kept graphs evaluates nothing. Passes in
+        several threads take turns.
         """
+        with turn():
+            now = self._follow(trusted, evaluates or not trusted)
+            evaluates |= not self._complete
+            copies = self._copies if self._capacity else None
+            options = self._options
+            precision = None if exact else options.precision
+            with (
+                engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
+                Rewrite() if curved else contextlib.nullcontext(),
+            ):
+                yield list(now.values())
+            if evaluates:
+                self._watch.settle()
+
+    def _follow(self, trusted: bool, whole: bool = True) -> dict[str, Tensor]:
+        """The parameters now; what is kept is dropped where it no longer stands for the loss."""
         now = parameters.followed(self.layout, self._dtypes, self._loss.named())
-        if not trusted and self._loss.changed():  # class weights are read
+        change = self._watch.look(trusted, whole)
+        if change.void:
             self._forget()
-            self._loss.survey()
-        if self._snapshot is not None and not self._snapshot.matches(self._loss.watched(), trusted):
-            self._forget()
-        if self._snapshot is None and self._capacity:
-            self._snapshot = Snapshot(self._loss.watched())
-        copies = self._copies if self._capacity else None
-        options = self._options
-        precision = None if exact else options.precision
-        with (
-            engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
-            Rewrite() if curved else contextlib.nullcontext(),
-        ):
-            yield list(now.values())
+        if change.name is not None:
+            self._changes = self._changes[0] + 1, change.name
+        if change.terms:
+            self._survey()
+        return now
+
+    def _survey(self) -> None:
+        """Count the terms of the loss anew, after data or criterion changed."""
+        self._loss.survey()
+
+    def changes(self, look: bool = False) -> tuple[int, str]:
+        """See ``SymmetricOperator``."""
+        if look:
+            with turn():
+                self._follow(trusted=False)
+        return self._changes
 
     def _made_graph(self, part: Part, params: list[Tensor]) -> Graph:
         graph = self._graph(part, params)
@@ -192,14 +216,15 @@ class Passes(SymmetricOperator):
     def by_forward(self, v: Tensor) -> Tensor:
         """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
         options, out = self._options, torch.empty_like(v[None])
-        self._options = dataclasses.replace(options, engine="forward")
-        try:
-            with self._pass() as params, closing(self._loss.parts()) as parts:
-                for i, part in enumerate(parts):
-                    task = self._task(None, v[None], out)
-                    self._made_graph(part, params).products([task], first=i == 0, keep=False)
-        finally:
-            self._options = options
+        with turn():
+            self._options = dataclasses.replace(options, engine="forward")
+            try:
+                with self._pass() as params, closing(self._loss.parts()) as parts:
+                    for i, part in enumerate(parts):
+                        task = self._task(None, v[None], out)
+                        self._made_graph(part, params).products([task], first=i == 0, keep=False)
+            finally:
+                self._options = options
         return out[0].add_(v, alpha=options.weight_decay)
 
     def rounded(self) -> bool:
@@ -220,7 +245,7 @@ class Passes(SymmetricOperator):
     def _forget(self) -> None:
         self._graphs.clear()
         self._copies.clear()
-        self._complete, self._snapshot = False, None
+        self._complete = False
 
     def _value(self, part: Part) -> Tensor:
         """The loss of a part, checked to be finite."""
@@ -250,15 +275,16 @@ class Passes(SymmetricOperator):
             Why that will not do: a graph of the user's own holds the nodes at which gradients of
             the parameters arrive, and with them another stream. None if there is no such graph.
         """
-        self._forget()
-        named = self._loss.named()
-        params = [named[name] for name in self.layout.names]
-        for p in params:  # a node that nobody holds is made anew each time
-            _marks(p)["fasthessian"] = True
-        for name, p in zip(self.layout.names, params, strict=True):
-            if _marks(p).pop("fasthessian", False):
-                return f"a loss or an output computed earlier is still alive and uses {name!r}"
-        return None
+        with turn():
+            self._forget()
+            named = self._loss.named()
+            params = [named[name] for name in self.layout.names]
+            for p in params:  # a node that nobody holds is made anew each time
+                _marks(p)["fasthessian"] = True
+            for name, p in zip(self.layout.names, params, strict=True):
+                if _marks(p).pop("fasthessian", False):
+                    return f"a loss or an output computed earlier is still alive and uses {name!r}"
+            return None
 
     def kept(self) -> tuple[Graph, ...]:
         """What a captured product reads: it must live as long as the capture."""
@@ -270,7 +296,7 @@ class Passes(SymmetricOperator):
         return Task(places, [layout.views(v) for v in V], out)
 
     def _make(self, tasks: Sequence[Task], trusted: bool) -> None:
-        with self._pass(trusted=trusted) as params:
+        with self._pass(trusted=trusted, evaluates=not self._complete) as params:
             if self._complete:
                 for i, graph in enumerate(self._graphs):
                     graph.products(tasks, first=i == 0, keep=True)
