@@ -7,31 +7,28 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from fasthessian import kernels
 from fasthessian.memory import out_of_memory
 from fasthessian.operators import parameters
-from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.engines import Graph, Task, examine, metered
+from fasthessian.operators.kept import KeptGraphs
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.rewrite import Rewrite
-from fasthessian.operators.state import Copies, engaged, turn
-from fasthessian.operators.watch import Watch
+from fasthessian.operators.state import engaged, turn
 from fasthessian.vectors import Layout
 
 
-class Passes(SymmetricOperator):
+class Passes(KeptGraphs):
     """An operator whose products are sums over the parts of a loss; see ``Curvature``."""
 
-    layout: Layout
     engine: str
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
@@ -55,12 +52,7 @@ class Passes(SymmetricOperator):
         self.layout = Layout(chosen, parameters.common_dtype(chosen))
         self._describe(self.layout.n, self.layout.dtype, self.layout.device)
         self._loss = loss
-        self._capacity = 0  # parts whose graph is kept, in the order of the pass
-        self._graphs: list[Graph] = []
-        self._complete = False  # every part has its graph: the data need not be read
-        self._watch = Watch(loss.entries)
-        self._changes = 0, ""  # changes found so far, and what changed last
-        self._copies: Copies = {}  # of buffers, as long as nothing changes
+        self._keep_none()
         self._needs = 0.0  # bytes of the graphs of all parts
         self._padded: dict[int, int] = {}  # rows without gradient, by place of the parameter
         if isinstance(loss, ModelLoss):
@@ -167,29 +159,6 @@ class Passes(SymmetricOperator):
             if evaluates:
                 self._watch.settle()
 
-    def _follow(self, trusted: bool, whole: bool = True) -> dict[str, Tensor]:
-        """The parameters now; what is kept is dropped where it no longer stands for the loss."""
-        now = parameters.followed(self.layout, self._dtypes, self._loss.named())
-        change = self._watch.look(trusted, whole)
-        if change.void:
-            self._forget()
-        if change.name is not None:
-            self._changes = self._changes[0] + 1, change.name
-        if change.terms:
-            self._survey()
-        return now
-
-    def _survey(self) -> None:
-        """Count the terms of the loss anew, after data or criterion changed."""
-        self._loss.survey()
-
-    def changes(self, look: bool = False) -> tuple[int, str]:
-        """See ``SymmetricOperator``."""
-        if look:
-            with turn():
-                self._follow(trusted=False)
-        return self._changes
-
     def _made_graph(self, part: Part, params: list[Tensor]) -> Graph:
         graph = self._graph(part, params)
         graph.padded = self._padded
@@ -242,11 +211,6 @@ class Passes(SymmetricOperator):
         with self._pass(curved=False, mode="eval"):
             return self._loss.coupling()
 
-    def _forget(self) -> None:
-        self._graphs.clear()
-        self._copies.clear()
-        self._complete = False
-
     def _value(self, part: Part) -> Tensor:
         """The loss of a part, checked to be finite."""
         return self._evaluated(part)[1]
@@ -261,34 +225,6 @@ class Passes(SymmetricOperator):
                 f"check the parameters, the inputs and the targets"
             )
         return outputs, loss
-
-    def capturable(self) -> str | None:
-        """Why a product cannot be captured in a CUDA graph; None if it can."""
-        if self._capacity < self._loss.count or not self._loss.replayable:
-            return "the graphs of some batches are built at each product"
-        return None
-
-    def rebuild(self) -> str | None:
-        """Drop the kept graphs: the next product builds them on its stream.
-
-        Returns:
-            Why that will not do: a graph of the user's own holds the nodes at which gradients of
-            the parameters arrive, and with them another stream. None if there is no such graph.
-        """
-        with turn():
-            self._forget()
-            named = self._loss.named()
-            params = [named[name] for name in self.layout.names]
-            for p in params:  # a node that nobody holds is made anew each time
-                _marks(p)["fasthessian"] = True
-            for name, p in zip(self.layout.names, params, strict=True):
-                if _marks(p).pop("fasthessian", False):
-                    return f"a loss or an output computed earlier is still alive and uses {name!r}"
-            return None
-
-    def kept(self) -> tuple[Graph, ...]:
-        """What a captured product reads: it must live as long as the capture."""
-        return tuple(self._graphs)
 
     def _task(self, block: Block | None, V: Tensor, out: Tensor) -> Task:
         layout = self.layout if block is None else block.layout
@@ -330,9 +266,3 @@ class Passes(SymmetricOperator):
         self._forget()
         cuttable = isinstance(self._loss, ModelLoss)
         raise MemoryError(self._options.shortage(words, self._needs, self.device, cuttable))
-
-
-def _marks(p: Tensor) -> dict[str, bool]:
-    """Notes on the node of the graph at which the gradient of p arrives."""
-    marks: Any = get_gradient_edge(p).node.metadata
-    return cast("dict[str, bool]", marks)

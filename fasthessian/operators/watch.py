@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
@@ -152,7 +153,7 @@ def reach(label: str, item: Any, kind: str, seen: set[int], depth: int = 2) -> I
     if _is_plain(item):
         yield label, item, OTHER
         return
-    if id(item) in seen:
+    if id(item) in seen or isinstance(item, weakref.ref):
         return
     seen.add(id(item))
     inner: Iterable[tuple[str, Any]] = ()
@@ -218,8 +219,8 @@ def _variables(label: str, function: types.FunctionType) -> Iterator[tuple[str, 
 
 
 def _dense(label: str, tensor: Tensor, kind: str) -> Iterator[Entry]:
-    """The tensor, or the dense ones that a sparse one consists of."""
-    if tensor.layout is torch.strided and not tensor.is_nested and tensor.device.type != "meta":
+    """The tensor, the dense ones that a sparse one consists of, or its identity."""
+    if tensor.layout is torch.strided and not tensor.is_nested and _stored(tensor):
         yield label, tensor, kind
         return
     yield label, (id(tensor), 0 if tensor.is_inference() else tensor._version), OTHER
@@ -238,3 +239,11 @@ def _as_tensor(array: np.ndarray[Any, Any]) -> Any:
         return torch.from_numpy(array)
     except (TypeError, ValueError):  # negative strides, long double
         return array
+
+
+def _stored(tensor: Tensor) -> bool:
+    """Whether it has numbers of its own: torch.func leaves wrappers behind in recurrent layers."""
+    try:
+        return tensor.data_ptr() != 0 or tensor.numel() == 0
+    except RuntimeError:
+        return False
