@@ -44,7 +44,7 @@ class Watch:
         self._entries = entries
         self._seen: dict[str, Snapshot] = {}
         self._plain: dict[str, Any] = {}
-        self._own: set[str] = set()  # what the loss itself changes, such as counters
+        self._own: set[str] = set()  # what the loss itself changes: counters, caches
 
     def look(self, trusted: bool = False, whole: bool = True) -> Change:
         """Compare with the last look, and see everything as it is now.
@@ -81,10 +81,10 @@ class Watch:
         tensors, plain = self._read(True)
         written, changed = self._seen[OTHER].compare(tensors[OTHER], trusted=True)
         own = [*_differing(self._plain, plain), *(cast(str, name) for name in written + changed)]
-        self._own.update(own)
-        self._seen[OTHER].take({}, own)
-        for name in own:
-            self._plain.pop(name, None)
+        if own:
+            self._own.update(map(_whole, own))
+            tensors, self._plain = self._read(True)
+            self._seen[OTHER] = Snapshot(tensors[OTHER])
 
     def _read(self, whole: bool) -> tuple[dict[str, dict[Any, Tensor]], dict[str, Any]]:
         """Tensors by kind and name, and the rest by name."""
@@ -92,11 +92,16 @@ class Watch:
         plain: dict[str, Any] = {}
         for name, item, kind in self._entries(whole):
             if isinstance(item, Tensor):
-                if kind != OTHER or name not in self._own:
+                if kind != OTHER or _whole(name) not in self._own:
                     tensors[kind][name] = item
-            elif name not in self._own:
+            elif _whole(name) not in self._own:
                 plain[name] = item
         return tensors, plain
+
+
+def _whole(name: str) -> str:
+    """The container that an entry is in, which has other entries the next time."""
+    return name.partition("[")[0]
 
 
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
