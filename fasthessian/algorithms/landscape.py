@@ -67,16 +67,15 @@ def landscape(
     alphas = torch.linspace(-span, span, points, dtype=torch.float64, device="cpu")
     betas = alphas.clone() if len(rows) == 2 else alphas[:0].clone()
     steps = [(a,) for a in alphas] if len(rows) == 1 else torch.cartesian_prod(alphas, betas)
-    guard = Guard([A])
     losses = torch.empty(len(steps), dtype=torch.float64, device="cpu")
-    for i, step in enumerate(steps):
-        # spelled out, so that the centre is exactly theta
-        offset = sum(float(x) * row for x, row in zip(step, rows, strict=True))
-        losses[i] = loss(offset)
-        guard.check()
-        if progress is not None:
-            progress(i + 1, len(losses))
-    guard.check(look=True)
+    with Guard([A]) as guard:
+        for i, step in enumerate(steps):
+            # spelled out, so that the centre is exactly theta
+            offset = sum(float(x) * row for x, row in zip(step, rows, strict=True))
+            losses[i] = loss(offset)
+            guard.check()
+            if progress is not None:
+                progress(i + 1, len(losses))
     return Landscape(
         alphas=alphas,
         betas=betas,

@@ -7,6 +7,7 @@ dictionary of operators together: one pass over the data a round for the blocks 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -35,13 +36,26 @@ Start = Callable[[SymmetricOperator, "Progress | None"], Run[R]]
 
 
 class Guard:
-    """Notices that what the operators depend on changed since the guard was made.
+    """For the span of a run, notices changes of what the operators depend on.
 
     The products before and after would be of two matrices. Changes between runs are followed.
     """
 
     def __init__(self, operators: Iterable[SymmetricOperator]) -> None:
-        self._held = [(A, A.changes(look=True)[0]) for A in operators]
+        self._operators = {id(getattr(A, "parent", A)): A for A in operators}.values()
+        self._runs = contextlib.ExitStack()
+
+    def __enter__(self) -> Guard:
+        self._held = [(A, A.changes(look=True)[0]) for A in self._operators]
+        for A in self._operators:
+            self._runs.enter_context(A.run())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Look once more: at the end, and where a change may be the cause of an error."""
+        self._runs.close()
+        if kind is None or issubclass(kind, (ValueError, RuntimeError)):
+            self.check(look=True)
 
     def check(self, look: bool = False) -> None:
         """Raise RuntimeError if a product found a change, or if a ``look`` finds one."""
@@ -65,21 +79,17 @@ def alone(A: SymmetricOperator, requests: Asking) -> None:
 def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R]:
     """The record of one run over an operator, or one a name over a dictionary of operators."""
     if not isinstance(A, Mapping):
-        guard = Guard([operator(A)])
-        run = start(A, progress)
-        while True:
-            try:
-                V, out, trusted = next(run)
+        with Guard([operator(A)]) as guard:
+            run = start(A, progress)
+            while True:
+                try:
+                    V, out, trusted = next(run)
+                except StopIteration as stop:
+                    record, shortfalls = stop.value
+                    break
                 A.apply(V, out, trusted=trusted)
-            except StopIteration as stop:
-                record, shortfalls = stop.value
-                break
-            except (ValueError, RuntimeError):  # a change may be the cause: asymmetry, say
-                guard.check(look=True)
-                raise
-            guard.check()
-            del V, out  # the run may give their rows back before it asks again
-        guard.check(look=True)
+                guard.check()
+                del V, out  # the run may give their rows back before it asks again
         for shortfall in shortfalls:
             warnings.warn(shortfall, stacklevel=3)
         return record  # type: ignore[no-any-return]
@@ -108,30 +118,24 @@ def _together(
 
         return tell
 
-    guard = Guard({id(getattr(A, "parent", A)): operator(A) for A in operators.values()}.values())
-    runs = {name: start(operator(A), told(name)) for name, A in operators.items()}
     found: dict[str, R] = {}
-    while runs:
-        jobs = []
-        for name in list(runs):
-            try:
-                V, out, trusted = next(runs[name])
-            except StopIteration as stop:
-                del runs[name]
-                found[name], shortfalls = stop.value
-                for shortfall in shortfalls:
-                    warnings.warn(type(shortfall)(f"{name}: {shortfall}"), stacklevel=4)
-                continue
-            except (ValueError, MemoryError) as error:
-                guard.check(look=True)
-                raise type(error)(f"{name}: {error}") from error
-            jobs.append(Job(operators[name], V, out, trusted))
-            del V, out
-        try:
+    with Guard(map(operator, operators.values())) as guard:
+        runs = {name: start(A, told(name)) for name, A in operators.items()}
+        while runs:
+            jobs = []
+            for name in list(runs):
+                try:
+                    V, out, trusted = next(runs[name])
+                except StopIteration as stop:
+                    del runs[name]
+                    found[name], shortfalls = stop.value
+                    for shortfall in shortfalls:
+                        warnings.warn(type(shortfall)(f"{name}: {shortfall}"), stacklevel=4)
+                    continue
+                except (ValueError, MemoryError) as error:
+                    raise type(error)(f"{name}: {error}") from error
+                jobs.append(Job(operators[name], V, out, trusted))
+                del V, out
             multiply(jobs)
-        except (ValueError, RuntimeError):
-            guard.check(look=True)
-            raise
-        guard.check()
-    guard.check(look=True)
+            guard.check()
     return {name: found[name] for name in operators}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -33,11 +35,23 @@ class KeptGraphs(SymmetricOperator):
         self._copies: Copies = {}  # of buffers, as long as nothing changes
         self._watch = Watch(self._loss.entries)
         self._changes = 0, ""  # changes found so far, and what changed last
+        self._runs: list[int] = []  # the threads of runs, see ``run``
 
-    def _follow(self, trusted: bool, whole: bool = True) -> dict[str, Tensor]:
+    @contextlib.contextmanager
+    def run(self) -> Iterator[None]:
+        """See ``SymmetricOperator``: for a model with few parameters the data are the product."""
+        thread = threading.get_ident()
+        self._runs.append(thread)
+        try:
+            yield
+        finally:
+            self._runs.remove(thread)
+
+    def _follow(self, trusted: bool, whole: bool = True, data: bool = False) -> dict[str, Tensor]:
         """The parameters now; what is kept is dropped where it no longer stands for the loss."""
         now = parameters.followed(self.layout, self._dtypes, self._loss.named())
-        change = self._watch.look(trusted, whole)
+        data |= threading.get_ident() not in self._runs
+        change = self._watch.look(trusted, whole, data)
         if change.void:
             self._forget()
         if change.name is not None:
@@ -54,7 +68,7 @@ class KeptGraphs(SymmetricOperator):
         """See ``SymmetricOperator``."""
         if look:
             with turn():
-                self._follow(trusted=False)
+                self._follow(trusted=False, data=True)
         return self._changes
 
     def _forget(self) -> None:

@@ -46,10 +46,11 @@ class Watch:
         self._plain: dict[str, Any] = {}
         self._own: set[str] = set()  # what the loss itself changes: counters, caches
 
-    def look(self, trusted: bool = False, whole: bool = True) -> Change:
+    def look(self, trusted: bool = False, whole: bool = True, data: bool = True) -> Change:
         """Compare with the last look, and see everything as it is now.
 
-        With ``trusted`` values on an accelerator are not read back. Without ``whole`` only
+        With ``trusted`` values are compared only where the version tells of a write; without
+        ``data`` the same holds for all but parameters and buffers. Without ``whole`` only
         parameters, buffers and batches are looked at.
         """
         first = not self._seen
@@ -60,7 +61,8 @@ class Watch:
             return Change()
         void, names, terms = False, [], False
         for kind in (POINT, DATA, OTHER) if whole else (POINT, DATA):
-            written, changed = self._seen[kind].compare(tensors[kind], trusted)
+            unread = trusted or not (data or kind == POINT)
+            written, changed = self._seen[kind].compare(tensors[kind], unread)
             self._seen[kind].take(tensors[kind], [*written, *changed])
             void |= bool(written or changed)
             names += [cast(str, name) for name in changed]
@@ -71,7 +73,7 @@ class Watch:
             names += differing
             terms |= bool(differing)
         elif void or names:  # graphs are built anew: what they depend on has to be known in whole
-            rest = self.look(trusted)
+            rest = self.look(trusted, data=data)
             names += [] if rest.name is None else [rest.name]
             terms |= rest.terms
         return Change(void or bool(names), names[0] if names else None, terms)
