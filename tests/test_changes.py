@@ -434,3 +434,21 @@ def test_kept_graphs_serve_as_long_as_nothing_changes() -> None:
         A @ v
     fh.eigsh(A, 2)
     assert p.model.calls == calls
+
+
+def test_a_run_compares_the_values_of_the_data_at_its_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    p = problem()
+    A = fh.Hessian(p.model, p.criterion, (p.x, p.y))
+    compared, value = [], snapshot._value
+
+    def counting(tensor: Tensor, exact: bool) -> Tensor:
+        compared.append(tensor is p.x)
+        return value(tensor, exact)
+
+    monkeypatch.setattr(snapshot, "_value", counting)
+    assert fh.density(A, steps=10).matvecs == 10 and sum(compared) == 2
+    for _ in range(3):
+        A @ torch.ones(A.n, dtype=F64)
+    assert sum(compared) == 5
