@@ -24,7 +24,7 @@ class _Seen(NamedTuple):
     version: tuple[int, int]
     form: tuple[torch.Size, torch.dtype, torch.device]
     exact: bool
-    value: Tensor  # a copy of its words, or their sums
+    value: Tensor  # a copy, or the sums of its words
 
 
 class Snapshot:
@@ -50,7 +50,7 @@ class Snapshot:
             if tensor is None:
                 continue
             exact = tensor.nbytes <= self._room
-            value = _value(tensor, exact).clone()
+            value = tensor.detach().clone() if exact else _sums(tensor)
             self._room -= value.nbytes if exact else 0
             self._seen[name] = _Seen(tensor, version(tensor), _form(tensor), exact, value)
 
@@ -75,10 +75,13 @@ class Snapshot:
                 written.append(name)
             elif trusted:
                 continue
-            value = _value(tensor, seen.exact)
-            if value.device.type != "cpu":
-                waiting.append((name, (value != seen.value).any()))
-            elif not torch.equal(value, seen.value):
+            if seen.exact and tensor.device.type == "cpu" and torch.equal(tensor, seen.value):
+                continue
+            now, then = _words(tensor) if seen.exact else _sums(tensor), seen.value
+            then = _words(then) if seen.exact else then
+            if now.device.type != "cpu":
+                waiting.append((name, (now != then).any()))
+            elif not torch.equal(now, then):
                 changed.append(name)
         if waiting:  # one synchronisation for all tensors of an accelerator
             flags = torch.stack([flag.to(waiting[0][1].device) for _, flag in waiting]).tolist()
@@ -94,16 +97,18 @@ def _form(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _value(tensor: Tensor, exact: bool) -> Tensor:
-    """The words of a tensor, so that NaN equals itself, or their sums."""
+def _words(tensor: Tensor) -> Tensor:
+    """The numbers as integers of their width, so that NaN equals itself."""
     words = tensor.detach()
     if words.is_complex():
         words = torch.view_as_real(words.resolve_conj())
     words = words.resolve_neg()
-    words = words.view(_WORDS[words.element_size()])
-    if exact:
-        return words
-    words = words.reshape(-1)
-    width = 1 << (len(words).bit_length() // 2)  # a change or a swap shows in a row or a column
+    return words.view(_WORDS[words.element_size()])
+
+
+def _sums(tensor: Tensor) -> Tensor:
+    """Sums over the rows and the columns of the words: a change or a swap shows in one of them."""
+    words = _words(tensor).reshape(-1)
+    width = 1 << (len(words).bit_length() // 2)
     square = words[: len(words) // width * width].view(-1, width)
     return torch.cat((square.sum(0), square.sum(1), words[square.numel() :].long()))

@@ -93,10 +93,11 @@ class Watch:
         tensors: dict[str, dict[Any, Tensor]] = {POINT: {}, DATA: {}, OTHER: {}}
         plain: dict[str, Any] = {}
         for name, item, kind in self._entries(whole):
+            if kind == OTHER and self._own and _whole(name) in self._own:
+                continue
             if isinstance(item, Tensor):
-                if kind != OTHER or _whole(name) not in self._own:
-                    tensors[kind][name] = item
-            elif _whole(name) not in self._own:
+                tensors[kind][name] = item
+            else:
                 plain[name] = item
         return tensors, plain
 
@@ -109,18 +110,17 @@ def _whole(name: str) -> str:
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     names = [name for name in old if name not in new]
     for name, value in new.items():
-        if name not in old or not _same(old[name], value):
+        before = old.get(name, names)  # a list that nothing equals
+        if before is value:
+            continue
+        if not (type(before) is type(value) and _is_plain(value) and before == value):
             names.append(name)
     return names
 
 
-def _same(a: Any, b: Any) -> bool:
-    return a is b or (type(a) is type(b) and _is_plain(a) and a == b)
-
-
 def _is_plain(item: Any) -> bool:
     if type(item) is tuple:
-        return all(type(each) in _PLAIN for each in item)
+        return _PLAIN.issuperset(map(type, item))
     return type(item) in _PLAIN or isinstance(item, np.generic)
 
 
@@ -146,7 +146,11 @@ def of_module(root: str, module: nn.Module, kind: str, seen: set[int], whole: bo
             for i, hook in enumerate(vars(each)[name].values()):
                 yield f"{root}.{path}{name}[{i}]", hook, OTHER
         for name, value in list(vars(each).items()):
-            if name not in _MODULE:
+            if name in _MODULE:
+                continue
+            if type(value) in _PLAIN:  # most are: no generator for these
+                yield f"{root}.{path}{name}", value, OTHER
+            else:
                 yield from reach(f"{root}.{path}{name}", value, OTHER, seen, depth)
 
 
