@@ -36,8 +36,10 @@ class Net(nn.Module):
         self.mask = np.ones(4)
         self.gate: Callable[[Tensor], Tensor] = torch.sigmoid
 
+    power = 1.0
+
     def forward(self, x: Tensor) -> Tensor:
-        x = x * torch.tensor(self.scales["input"], dtype=x.dtype)
+        x = (OFFSET + self.power * x) * torch.tensor(self.scales["input"], dtype=x.dtype)
         h = self.act(self.a(x) + self.shift) * torch.from_numpy(self.mask.copy())
         return self.b(self.gate(h)) * self.config.gain / self.temperature
 
@@ -76,6 +78,7 @@ def by_closure() -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[float], 
 
 
 STRENGTH = 0.1
+OFFSET = 0.0
 
 
 def by_global(z: Tensor, y: Tensor) -> Tensor:
@@ -98,6 +101,10 @@ def problem(criterion: Any = None) -> SimpleNamespace:
 
 def set_global(p: Any) -> None:
     globals()["STRENGTH"] += 0.7
+
+
+def set_offset(p: Any) -> None:
+    globals()["OFFSET"] += 0.7
 
 
 def shuffle(p: Any) -> None:
@@ -127,6 +134,8 @@ CHANGES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
         None, lambda p: p.model.scales["input"].__setitem__(1, 3.0)),
     "a tensor that is no buffer": (None, lambda p: p.model.shift.data.add_(0.5)),
     "a NumPy array": (None, lambda p: p.model.mask.__setitem__(0, 0.0)),
+    "an attribute of its class": (None, lambda p: setattr(Net, "power", 1.5)),
+    "a global that forward reads": (None, set_offset),
     "a function": (None, lambda p: setattr(p.model, "gate", torch.tanh)),
     "a layer without parameters": (None, lambda p: setattr(p.model, "act", nn.Softplus())),
     "a forward hook": (
@@ -137,7 +146,8 @@ CHANGES: dict[str, tuple[Any, Callable[[Any], Any]]] = {
 @pytest.fixture(autouse=True)
 def _global() -> Any:
     yield
-    globals()["STRENGTH"] = 0.1
+    globals().update(STRENGTH=0.1, OFFSET=0.0)
+    Net.power = 1.0
 
 
 @each_engine

@@ -62,10 +62,10 @@ class Hessian(Curvature):
 
     Changes after construction are followed, by whatever way they are written: parameters, buffers,
     data in memory and the list of batches, attributes of the model and the criterion and of objects
-    that they hold, variables and globals that the criterion reads. Not seen are class attributes,
-    globals that ``forward`` reads, objects inside objects inside a module, containers of the model
-    with more than 1,000 entries, and what the loss itself changes at each evaluation. A change
-    during a run of an algorithm is refused: RuntimeError says what changed.
+    that they hold, variables and globals that ``forward`` and the criterion read. Not seen are
+    objects inside objects inside a module, containers of the model with more than 1,000 entries,
+    and what the loss itself changes at each evaluation. A change during a run of an algorithm is
+    refused: RuntimeError says what changed.
 
     Products, gradients and losses of operators in several threads take turns. Meanwhile the model's
     modes and buffers, and torch's global random states and switches, are those of the product:

@@ -142,6 +142,7 @@ def of_module(root: str, module: nn.Module, kind: str, seen: set[int], whole: bo
         if not whole:
             continue
         yield f"{root}.{path}__class__", type(each), OTHER
+        yield from _of_class(type(each), seen)
         for name in _HOOKS:
             for i, hook in enumerate(vars(each)[name].values()):
                 yield f"{root}.{path}{name}[{i}]", hook, OTHER
@@ -191,8 +192,22 @@ def reach(label: str, item: Any, kind: str, seen: set[int], depth: int = 2) -> I
         depth -= 1
         inner, identity = _inside(label, item)
         yield label, identity, OTHER
+        yield from _of_class(type(item), seen)
     for name, value in inner:
         yield from reach(name, value, kind, seen, depth)
+
+
+def _of_class(owner: type, seen: set[int]) -> Iterator[Entry]:
+    """Plain attributes of a class of the user's and its bases, and what its call reads."""
+    for base in owner.__mro__:
+        if id(base) in seen or base.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue
+        seen.add(id(base))
+        for name, value in list(vars(base).items()):
+            if name in ("forward", "__call__"):
+                yield from reach(f"{base.__name__}.{name}", value, OTHER, seen, 1)
+            elif type(value) in _PLAIN and not name.startswith("__"):
+                yield f"{base.__name__}.{name}", value, OTHER
 
 
 def _inside(label: str, item: Any) -> tuple[Iterable[tuple[str, Any]], Any]:
