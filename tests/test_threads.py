@@ -184,6 +184,7 @@ def test_checkpointed_layers_do_not_wait_for_themselves(engine: str) -> None:
         assert error(found[i], dense(model, criterion, data)) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later
 def test_workers_of_a_loader_in_one_thread_and_products_in_another() -> None:
     model, criterion, data = problem()
     loader = DataLoader(TensorDataset(*data), 3, num_workers=1, multiprocessing_context="fork")
@@ -209,6 +210,7 @@ def _product(model: nn.Module, criterion: Any, data: Any, pipe: Any) -> None:
     pipe.send((fh.Hessian(model, criterion, data) @ v).tolist())
 
 
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later
 def test_a_process_forked_during_a_product_of_another_thread_has_its_turn() -> None:
     model, criterion, data = problem()
     slow, *_ = problem()
