@@ -19,6 +19,7 @@ from fasthessian.operators.engines import gradient
 from fasthessian.operators.losses import ModelLoss
 from fasthessian.operators.options import Options
 from fasthessian.operators.passes import Passes
+from fasthessian.operators.state import turn
 
 
 class Curvature(Passes):
@@ -72,11 +73,12 @@ class Curvature(Passes):
             MemoryError: a product does not fit; what it needs and which option would help.
         """
         blocks = [block.positions for block, _, _ in work if block is not None]
-        if not self._layered and any(map(self._of_one_layer, blocks)):
-            self._layered = True
-            self._forget()  # from now on factors of the layers are kept beside the graphs
-        tasks = [self._task(*each) for each in work]
-        self._roomy(lambda: self._make(tasks, trusted))
+        with turn():
+            if not self._layered and any(map(self._of_one_layer, blocks)):
+                self._layered = True
+                self._forget()  # from now on factors of the layers are kept beside the graphs
+            tasks = [self._task(*each) for each in work]
+            self._roomy(lambda: self._make(tasks, trusted))
         if self._options.weight_decay:
             for _, V, out in work:
                 out.add_(V, alpha=self._options.weight_decay)

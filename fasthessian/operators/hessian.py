@@ -57,9 +57,19 @@ class Hessian(Curvature):
         engine: how products are made, and why.
 
     Parameters in bfloat16 or float16 have float32 vectors. DataParallel, DistributedDataParallel
-    and compiled models are unwrapped. A change of parameters, buffers or data in memory after
-    construction is followed. Parameters that the loss does not use, or uses linearly, have zero
-    rows.
+    and compiled models are unwrapped. Parameters that the loss does not use, or uses linearly, have
+    zero rows.
+
+    Changes after construction are followed, by whatever way they are written: parameters, buffers,
+    data in memory and the list of batches, attributes of the model and the criterion and of objects
+    that they hold, variables and globals that ``forward`` and the criterion read. Not seen are
+    objects inside objects inside a module, containers of the model with more than 1,000 entries,
+    and what the loss itself changes at each evaluation. A change during a run of an algorithm is
+    refused: RuntimeError says what changed.
+
+    Products, gradients and losses of operators in several threads take turns. Meanwhile the model's
+    modes and buffers, and torch's global random states and switches, are those of the product:
+    other threads should neither call the model nor draw random numbers from these states.
 
     Raises:
         ValueError: no trainable parameters; a loss that is not a scalar, not finite, or does not
@@ -94,8 +104,9 @@ class Hessian(Curvature):
 
         For losses that are no criterion over batches: physics-informed networks, penalties,
         reinforcement learning. The closure may differentiate inside. Its random numbers from
-        torch, NumPy or Python are the same at each call. Changes of ``params`` are followed, those
-        of other tensors it reads only with ``engine="recompute"``.
+        torch, NumPy or Python are the same at each call. Changes of ``params`` are followed, and
+        those of variables and globals that the closure reads, as far as two objects deep; what lies
+        deeper only with ``engine="recompute"``.
 
         Raises:
             RuntimeError: two calls at the same parameters give different losses.

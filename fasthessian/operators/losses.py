@@ -32,6 +32,7 @@ from fasthessian.operators.batches import (
 )
 from fasthessian.operators.criteria import call, option, scalar, terms
 from fasthessian.operators.state import own_buffers, seeded
+from fasthessian.operators.watch import DATA, OTHER, POINT, Entry, of_module, reach
 
 REPEATED = 1e-3  # relative; two evaluations of one loss differ by rounding only
 ROUNDED = 2e-2  # the same for a loss that is computed in 16 bits
@@ -101,6 +102,7 @@ class ModelLoss:
     def survey(self) -> None:
         """One pass over the data: check the batches, count the terms."""
         counts, self.size, index, total = [], 0, -1, 0.0
+        self._source.restart()
         with closing(self._chunks()) as chunks:
             for number, weight, share, batch in chunks:
                 total += weight if number > index else 0.0
@@ -118,17 +120,18 @@ class ModelLoss:
         summed = self._weights is None and option(self.criterion, "reduction") == "sum"
         self._total = 1.0 if summed else total
         self.count = sum(count > 0 for count in counts)
-        self.token = self._token()
 
-    def changed(self) -> bool:
-        """Whether data in memory, or what weighs its terms, changed since the last survey."""
-        return self._token() != self.token
-
-    def _token(self) -> tuple[Any, ...]:
-        weight = option(self.criterion, "weight")
-        held = tuple(weight.tolist()) if isinstance(weight, Tensor) else None
-        how = tuple(option(self.criterion, name) for name in ("reduction", "ignore_index"))
-        return self._source.token(), held, how
+    def entries(self, whole: bool) -> Iterator[Entry]:
+        """What the loss depends on; see ``watch``."""
+        seen: set[int] = set()
+        yield from of_module("model", self.model, POINT, seen, whole)
+        if isinstance(self.criterion, nn.Module):
+            yield from of_module("criterion", self.criterion, DATA, seen, whole)
+        yield from self._source.entries(whole, seen)
+        if whole:
+            yield from reach("criterion", self.criterion, OTHER, seen)
+            if callable(self._weights):
+                yield from reach("weights", self._weights, OTHER, seen)
 
     def padded(self) -> Iterator[tuple[str, int, bool]]:
         """Embeddings with a ``padding_idx``, whose row torch leaves out of gradients.
@@ -145,10 +148,6 @@ class ModelLoss:
     def named(self) -> dict[str, Tensor]:
         """The model's parameters now."""
         return dict(self.model.named_parameters())
-
-    def watched(self) -> list[Tensor]:
-        """Tensors on which the graphs depend: parameters and buffers, also frozen ones."""
-        return [t for root in self.roots for t in (*root.parameters(), *root.buffers())]
 
     def _weight(self, index: int, batch: Batch) -> float:
         """The weight of a whole batch: its number of terms, or what the user says."""
@@ -267,17 +266,17 @@ class ClosureLoss:
     def survey(self) -> None:
         """Nothing to count."""
 
-    def changed(self) -> bool:
-        """A closure's data cannot be watched."""
-        return False
+    def entries(self, whole: bool) -> Iterator[Entry]:
+        """The tensors given as ``params``, and what can be reached from the closure."""
+        for name, tensor in self._params.items():
+            yield f"parameter {name!r}", tensor, POINT
+        if whole:
+            seen = {id(tensor) for tensor in self._params.values()}
+            yield from reach("closure", self._closure, OTHER, seen)
 
     def named(self) -> dict[str, Tensor]:
         """The tensors given as ``params``."""
         return self._params
-
-    def watched(self) -> list[Tensor]:
-        """The tensors given as ``params``; others that the closure reads are unknown."""
-        return list(self._params.values())
 
     def parts(self) -> Generator[Part, None, None]:
         """The one part."""

@@ -32,6 +32,10 @@ class OuterCurvature(Curvature):
             with self._pass() as params, closing(self._loss.parts()) as parts:
                 self._graph(next(parts), params)
 
+    def _survey(self) -> None:
+        super()._survey()
+        self._examined, self._own_loss_is_known = False, None
+
     @property
     def _given(self) -> ModelLoss:
         """The loss: always of a model, since the outputs are needed."""

@@ -7,30 +7,28 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
 from fasthessian import kernels
 from fasthessian.memory import out_of_memory
 from fasthessian.operators import parameters
-from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.engines import Graph, Task, examine, metered
+from fasthessian.operators.kept import KeptGraphs
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.rewrite import Rewrite
-from fasthessian.operators.state import Copies, Snapshot, engaged
+from fasthessian.operators.state import engaged, turn
 from fasthessian.vectors import Layout
 
 
-class Passes(SymmetricOperator):
+class Passes(KeptGraphs):
     """An operator whose products are sums over the parts of a loss; see ``Curvature``."""
 
-    layout: Layout
     engine: str
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
@@ -54,11 +52,7 @@ class Passes(SymmetricOperator):
         self.layout = Layout(chosen, parameters.common_dtype(chosen))
         self._describe(self.layout.n, self.layout.dtype, self.layout.device)
         self._loss = loss
-        self._capacity = 0  # parts whose graph is kept, in the order of the pass
-        self._graphs: list[Graph] = []
-        self._complete = False  # every part has its graph: the data need not be read
-        self._snapshot: Snapshot | None = None
-        self._copies: Copies = {}  # of buffers, as long as the snapshot holds
+        self._keep_none()
         self._needs = 0.0  # bytes of the graphs of all parts
         self._padded: dict[int, int] = {}  # rows without gradient, by place of the parameter
         if isinstance(loss, ModelLoss):
@@ -142,29 +136,28 @@ class Passes(SymmetricOperator):
         trusted: bool = False,
         exact: bool = False,
         mode: str | None = None,
+        evaluates: bool = True,
     ) -> Iterator[list[Tensor]]:
         """The parameters as they are now, inside the conditions of a product.
 
         A pass that is not ``curved`` needs the loss alone. The rewrite spans the derivatives too,
         because checkpointed layers are run again there. ``exact`` passes over ``precision``,
-        and ``mode`` over the user's.
+        and ``mode`` over the user's. One that only reads kept graphs evaluates nothing. Passes in
+        several threads take turns.
         """
-        now = parameters.followed(self.layout, self._dtypes, self._loss.named())
-        if not trusted and self._loss.changed():  # class weights are read
-            self._forget()
-            self._loss.survey()
-        if self._snapshot is not None and not self._snapshot.matches(self._loss.watched(), trusted):
-            self._forget()
-        if self._snapshot is None and self._capacity:
-            self._snapshot = Snapshot(self._loss.watched())
-        copies = self._copies if self._capacity else None
-        options = self._options
-        precision = None if exact else options.precision
-        with (
-            engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
-            Rewrite() if curved else contextlib.nullcontext(),
-        ):
-            yield list(now.values())
+        with turn():
+            now = self._follow(trusted, evaluates or not trusted)
+            evaluates |= not self._complete
+            copies = self._copies if self._capacity else None
+            options = self._options
+            precision = None if exact else options.precision
+            with (
+                engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
+                Rewrite() if curved else contextlib.nullcontext(),
+            ):
+                yield list(now.values())
+            if evaluates:
+                self._watch.settle()
 
     def _made_graph(self, part: Part, params: list[Tensor]) -> Graph:
         graph = self._graph(part, params)
@@ -192,14 +185,15 @@ class Passes(SymmetricOperator):
     def by_forward(self, v: Tensor) -> Tensor:
         """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
         options, out = self._options, torch.empty_like(v[None])
-        self._options = dataclasses.replace(options, engine="forward")
-        try:
-            with self._pass() as params, closing(self._loss.parts()) as parts:
-                for i, part in enumerate(parts):
-                    task = self._task(None, v[None], out)
-                    self._made_graph(part, params).products([task], first=i == 0, keep=False)
-        finally:
-            self._options = options
+        with turn():
+            self._options = dataclasses.replace(options, engine="forward")
+            try:
+                with self._pass() as params, closing(self._loss.parts()) as parts:
+                    for i, part in enumerate(parts):
+                        task = self._task(None, v[None], out)
+                        self._made_graph(part, params).products([task], first=i == 0, keep=False)
+            finally:
+                self._options = options
         return out[0].add_(v, alpha=options.weight_decay)
 
     def rounded(self) -> bool:
@@ -225,11 +219,6 @@ class Passes(SymmetricOperator):
         with self._pass(curved=False, mode="eval"):
             return self._loss.coupling()
 
-    def _forget(self) -> None:
-        self._graphs.clear()
-        self._copies.clear()
-        self._complete, self._snapshot = False, None
-
     def _value(self, part: Part) -> Tensor:
         """The loss of a part, checked to be finite."""
         return self._evaluated(part)[1]
@@ -245,40 +234,13 @@ class Passes(SymmetricOperator):
             )
         return outputs, loss
 
-    def capturable(self) -> str | None:
-        """Why a product cannot be captured in a CUDA graph; None if it can."""
-        if self._capacity < self._loss.count or not self._loss.replayable:
-            return "the graphs of some batches are built at each product"
-        return None
-
-    def rebuild(self) -> str | None:
-        """Drop the kept graphs: the next product builds them on its stream.
-
-        Returns:
-            Why that will not do: a graph of the user's own holds the nodes at which gradients of
-            the parameters arrive, and with them another stream. None if there is no such graph.
-        """
-        self._forget()
-        named = self._loss.named()
-        params = [named[name] for name in self.layout.names]
-        for p in params:  # a node that nobody holds is made anew each time
-            _marks(p)["fasthessian"] = True
-        for name, p in zip(self.layout.names, params, strict=True):
-            if _marks(p).pop("fasthessian", False):
-                return f"a loss or an output computed earlier is still alive and uses {name!r}"
-        return None
-
-    def kept(self) -> tuple[Graph, ...]:
-        """What a captured product reads: it must live as long as the capture."""
-        return tuple(self._graphs)
-
     def _task(self, block: Block | None, V: Tensor, out: Tensor) -> Task:
         layout = self.layout if block is None else block.layout
         places = range(len(layout.names)) if block is None else block.positions
         return Task(places, [layout.views(v) for v in V], out)
 
     def _make(self, tasks: Sequence[Task], trusted: bool) -> None:
-        with self._pass(trusted=trusted) as params:
+        with self._pass(trusted=trusted, evaluates=not self._complete) as params:
             if self._complete:
                 for i, graph in enumerate(self._graphs):
                     graph.products(tasks, first=i == 0, keep=True)
@@ -312,9 +274,3 @@ class Passes(SymmetricOperator):
         self._forget()
         cuttable = isinstance(self._loss, ModelLoss)
         raise MemoryError(self._options.shortage(words, self._needs, self.device, cuttable))
-
-
-def _marks(p: Tensor) -> dict[str, bool]:
-    """Notes on the node of the graph at which the gradient of p arrives."""
-    marks: Any = get_gradient_edge(p).node.metadata
-    return cast("dict[str, bool]", marks)
