@@ -160,7 +160,9 @@ class hessian:
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        return pairs.values.tolist(), [layout.views(row) for row in pairs.vectors]
+        # floats that keep their precision where a script makes a tensor of them
+        values: list[float] = list(pairs.values.numpy())
+        return values, [layout.views(row) for row in pairs.vectors]
 
     def trace(self, maxIter: int = 100, tol: float = 1e-3) -> list[float]:
         """Return samples ``v'Hv`` for random signs ``v``; their mean estimates the trace.
