@@ -61,7 +61,12 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
     r"""The k extreme eigenpairs of A, each with ``||A v - theta v|| <= tol |theta|``.
 
     Thick-restart Lanczos (Wu and Simon 2000) with full reorthogonalisation. By the residual
-    theorem an eigenvalue of A lies within the residual of each theta.
+    theorem an eigenvalue of A lies within the residual of each theta. Before it says "converged", a
+    second run from a random vector orthogonal to the first looks for copies of multiple eigenvalues
+    and for others that the first has missed, and what it finds is added (see ``missing``). An
+    eigenvalue beyond the k returned, further than tol of the last, is overlooked with a probability
+    of at most 1e-3. The search takes a quarter to a half of the first run's products, more where
+    eigenvalues lie close together.
 
     Args:
         A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
@@ -87,14 +92,15 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
     Returns:
         Eigenpairs: values (k,) float64, vectors (k, n) unit rows, residuals (k,) float64 from the
         recurrence plus the rounding floor 16 eps ||A||, converged, matvecs, graph (whether steps
-        were "captured", or "eager: " and why). With a compressed
-        basis the pairs are refined by k more products in A's dtype (Rayleigh-Ritz on the vectors),
-        and the residuals are the explicit ||A v - theta v||: about 2e-4 ||A|| is its limit, and
+        were "captured", or "eager: " and why). Where products are inexact - by low precision, by
+        central differences, or as the asymmetry of T shows - and with a compressed basis, the pairs
+        are refined by k more products (Rayleigh-Ritz on the vectors), and the residuals are the
+        explicit ||A v - theta v||. With a compressed basis about 2e-4 ||A|| is their limit, and
         what lies below 1e-3 ||A|| apart from the largest is not resolved.
 
     Warns:
-        ConvergenceWarning: max_matvecs were made and some pair has not converged, or a residual
-            measured on a compressed basis is above tol.
+        ConvergenceWarning: max_matvecs were made and some pair has not converged or the search is
+            not done, or a residual that was measured is above tol.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or A is not symmetric.
@@ -253,7 +259,7 @@ def converge(
                 if done and known:
                     least = max(krylov.noise, SLACK * float(values.abs().max()))
                     points = limits(values[order[:k]], which, tol, least)
-                    missing = yield from search(krylov, order[:k], points, count > 0, until, told)
+                    missing = yield from search(krylov, order[:k], points, until, told)
                     if not missing:
                         complete = missing is False
                         break

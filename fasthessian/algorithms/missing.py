@@ -11,6 +11,14 @@ most the weight 1 / sum_j p_j(x)^2 in r (the Christoffel function; Akhiezer 1965
 moment problem, 2.2), where a random vector has about g^2 / n, g of N(0, 1). So the run either shows
 a Ritz value beyond x, and then something is missing, or soon nothing is, up to the chance that |g|
 is small, which is made `MISS`.
+
+V holds a part of the missing eigenvector where a Ritz value that stands for it has not converged
+yet. Let q be the unit candidate, and c_i the couplings to it of the Ritz values theta_i that are
+not wanted. On one side the run's operator is P A P + f q q', f = sum_i c_i^2 / (x - theta_i): by
+the inertia of a Schur complement (Haynsworth 1968) A has as many eigenvalues beyond x besides the
+wanted ones as that operator has. For two sides f has two values, and the operator is A without the
+wanted pairs alone. The missing unit eigenvector then has a part of at least (1 + F)^(-1/2) outside
+of V, F = sum_i c_i^2 / (x - theta_i)^2, and the weight that is looked for shrinks by 1 + F.
 """
 
 from __future__ import annotations
@@ -32,11 +40,12 @@ LOOK = 4  # steps between two looks at a GPU's run
 class Side:
     """The orthonormal polynomials of a Jacobi matrix at one point x, which grows row by row.
 
-    ``sign`` is 1 where x bounds the spectrum from above, -1 from below.
+    ``sign`` is 1 where x bounds the spectrum from above, -1 from below; a ``total`` of ``enough``
+    says that nothing lies beyond.
     """
 
-    def __init__(self, x: float, sign: int) -> None:
-        self._x, self._sign = x, sign
+    def __init__(self, x: float, sign: int, enough: float = math.inf) -> None:
+        self._x, self._sign, self.enough = x, sign, enough
         self._before, self._last, self._beside = 0.0, 1.0, 0.0
         self.total = 1.0  # sum of the squares
         self.passed = False  # a Ritz value lies at x or beyond
@@ -84,7 +93,6 @@ def search(
     krylov: Lanczos,
     wanted: Tensor,
     points: list[tuple[float, int]],
-    again: bool,
     until: int,
     told: Callable[[], None],
 ) -> Generator[Request, None, bool | None]:
@@ -92,31 +100,39 @@ def search(
 
     ``wanted`` (k,) are the indices of the Ritz values that are no further than the points. None if
     the operator has made ``until`` products before the answer was known.
-
-    A Ritz value that has not converged yet may stand for a missing eigenvalue from this side of the
-    point x. The rows then hold a part of its eigenvector, and P A P need not show the rest. In the
-    first search that would take a start vector that nearly missed it (a chance of `MISS` once
-    more). ``again``, where pairs are known from earlier runs, the shift ``f q q'`` is added, q the
-    unit candidate and f = sum_i c_i^2 / (x - theta_i) over the Ritz values theta_i that are not
-    wanted and their couplings c_i to q: by the inertia of a Schur complement (Haynsworth 1968) A
-    has as many further eigenvalues beyond x as P A P + f q q' has.
     """
-    if not again:
-        return (yield from _search(krylov, points, 0.0, until, told))
-    values, _, couplings = krylov.ritz()
+    values, S, couplings = krylov.ritz()
     rest = torch.ones(len(values), dtype=torch.bool, device="cpu").index_fill(0, wanted, False)
-    for x, sign in points:
-        shift = float((couplings[rest] ** 2 / (x - values[rest])).sum())
-        missing = yield from _search(krylov, [(x, sign)], shift, until, told)
-        if missing or missing is None:
-            return missing
-    return False
+    ratios = [couplings[rest] / (x - values[rest]) for x, _ in points]
+    enough = 2 * krylov.A.n / (math.pi * MISS**2)  # P(|g| < d) <= d sqrt(2 / pi), g of N(0, 1)
+    if len(points) == 1:
+        shift = float((ratios[0] * couplings[rest]).sum())
+
+        def shifted(q: Tensor, w: Tensor) -> None:
+            krylov.project_out_(w)
+            if shift:
+                krylov.add_candidate_(w, shift, q)
+
+        return (yield from _search(krylov, [Side(*points[0], enough)], shifted, until, told))
+    # one run for both sides, of A without the wanted pairs alone
+    Q = torch.empty(len(wanted), krylov.A.n, dtype=krylov.A.dtype, device=krylov.A.device)
+    krylov.combine(S[:, wanted], Q)
+
+    def deflated(q: Tensor, w: Tensor) -> None:
+        C, _ = krylov.kernels.project_(Q, w)
+        krylov.kernels.update_(Q, w, C)
+
+    sides = [
+        Side(*point, enough * (1 + float(ratio.square().sum())))
+        for point, ratio in zip(points, ratios, strict=True)
+    ]
+    return (yield from _search(krylov, sides, deflated, until, told))
 
 
 def _search(
     krylov: Lanczos,
-    points: list[tuple[float, int]],
-    shift: float,
+    sides: list[Side],
+    restrict: Callable[[Tensor, Tensor], None],
     until: int,
     told: Callable[[], None],
 ) -> Generator[Request, None, bool | None]:
@@ -124,17 +140,14 @@ def _search(
     rest = A.n - krylov.size  # dimensions in which something may be missing
     if rest < 1:
         return False
-    sides = [Side(x, sign) for x, sign in points]
-    enough = 2 * A.n / (math.pi * MISS**2)  # P(|g| < d) <= d sqrt(2 / pi), for g of N(0, 1)
 
-    def restrict(q: Tensor, w: Tensor) -> None:
-        krylov.project_out_(w)
-        if shift:
-            krylov.add_candidate_(w, shift, q)
+    def prepare(start: Tensor) -> None:
+        for _ in range(2):
+            krylov.project_out_(start)
 
     run = ThreeTerm(
-        A, min(rest, max(until - A.matvecs, 1)), seed=krylov.seed, offset=krylov.next_offset(),
-        signs=False, restrict=restrict, backend=krylov.kernels.NAME, deferred=krylov.deferred,
+        A, max(until - A.matvecs, 1), seed=krylov.seed, offset=krylov.next_offset(), signs=False,
+        prepare=prepare, restrict=restrict, backend=krylov.kernels.NAME, deferred=krylov.deferred,
     )  # fmt: skip
     seen = 0
     while not run.exhausted and run.size < run.capacity and A.matvecs < until:
@@ -149,6 +162,6 @@ def _search(
         seen = run.size
         if any(side.passed for side in sides):
             return True
-        if all(side.total >= enough for side in sides):
+        if all(side.total >= side.enough for side in sides):
             return False
-    return False if run.exhausted or run.size == rest else None
+    return False if run.exhausted or run.size == A.n else None

@@ -31,6 +31,7 @@ class ThreeTerm:
         seed: of the stream that the start vector is read from.
         offset: where in the stream.
         signs: start from random signs, else from normals.
+        prepare: changes the start vector (1, n), before it is normalised.
         restrict: changes the product w (1, n) of a vector q (1, n): T is then that of the operator
             ``v -> restrict(A v)``, on the space that it keeps a start vector in.
         backend: kernels by name; default the best that serves.
@@ -55,6 +56,7 @@ class ThreeTerm:
         seed: int,
         offset: int = 0,
         signs: bool = True,
+        prepare: Callable[[Tensor], None] | None = None,
         restrict: Callable[[Tensor, Tensor], None] | None = None,
         backend: str | None = None,
         deferred: bool | None = None,
@@ -72,8 +74,8 @@ class ThreeTerm:
         fill = self._kernels.signs_ if signs else self._kernels.normal_
         start = self._rows[:1]
         fill(start[0], seed, offset)
-        for _ in range(2 if restrict is not None else 0):
-            self._restricted(torch.zeros_like(start), start)
+        if prepare is not None:
+            prepare(start)
         _, G = self._kernels.project_(start[:0], start)
         self._rescale(start, G)
 
@@ -86,7 +88,8 @@ class ThreeTerm:
         j, rows, serve = self.size, self._rows, self._kernels
         q, w = (rows[i % 3][None] for i in (j, j + 1))
         yield Request(q, w, self._deferred)
-        self._restricted(q, w)
+        if self._restrict is not None:
+            self._restrict(q, w)
         if j:
             serve.update_(rows[(j - 1) % 3][None], w, self._entries[j - 1, 1:, None])
         C, _ = serve.project_(q, w)
@@ -133,10 +136,6 @@ class ThreeTerm:
         """The Jacobi matrix of the start vector: T (size, size) float64 on the CPU."""
         diagonal, beside = self._entries[: self.size].cpu().unbind(1)
         return torch.diag(diagonal) + torch.diag(beside[:-1], 1) + torch.diag(beside[:-1], -1)
-
-    def _restricted(self, q: Tensor, w: Tensor) -> None:
-        if self._restrict is not None:
-            self._restrict(q, w)
 
     def _rescale(self, row: Tensor, norm2: Tensor) -> None:
         none = torch.zeros(0, 1, dtype=torch.float64, device=row.device)
