@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,17 +85,28 @@ def check(A: Curvature, exact: bool) -> Check:
 
 
 def _difference(A: Curvature, v: Tensor, Av: Tensor) -> tuple[float, float]:
-    """Central differences of gradients along v, in three steps.
+    """Distances as of ``distances`` of A v from differences of gradients along v."""
+    unit = float(A.theta().norm() or 1.0) / float(v.norm())
+    return distances(lambda h: A.gradient(h * v), unit, Av)
+
+
+def distances(at: Callable[[float], Tensor], unit: float, want: Tensor) -> tuple[float, float]:
+    """Central differences of ``at(h)`` around h = 0, in three steps.
+
+    Args:
+        at: a function of h.
+        unit: how far h may go, to be scaled by the dtype.
+        want: the derivative that is to be looked at.
 
     Returns:
-        The least of their distances to A v, and the least between two of them; relative.
+        The least of their distances to ``want``, and the least between two of them; relative.
     """
-    size = float(Av.double().norm()) or 1.0
-    unit = float(A.theta().norm() or 1.0) / float(v.norm()) * torch.finfo(A.dtype).eps ** (1 / 3)
+    size = float(want.double().norm()) or 1.0
+    unit *= torch.finfo(want.dtype).eps ** (1 / 3)
     found = []
     for h in (30 * unit, unit, 0.03 * unit):  # kinks ask for small steps, rounding for large ones
-        found.append((A.gradient(h * v).double() - A.gradient(-h * v).double()) / (2 * h))
-    gaps = [float((slope - Av.double()).norm()) for slope in found]
+        found.append((at(h).double() - at(-h).double()) / (2 * h))
+    gaps = [float((slope - want.double()).norm()) for slope in found]
     apart = [float((found[i] - found[j]).norm()) for i, j in ((0, 1), (1, 2), (0, 2))]
     return min(gaps) / size, min(apart) / size
 

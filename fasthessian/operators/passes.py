@@ -18,12 +18,14 @@ from fasthessian.memory import out_of_memory
 from fasthessian.operators import parameters
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Block
+from fasthessian.operators.checks import DIFFERENCE
 from fasthessian.operators.engines import Graph, Task, examine, metered
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.rewrite import Rewrite
 from fasthessian.operators.state import Copies, Snapshot, engaged
+from fasthessian.operators.watched import Functions, wrong
 from fasthessian.vectors import Layout
 
 
@@ -67,6 +69,8 @@ class Passes(SymmetricOperator):
                 if f"{name}.weight" in place and not tied:
                     self._padded[place[f"{name}.weight"]] = row
         self._layered = False  # whether blocks of single layers were asked for
+        self._functions = Functions()
+        self._untrusted: list[str] = []  # nodes of the graph whose second derivative is unknown
         self._roomy(self._open)
 
     def _open(self) -> None:
@@ -91,19 +95,23 @@ class Passes(SymmetricOperator):
                 self._keep(self._made_graph(part, params), part, params)
         if self._options.precision is not None:
             self._measure_precision(part)
+        if self._untrusted:
+            self._compare(part, ", ".join(self._untrusted))
+        self.engine += self._functions.words()
 
     def _try(self, part: Part, params: list[Tensor]) -> int:
         """Check the loss of the first part; return the bytes that its graph holds."""
+        with self._functions.learning():  # before a graph is looked at
+            first = float(self._value(part).detach())
         try:
             with metered(params) as held:
-                first = self._look(part, params)
+                second = self._look(part, params)
                 measured = held()
         except ValueError as error:
             if "saved tensor hooks" not in str(error):
                 raise
             # a model that uses torch.func inside cannot be metered
-            first, measured = self._look(part, params), 0
-        second = float(self._value(part).detach())
+            second, measured = self._look(part, params), 0
         if abs(second - first) > REPEATED * abs(first):
             raise RuntimeError(
                 f"{self._loss.origin} returned {first:.6g} and then {second:.6g} at the same "
@@ -115,7 +123,40 @@ class Passes(SymmetricOperator):
         """The loss of a part, examined for the derivatives that products take."""
         outputs, loss = self._evaluated(part)
         examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
+        self._untrusted = self._suspects(outputs, loss)
         return float(loss.detach())
+
+    @property
+    def _twice(self) -> bool:
+        """Whether products differentiate custom functions twice."""
+        return self._options.engine != "difference"
+
+    def _suspects(self, outputs: Any, loss: Tensor) -> list[str]:
+        """Names of nodes that products differentiate twice and that no check has seen."""
+        if not self._twice:
+            return []
+        return self._functions.untrusted(loss, self._options.engine == "forward")
+
+    def _compare(self, part: Part, names: str) -> None:
+        """Compare a product of the first part with differences, because of nodes of these names."""
+        if self.rounded():
+            self.engine += f"; the second derivative of {names} is not checked in 16 bits"
+            return
+        v = torch.empty(1, self.n, dtype=self.dtype, device=self.device)
+        kernels.select(self.device).normal_(v[0], 1, 0)
+        distance, spread = self._distances(part, v)
+        if distance <= DIFFERENCE[self.dtype]:
+            return
+        if spread <= distance / 4:
+            raise RuntimeError(wrong(names))
+        self.engine += (
+            f"; the second derivative of {names} could not be checked: differences disagree among "
+            f"themselves, as they do at kinks"
+        )
+
+    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
+        """Of a product of the part with v (1, n) from differences; see ``distances``."""
+        raise NotImplementedError
 
     def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
         """The scalar whose gradient is differentiated for a product."""
@@ -163,6 +204,7 @@ class Passes(SymmetricOperator):
         with (
             engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
             Rewrite() if curved else contextlib.nullcontext(),
+            self._functions if curved and self._twice else contextlib.nullcontext(),
         ):
             yield list(now.values())
 
@@ -241,6 +283,8 @@ class Passes(SymmetricOperator):
         """Why a product cannot be captured in a CUDA graph; None if it can."""
         if self._capacity < self._loss.count or not self._loss.replayable:
             return "the graphs of some batches are built at each product"
+        if self._functions.words():
+            return "central differences of custom functions wait for the device"
         return None
 
     def rebuild(self) -> str | None:

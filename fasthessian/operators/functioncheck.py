@@ -1,0 +1,248 @@
+"""The check of custom autograd functions: is what double backward makes of them their derivative?
+
+The backward b(x, u) of each Python function of a loss is compared with central differences of
+itself, at its first calls. A function that disagrees is replaced by `functions.Local` where that
+agrees, and refused otherwise. Operations of torch are trusted: its own tests compare their second
+derivatives with differences.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasthessian.memory import out_of_memory
+from fasthessian.operators.functions import (
+    TRANSPOSES,
+    Call,
+    Local,
+    Optional,
+    Treatment,
+    differentiated,
+    norm,
+    outputs,
+)
+from fasthessian.operators.state import seeded
+
+LOW = (torch.bfloat16, torch.float16)
+# Accepted distance from differences, relative; steps relative to eps^(1/3), the usual one first
+TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2}
+LOW_TOLERANCE = 0.15
+STEPS, LOW_STEPS = (1.0, 0.1, 10.0, 100.0), (1.0, 0.4)
+LARGEST = 0.1  # step in 32 or 64 bits
+PROBES = 3  # random c of c'b: a wrong term hides in one with a probability of the tolerance
+FLOOR = 4.0  # times eps |b| / h, the rounding of a difference of b
+RESOLVED = 0.25  # of what is to be told: by how much two steps may disagree
+
+
+class Verdict(NamedTuple):
+    """What was found of a function; without any of these it is right."""
+
+    treatment: Treatment | None = None
+    wrong: bool = False  # and there is no treatment
+    unknown: bool = False  # differences do not tell
+
+
+RIGHT, WRONG, UNKNOWN = Verdict(), Verdict(wrong=True), Verdict(unknown=True)
+
+
+class _Seen(NamedTuple):
+    """The derivative of b along a direction of one x or u, by differences."""
+
+    place: int
+    along: Tensor
+    slope: Sequence[Optional]
+    rounding: float  # of the slope
+    tolerance: float
+    mask: Sequence[Optional] | None = None  # of the entries of b where two steps agree
+    step: float = 0.0
+    error: float = 0.0  # relative
+
+
+def judge(call: Call) -> Verdict:
+    """Compare the function's second derivative with differences, at the inputs of a call."""
+    try:
+        return _Judge(call).verdict()
+    except (RuntimeError, ValueError, TypeError) as error:  # it cannot be called again elsewhere
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
+        return UNKNOWN
+
+
+class _Judge:
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._generator = torch.Generator("cpu").manual_seed(0)
+        with seeded(0):
+            ys = outputs(call.run()[0])
+        self._u = [self._random(y if isinstance(y, Tensor) and y.requires_grad else None)
+                   for y in ys]  # fmt: skip
+        floats = [t for t in (*call.inputs, *self._u) if t is not None]
+        low = any(t.dtype in LOW for t in floats)
+        self._eps = max(torch.finfo(t.dtype).eps for t in floats)
+        usual = self._eps ** (1 / 3)
+        self._steps = [usual * f for f in (LOW_STEPS if low else STEPS)]
+        if not low:
+            self._steps = [usual, *[h for h in self._steps[1:] if h <= LARGEST]]
+        self._tolerance = LOW_TOLERANCE if low else max(TOLERANCE[t.dtype] for t in floats)
+        b = self._slopes(call)
+        self._size = _norm(b)
+        self._c = [[self._random(g) for g in b] for _ in range(PROBES)]
+
+    def verdict(self) -> Verdict:
+        """The verdict on this call."""
+        if not self._size:
+            return RIGHT
+        try:
+            made = [self._differentiated(c) for c in self._c]
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
+            return RIGHT  # torch says of itself that it has no such derivative
+        every, wrong, unknown = [], False, False
+        for place, x in enumerate((*self._call.inputs, *self._u)):
+            d = self._random(x)
+            if d is None:
+                continue
+            slope, rounding = self._slope(place, d, self._steps[0])
+            seen = _Seen(place, d, slope, rounding, self._tolerance, step=self._steps[0])
+            if not self._agrees(seen, self._c, made):
+                looked = self._look_closer(seen)
+                if looked is None:
+                    unknown = True
+                    continue
+                seen = looked
+                c = [_masked(c, seen.mask) for c in self._c]
+                wrong |= not self._agrees(seen, c, [self._differentiated(each) for each in c])
+            every.append(seen)
+        if not wrong:
+            return UNKNOWN if unknown else RIGHT
+        return WRONG if self._returns_what_it_wrote() else self._treated(every)
+
+    def _returns_what_it_wrote(self) -> bool:
+        """Whether an output is an input that was written into, which no other function can do."""
+        given: list[Any] = []
+
+        def apply(*args: Any) -> Any:
+            given.extend(args)
+            return self._call.function.apply(*args)  # type: ignore[no-untyped-call]
+
+        with seeded(0):
+            out, _ = self._call.run(apply)
+        places = {y.data_ptr() for y in outputs(out) if isinstance(y, Tensor)}
+        pairs = [(x, y) for x, y in zip(given, self._call.args, strict=True)
+                 if isinstance(x, Tensor) and x.data_ptr() in places]  # fmt: skip
+        return any(not torch.equal(x, y) for x, y in pairs)
+
+    def _treated(self, every: Sequence[_Seen]) -> Verdict:
+        for transpose in TRANSPOSES:
+            step, error = max(seen.step for seen in every), max(seen.error for seen in every)
+            how = Treatment(transpose, step, error)
+            apply = functools.partial(Local.apply, how, self._call.function)
+            try:
+                for seen in every:
+                    c = [_masked(c, seen.mask) for c in self._c]
+                    if not self._agrees(seen, c, [self._differentiated(each, apply) for each in c]):
+                        break
+                else:
+                    return Verdict(how)
+            except (RuntimeError, ValueError) as error:
+                if isinstance(error, RuntimeError) and out_of_memory(error):
+                    raise
+        return WRONG
+
+    def _look_closer(self, seen: _Seen) -> _Seen | None:
+        """The slope in the two steps that agree best, where they agree; None if none do."""
+        steps = sorted(self._steps)
+        found = [self._slope(seen.place, seen.along, step) for step in steps]
+        best: _Seen | None = None
+        for (a, _), (b, rounding), step in zip(found, found[1:], steps[1:], strict=False):
+            mask = _settled(a, b)
+            a, b = _masked(a, mask), _masked(b, mask)
+            gap, size = _norm(_minus(a, b)), _norm(b)
+            error = gap / size if size else float(gap > 0)
+            if best is None or error < best.error:
+                tolerance = max(self._tolerance, 4 * error)
+                best = _Seen(seen.place, seen.along, b, rounding, tolerance, mask, step, error)
+        return best if best is not None and best.error <= RESOLVED else None
+
+    def _agrees(
+        self, seen: _Seen, c: Sequence[Sequence[Optional]], made: Sequence[Sequence[Optional]]
+    ) -> bool:
+        most = seen.tolerance * _norm(seen.slope) + FLOOR * seen.rounding
+        return all(
+            abs(_dot([by[seen.place]], [seen.along]) - _dot(each, seen.slope)) <= most
+            for each, by in zip(c, made, strict=True)
+        )
+
+    def _slope(self, place: int, d: Tensor, step: float) -> tuple[Sequence[Optional], float]:
+        """The derivative of b along d, and its rounding."""
+        count = len(self._call.at)
+        if place < count:
+            along: list[Optional] = [None] * count
+            along[place] = d
+            slope, h = self._call.difference(self._slopes, along, step)
+        else:
+            h = step  # u and d are of N(0, 1) both
+            ends = []
+            for shift in (h, -h):
+                there = [y if y is None or i != place - count else torch.add(y, d, alpha=shift)
+                         for i, y in enumerate(self._u)]  # fmt: skip
+                ends.append(self._slopes(self._call, there))
+            slope = [None if y is None else y / (2 * h) for y in _minus(*ends)]
+        return slope, self._eps * self._size / h
+
+    def _slopes(self, call: Call, u: Sequence[Optional] | None = None) -> list[Optional]:
+        with seeded(0):
+            return call.slopes(self._u if u is None else u)
+
+    def _differentiated(
+        self, c: Sequence[Optional], apply: Callable[..., object] | None = None
+    ) -> list[Optional]:
+        with seeded(0):
+            by_x, by_u = differentiated(self._call, self._u, c, apply)
+        return [*by_x, *by_u]
+
+    def _random(self, like: Optional) -> Optional:
+        if like is None:
+            return None
+        made = torch.randn(like.shape, generator=self._generator, dtype=torch.float64, device="cpu")
+        return made.to(like)
+
+
+def _settled(a: Sequence[Optional], b: Sequence[Optional]) -> list[Optional]:
+    """Where two slopes agree; at kinks they do not, and lie far outside of what others do."""
+    pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True)
+             if x is not None and y is not None]  # fmt: skip
+    gaps = torch.cat([(x - y).abs().flatten() for x, y in pairs])
+    usual = 10 * gaps.nanmedian()
+    settled = iter([
+        ((x - y).abs() <= torch.maximum(usual, 0.1 * (x.abs() + y.abs()))) & (x - y).isfinite()
+        for x, y in pairs
+    ])  # fmt: skip
+    return [None if x is None or y is None else next(settled) for x, y in zip(a, b, strict=True)]
+
+
+def _masked(x: Sequence[Optional], mask: Sequence[Optional] | None) -> Sequence[Optional]:
+    if mask is None:
+        return x
+    return [None if y is None or m is None else torch.where(m, y, 0)
+            for y, m in zip(x, mask, strict=True)]  # fmt: skip
+
+
+def _minus(a: Sequence[Optional], b: Sequence[Optional]) -> list[Optional]:
+    return [None if x is None or y is None else x - y for x, y in zip(a, b, strict=True)]
+
+
+def _dot(a: Sequence[Optional], b: Sequence[Optional]) -> float:
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    return sum(float((x.double() * y.double()).sum()) for x, y in pairs)
+
+
+def _norm(x: Sequence[Optional]) -> float:
+    return math.hypot(*[norm(y) for y in x if y is not None])

@@ -1,0 +1,156 @@
+"""What is applied while a loss is evaluated: custom autograd functions, checked and replaced."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import function as autograd
+
+from fasthessian.operators.functioncheck import RIGHT, Verdict, judge
+from fasthessian.operators.functions import Call, Function, Local, alone, is_alone
+from fasthessian.operators.rewrite import functorch_level
+
+CALLS = 8  # of each kind, which are all checked; then those at powers of two
+PLAIN = (Tensor, nn.Parameter)  # a subclass of tensors has rules of its own
+OWN = "fasthessian."
+BUILT_IN = re.compile(
+    r"\w+Backward\d+|(struct )?torch::autograd::(AccumulateGrad|CopyBackwards|CopySlices)"
+)
+# Its second derivative is wrong in torch 2.13, and where it still appears no rewrite reaches it.
+DISTRUSTED = ("WeightNormInterfaceBackward0",)
+
+# The class through which every application of a custom function passes, whoever holds its
+# ``apply``. A private name of torch: where it is missing, nothing is seen, so nothing is trusted.
+_place: Any = getattr(autograd, "_SingleLevelFunction", None)
+
+
+class Functions:
+    """The custom functions of one loss. Inside, they are checked at the first calls, and replaced.
+
+    Like ``Rewrite`` this is for all threads: checkpointed layers run again in backward threads.
+    """
+
+    _lock = threading.Lock()
+    _open: list[Functions] = []  # noqa: RUF012
+
+    def __init__(self) -> None:
+        self._verdicts: dict[Any, Verdict] = {}
+        self._calls: Counter[Any] = Counter()
+        self._learns = False
+
+    def __enter__(self) -> None:
+        with Functions._lock:
+            if not Functions._open and _place is not None:
+                _place.apply = classmethod(_apply)
+            Functions._open.append(self)
+
+    def __exit__(self, *exception: object) -> None:
+        with Functions._lock:
+            Functions._open.remove(self)
+            if not Functions._open and _place is not None:
+                del _place.apply
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Inside, more calls of a kind are checked than the first."""
+        self._learns = True
+        try:
+            yield
+        finally:
+            self._learns = False
+
+    def verdict(self, function: Function, args: tuple[Any, ...]) -> Verdict:
+        """Of a call that is about to be made."""
+        key = function, *map(_kind, args)
+        known = self._verdicts.get(key)
+        if known is None or (self._learns and known is RIGHT):
+            self._calls[key] += 1
+            count = self._calls[key]
+            if count <= CALLS or not count & (count - 1):
+                self._verdicts[key] = known = judge(Call.of(function, args))
+        return known or RIGHT
+
+    def words(self) -> str:
+        """What was replaced, for ``engine``."""
+        errors: dict[str, float] = {}
+        for (function, *_), verdict in self._verdicts.items():
+            if verdict.treatment is not None:
+                name = function.__qualname__
+                errors[name] = max(errors.get(name, 0.0), verdict.treatment.error)
+        return "".join(
+            f"; second derivative of {name} by central differences, because its backward makes no "
+            f"graph of it: relative error {error:.0e}"
+            for name, error in errors.items()
+        )
+
+    def untrusted(self, loss: Tensor, functions: bool = False, beyond: Any = None) -> list[str]:
+        """Names of the nodes between a loss and node ``beyond`` that no check has seen.
+
+        With ``functions``, those of every custom function: torch.func differentiates them anew.
+
+        Raises:
+            RuntimeError: a function was checked, is wrong, and cannot be replaced.
+        """
+        known: dict[Function, list[Verdict]] = {}
+        for (function, *_), verdict in self._verdicts.items():
+            known.setdefault(function, []).append(verdict)
+        found: dict[str, None] = {}
+        nodes: list[Any] = [loss.grad_fn]
+        seen = {None, beyond}
+        while nodes:
+            node = nodes.pop()
+            if node in seen:
+                continue
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+            function = getattr(type(node), "_forward_cls", None)
+            if function is None:
+                name = node.name()
+                if not BUILT_IN.fullmatch(name) or name in DISTRUSTED:
+                    found[name] = None
+            elif not function.__module__.startswith(OWN):
+                verdicts = known.get(function, [])
+                if any(verdict.wrong for verdict in verdicts):
+                    raise RuntimeError(wrong(function.__qualname__))
+                if functions or not verdicts or any(verdict.unknown for verdict in verdicts):
+                    found[function.__qualname__] = None
+        return list(found)
+
+
+def wrong(name: str) -> str:
+    """The line that refuses a function."""
+    return (
+        f"the second derivative of {name} in the loss is wrong: its backward makes no graph of all "
+        f"that it depends on; write its backward with differentiable operations, or use "
+        f"engine='difference' with Hessian"
+    )
+
+
+def _kind(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        return x.dtype, x.requires_grad
+    return x if x is None or isinstance(x, (bool, str)) else type(x)
+
+
+def _apply(cls: Function, *args: Any, **named: Any) -> Any:
+    """Stands for the application of a custom function."""
+    normal = super(_place, cls).apply
+    if named or is_alone() or cls.__module__.startswith(OWN) or not torch.is_grad_enabled():
+        return normal(*args, **named)
+    inputs = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
+    simple = all(
+        type(x) in PLAIN and x.is_floating_point() and x.layout is torch.strided for x in inputs
+    )
+    if not inputs or not simple or functorch_level() is not None:
+        return normal(*args)
+    watching = Functions._open[-1]
+    with alone():
+        how = watching.verdict(cls, args).treatment
+    return normal(*args) if how is None else Local.apply(how, cls, *args)  # type: ignore[no-untyped-call]
