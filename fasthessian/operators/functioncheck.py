@@ -36,6 +36,7 @@ LOW_TOLERANCE = 0.15
 STEPS, LOW_STEPS = (1.0, 0.1, 10.0, 100.0), (1.0, 0.4)
 LARGEST = 0.1  # step in 32 or 64 bits
 PROBES = 3  # random c of c'b: a wrong term hides in one with a probability of the tolerance
+INEXACT = 2e-2  # accepted of a replacement
 FLOOR = 4.0  # times eps |b| / h, the rounding of a difference of b
 RESOLVED = 0.25  # of what is to be told: by how much two steps may disagree
 
@@ -111,14 +112,15 @@ class _Judge:
                 continue
             slope, rounding = self._slope(place, d, self._steps[0])
             seen = _Seen(place, d, slope, rounding, self._tolerance, step=self._steps[0])
-            if not self._agrees(seen, self._c, made):
+            if not self._misfit(seen, self._c, made) <= seen.tolerance:
                 looked = self._look_closer(seen)
                 if looked is None:
                     unknown = True
                     continue
                 seen = looked
                 c = [_masked(c, seen.mask) for c in self._c]
-                wrong |= not self._agrees(seen, c, [self._differentiated(each) for each in c])
+                misfit = self._misfit(seen, c, [self._differentiated(each) for each in c])
+                wrong |= misfit > seen.tolerance
             every.append(seen)
         if not wrong:
             return UNKNOWN if unknown else RIGHT
@@ -140,20 +142,23 @@ class _Judge:
         return any(not torch.equal(x, y) for x, y in pairs)
 
     def _treated(self, every: Sequence[_Seen]) -> Verdict:
+        step, error = max(seen.step for seen in every), max(seen.error for seen in every)
         for transpose in TRANSPOSES:
-            step, error = max(seen.step for seen in every), max(seen.error for seen in every)
             how = Treatment(transpose, step, error)
             apply = functools.partial(Local.apply, how, self._call.function)
+            misfit = 0.0
             try:
                 for seen in every:
                     c = [_masked(c, seen.mask) for c in self._c]
-                    if not self._agrees(seen, c, [self._differentiated(each, apply) for each in c]):
-                        break
-                else:
-                    return Verdict(how)
-            except (RuntimeError, ValueError) as error:
-                if isinstance(error, RuntimeError) and out_of_memory(error):
+                    made = [self._differentiated(each, apply) for each in c]
+                    misfit = max(misfit, self._misfit(seen, c, made))
+            except (RuntimeError, ValueError) as error_:
+                if isinstance(error_, RuntimeError) and out_of_memory(error_):
                     raise
+                continue
+            if misfit <= max(INEXACT, self._tolerance):
+                # a gradient that is not quite one, as of an adaptive solver, errs by as much
+                return Verdict(how._replace(error=max(error, misfit)))
         return WRONG
 
     def _look_closer(self, seen: _Seen) -> _Seen | None:
@@ -171,14 +176,18 @@ class _Judge:
                 best = _Seen(seen.place, seen.along, b, rounding, tolerance, mask, step, error)
         return best if best is not None and best.error <= RESOLVED else None
 
-    def _agrees(
+    def _misfit(
         self, seen: _Seen, c: Sequence[Sequence[Optional]], made: Sequence[Sequence[Optional]]
-    ) -> bool:
-        most = seen.tolerance * _norm(seen.slope) + FLOOR * seen.rounding
-        return all(
-            abs(_dot([by[seen.place]], [seen.along]) - _dot(each, seen.slope)) <= most
+    ) -> float:
+        """How far a derivative is from the slope beyond rounding, relative."""
+        gaps = [
+            abs(_dot([by[seen.place]], [seen.along]) - _dot(each, seen.slope))
             for each, by in zip(c, made, strict=True)
-        )
+        ]
+        beyond = max(gaps) - FLOOR * seen.rounding
+        if math.isnan(beyond):
+            return math.inf
+        return beyond / (_norm(seen.slope) or 1e-300) if beyond > 0 else 0.0
 
     def _slope(self, place: int, d: Tensor, step: float) -> tuple[Sequence[Optional], float]:
         """The derivative of b along d, and its rounding."""
