@@ -67,17 +67,26 @@ class _Seen(NamedTuple):
 
 def judge(call: Call) -> Verdict:
     """Compare the function's second derivative with differences, at the inputs of a call."""
+    verdict = _judged(call, wide=True)  # whose differences have less rounding
+    return verdict if verdict.treatment or verdict is RIGHT else _judged(call, wide=False)
+
+
+def _judged(call: Call, wide: bool) -> Verdict:
     try:
-        return _Judge(call).verdict()
-    except (RuntimeError, ValueError, TypeError) as error:  # it cannot be called again elsewhere
-        if isinstance(error, RuntimeError) and out_of_memory(error):
+        own = _Judge(call, wide=False)
+        if not wide:
+            return own.verdict()
+        other = _Judge(call.widened(), wide=True)
+        return other.verdict() if other.like(own) else UNKNOWN
+    except Exception as error:  # the user's code cannot be called again, or not with these dtypes
+        if isinstance(error, RuntimeError) and out_of_memory(error) and not wide:
             raise
         return UNKNOWN
 
 
 class _Judge:
-    def __init__(self, call: Call) -> None:
-        self._call = call
+    def __init__(self, call: Call, wide: bool) -> None:
+        self._call, self._wide = call, wide
         self._generator = torch.Generator("cpu").manual_seed(0)
         with seeded(0):
             ys = outputs(call.run()[0])
@@ -91,9 +100,14 @@ class _Judge:
         if not low:
             self._steps = [usual, *[h for h in self._steps[1:] if h <= LARGEST]]
         self._tolerance = LOW_TOLERANCE if low else max(TOLERANCE[t.dtype] for t in floats)
-        b = self._slopes(call)
-        self._size = _norm(b)
-        self._c = [[self._random(g) for g in b] for _ in range(PROBES)]
+        self._b = self._slopes(call)
+        self._size = _norm(self._b)
+        self._c = [[self._random(g) for g in self._b] for _ in range(PROBES)]
+
+    def like(self, other: _Judge) -> bool:
+        """Whether the gradients are those that the same call has in another dtype."""
+        same = [y is None for y in self._b] == [y is None for y in other._b]
+        return same and _norm(_minus(self._b, other._b)) <= other._tolerance * self._size
 
     def verdict(self) -> Verdict:
         """The verdict on this call."""
@@ -144,7 +158,7 @@ class _Judge:
     def _treated(self, every: Sequence[_Seen]) -> Verdict:
         step, error = max(seen.step for seen in every), max(seen.error for seen in every)
         for transpose in TRANSPOSES:
-            how = Treatment(transpose, step, error)
+            how = Treatment(transpose, step, error, self._wide)
             apply = functools.partial(Local.apply, how, self._call.function)
             misfit = 0.0
             try:

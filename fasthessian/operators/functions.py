@@ -21,6 +21,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from fasthessian.operators.rewrite import will_run
 
+WIDER = {
+    torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64,
+}  # fmt: skip
 Optional = Tensor | None
 Function = type[torch.autograd.Function]
 
@@ -31,6 +34,7 @@ class Treatment(NamedTuple):
     transpose: str  # what makes J c, one of TRANSPOSES
     step: float  # of central differences, relative to the inputs
     error: float  # of them, relative; an estimate
+    wide: bool  # they are made in the next wider dtype, which the function also takes
 
 
 # J c, the derivative of b in u: from a graph that b has in u; as b(x, c) where J is symmetric, as
@@ -69,6 +73,12 @@ class Call(NamedTuple):
         for i, x in zip(self.at, inputs, strict=True):
             args[i] = x
         return self._replace(args=tuple(args))
+
+    def widened(self) -> Call:
+        """The same call with all numbers in the next wider dtype, outside of autocast."""
+        args = tuple(widened(x) if isinstance(x, Tensor) else x for x in self.args)
+        kind, dtype, _ = self.autocast
+        return self._replace(args=args, parameters=frozenset(), autocast=(kind, dtype, False))
 
     def run(self, apply: Callable[..., Any] | None = None) -> tuple[Any, list[Tensor]]:
         """What the function returns, with a graph of its own, and the inputs of that graph.
@@ -202,6 +212,8 @@ class LocalBackward(torch.autograd.Function):
         x = [own if own is not None else kept
              for own, kept in zip(ctx.call.inputs, saved[:count], strict=True)]  # fmt: skip
         u, call = saved[count:], ctx.call.filled(x)
+        if how.wide:
+            call, u, c = call.widened(), [*map(widened, u)], tuple(map(widened, c))
         gx: Sequence[Optional] = [None] * count
         gu: Sequence[Optional] = [None] * len(u)
         if any(d is not None for d in c):
@@ -210,7 +222,9 @@ class LocalBackward(torch.autograd.Function):
                 gx, _ = call.difference(lambda moved: moved.slopes(u), c, how.step)
             if _asked(ctx, ctx.edges[count:]):
                 gu = _transposed(call, u, c, how)
-        return None, None, *gx, *gu
+        tensors = [*x, *saved[count:]]
+        return None, None, *[g if g is None else g.to(like.dtype)
+                             for g, like in zip((*gx, *gu), tensors, strict=True)]  # fmt: skip
 
 
 def _transposed(
@@ -270,6 +284,11 @@ def _differentiable(b: Sequence[Tensor]) -> None:
 def outputs(out: Any) -> Sequence[Any]:
     """What a function returned, one by one."""
     return out if isinstance(out, (tuple, list)) else (out,)
+
+
+def widened(x: Optional) -> Optional:
+    """Numbers in the next wider dtype, without a graph."""
+    return x if x is None else x.detach().to(WIDER.get(x.dtype, x.dtype))
 
 
 def norm(x: Tensor) -> float:

@@ -78,6 +78,12 @@ class Functions:
                 self._verdicts[key] = known = judge(Call.of(function, args))
         return known or RIGHT
 
+    def replaces(self, function: Function) -> bool:
+        """Whether some call of the function is replaced."""
+        return any(
+            key[0] is function and verdict.treatment for key, verdict in self._verdicts.items()
+        )
+
     def words(self) -> str:
         """What was replaced, for ``engine``."""
         errors: dict[str, float] = {}
@@ -102,7 +108,8 @@ class Functions:
         known: dict[Function, list[Verdict]] = {}
         for (function, *_), verdict in self._verdicts.items():
             known.setdefault(function, []).append(verdict)
-        found: dict[str, None] = {}
+        treated = [f for f, verdicts in known.items() if any(each.treatment for each in verdicts)]
+        found = {function.__qualname__: None for function in treated if functions}
         nodes: list[Any] = [loss.grad_fn]
         seen = {None, beyond}
         while nodes:
@@ -143,8 +150,12 @@ def _kind(x: Any) -> Any:
 def _apply(cls: Function, *args: Any, **named: Any) -> Any:
     """Stands for the application of a custom function."""
     normal = super(_place, cls).apply
-    if named or is_alone() or cls.__module__.startswith(OWN) or not torch.is_grad_enabled():
+    if named or is_alone() or cls.__module__.startswith(OWN):
         return normal(*args, **named)
+    if not torch.is_grad_enabled():
+        if Functions._open[-1].replaces(cls):  # as there, it writes into nothing of the caller's
+            args = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
+        return normal(*args)
     inputs = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
     simple = all(
         type(x) in PLAIN and x.is_floating_point() and x.layout is torch.strided for x in inputs
