@@ -180,8 +180,9 @@ class _Judge:
         steps = sorted(self._steps)
         found = [self._slope(seen.place, seen.along, step) for step in steps]
         best: _Seen | None = None
-        for (a, _), (b, rounding), step in zip(found, found[1:], steps[1:], strict=False):
-            mask = _settled(a, b)
+        for i, step in enumerate(steps[1:]):
+            (a, _), (b, rounding) = found[i], found[i + 1]
+            mask = _settled(a, b, step / steps[i])
             a, b = _masked(a, mask), _masked(b, mask)
             gap, size = _norm(_minus(a, b)), _norm(b)
             error = gap / size if size else float(gap > 0)
@@ -238,17 +239,23 @@ class _Judge:
         return made.to(like)
 
 
-def _settled(a: Sequence[Optional], b: Sequence[Optional]) -> list[Optional]:
-    """Where two slopes agree; at kinks they do not, and lie far outside of what others do."""
-    pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True)
-             if x is not None and y is not None]  # fmt: skip
-    gaps = torch.cat([(x - y).abs().flatten() for x, y in pairs])
-    usual = 10 * gaps.nanmedian()
-    settled = iter([
-        ((x - y).abs() <= torch.maximum(usual, 0.1 * (x.abs() + y.abs()))) & (x - y).isfinite()
-        for x, y in pairs
-    ])  # fmt: skip
-    return [None if x is None or y is None else next(settled) for x, y in zip(a, b, strict=True)]
+def _settled(a: Sequence[Optional], b: Sequence[Optional], ratio: float) -> list[Optional]:
+    """Where two slopes agree, b made with a step that is ``ratio`` times as large.
+
+    At a kink they do not: the difference is that of two sides, whatever the step, or lies far
+    outside of what others do.
+    """
+    found: list[Optional] = []
+    for x, y in zip(a, b, strict=True):
+        if x is None or y is None:
+            found.append(None)
+            continue
+        x, y = x.double(), y.double()
+        gap, near = (x - y).abs(), 0.1 * (x.abs() + y.abs())
+        sides = (gap > near) & ((x - ratio * y).abs() <= 0.1 * (x.abs() + ratio * y.abs()))
+        usual = 10 * gap.masked_fill(sides, math.nan).nanmedian().nan_to_num(0.0)
+        found.append(~sides & (gap <= torch.maximum(usual, near)) & gap.isfinite())
+    return found
 
 
 def _masked(x: Sequence[Optional], mask: Sequence[Optional] | None) -> Sequence[Optional]:

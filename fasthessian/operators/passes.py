@@ -107,7 +107,7 @@ class Passes(SymmetricOperator):
             with metered(params) as held:
                 second = self._look(part, params)
                 measured = held()
-        except ValueError as error:
+        except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
             # a model that uses torch.func inside cannot be metered
