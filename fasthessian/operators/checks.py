@@ -99,9 +99,10 @@ def distances(at: Callable[[float], Tensor], unit: float, want: Tensor) -> tuple
         want: the derivative that is to be looked at.
 
     Returns:
-        The least of their distances to ``want``, and the least between two of them; relative.
+        The least of their distances to ``want``, and the least between two of them; relative, to
+        the size of the function over ``unit`` where ``want`` is 0.
     """
-    size = float(want.double().norm()) or 1.0
+    size = float(want.double().norm()) or float(at(0.0).double().norm()) / unit or 1.0
     unit *= torch.finfo(want.dtype).eps ** (1 / 3)
     found = []
     for h in (30 * unit, unit, 0.03 * unit):  # kinks ask for small steps, rounding for large ones

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import threading
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,14 @@ DISTRUSTED = ("WeightNormInterfaceBackward0",)
 _place: Any = getattr(autograd, "_SingleLevelFunction", None)
 
 
+@dataclass
+class _Kind:
+    """Calls of one function with arguments of the same dtypes and flags."""
+
+    calls: int = 0
+    verdict: Verdict = RIGHT
+
+
 class Functions:
     """The custom functions of one loss. Inside, they are checked at the first calls, and replaced.
 
@@ -42,8 +51,9 @@ class Functions:
     _open: list[Functions] = []  # noqa: RUF012
 
     def __init__(self) -> None:
-        self._verdicts: dict[Any, Verdict] = {}
-        self._calls: Counter[Any] = Counter()
+        # torch.func.vmap makes a class for each call: none is held
+        self._kinds: WeakKeyDictionary[Function, dict[Any, _Kind]] = WeakKeyDictionary()
+        self._errors: dict[str, float] = {}  # of the second derivative, by function replaced
         self._learns = False
 
     def __enter__(self) -> None:
@@ -69,32 +79,27 @@ class Functions:
 
     def verdict(self, function: Function, args: tuple[Any, ...]) -> Verdict:
         """Of a call that is about to be made."""
-        key = function, *map(_kind, args)
-        known = self._verdicts.get(key)
-        if known is None or (self._learns and known is RIGHT):
-            self._calls[key] += 1
-            count = self._calls[key]
-            if count <= CALLS or not count & (count - 1):
-                self._verdicts[key] = known = judge(Call.of(function, args))
-        return known or RIGHT
+        kind = self._kinds.setdefault(function, {}).setdefault(tuple(map(_kind, args)), _Kind())
+        if not kind.calls or (self._learns and kind.verdict is RIGHT):
+            kind.calls += 1
+            if kind.calls <= CALLS or not kind.calls & (kind.calls - 1):
+                kind.verdict = judge(Call.of(function, args))
+                if kind.verdict.treatment is not None:
+                    name = function.__qualname__
+                    known = self._errors.get(name, 0.0)
+                    self._errors[name] = max(known, kind.verdict.treatment.error)
+        return kind.verdict
 
     def replaces(self, function: Function) -> bool:
         """Whether some call of the function is replaced."""
-        return any(
-            key[0] is function and verdict.treatment for key, verdict in self._verdicts.items()
-        )
+        return any(kind.verdict.treatment for kind in self._kinds.get(function, {}).values())
 
     def words(self) -> str:
         """What was replaced, for ``engine``."""
-        errors: dict[str, float] = {}
-        for (function, *_), verdict in self._verdicts.items():
-            if verdict.treatment is not None:
-                name = function.__qualname__
-                errors[name] = max(errors.get(name, 0.0), verdict.treatment.error)
         return "".join(
             f"; second derivative of {name} by central differences, because its backward makes no "
             f"graph of it: relative error {error:.0e}"
-            for name, error in errors.items()
+            for name, error in self._errors.items()
         )
 
     def untrusted(self, loss: Tensor, functions: bool = False, beyond: Any = None) -> list[str]:
@@ -105,11 +110,7 @@ class Functions:
         Raises:
             RuntimeError: a function was checked, is wrong, and cannot be replaced.
         """
-        known: dict[Function, list[Verdict]] = {}
-        for (function, *_), verdict in self._verdicts.items():
-            known.setdefault(function, []).append(verdict)
-        treated = [f for f, verdicts in known.items() if any(each.treatment for each in verdicts)]
-        found = {function.__qualname__: None for function in treated if functions}
+        found: dict[str, None] = dict.fromkeys(self._errors if functions else ())
         nodes: list[Any] = [loss.grad_fn]
         seen = {None, beyond}
         while nodes:
@@ -124,7 +125,7 @@ class Functions:
                 if not BUILT_IN.fullmatch(name) or name in DISTRUSTED:
                     found[name] = None
             elif not function.__module__.startswith(OWN):
-                verdicts = known.get(function, [])
+                verdicts = [kind.verdict for kind in self._kinds.get(function, {}).values()]
                 if any(verdict.wrong for verdict in verdicts):
                     raise RuntimeError(wrong(function.__qualname__))
                 if functions or not verdicts or any(verdict.unknown for verdict in verdicts):
