@@ -19,6 +19,7 @@ from torch import Tensor
 from fasthessian.memory import out_of_memory
 from fasthessian.operators.functions import (
     TRANSPOSES,
+    WIDER,
     Call,
     Local,
     Optional,
@@ -67,7 +68,9 @@ class _Seen(NamedTuple):
 
 def judge(call: Call) -> Verdict:
     """Compare the function's second derivative with differences, at the inputs of a call."""
-    verdict = _judged(call, wide=True)  # whose differences have less rounding
+    verdict = UNKNOWN
+    if any(x.dtype in WIDER for x in call.inputs):
+        verdict = _judged(call, wide=True)  # whose differences have less rounding
     return verdict if verdict.treatment or verdict is RIGHT else _judged(call, wide=False)
 
 

@@ -165,7 +165,7 @@ class Local(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # a parameter must be the same tensor later; all others are saved as torch saves them
         ctx.saved = [i for i, x in enumerate(args)
-                     if isinstance(x, Tensor) and i not in call.parameters]  # fmt: skip
+                     if isinstance(x, Tensor) and not (x.is_leaf and x.requires_grad)]  # fmt: skip
         ctx.save_for_backward(*[args[i] for i in ctx.saved])
         kept = tuple(None if i in ctx.saved else x for i, x in enumerate(args))
         ctx.how, ctx.call = how, call._replace(args=kept)
