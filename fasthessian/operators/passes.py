@@ -13,19 +13,18 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from fasthessian import kernels
 from fasthessian.memory import out_of_memory
 from fasthessian.operators import parameters
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Block
-from fasthessian.operators.checks import DIFFERENCE
+from fasthessian.operators.checks import compared, precision_error
 from fasthessian.operators.engines import Graph, Task, examine, metered
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.rewrite import Rewrite
 from fasthessian.operators.state import Copies, Snapshot, engaged
-from fasthessian.operators.watched import Functions, wrong
+from fasthessian.operators.watched import Functions
 from fasthessian.vectors import Layout
 
 
@@ -94,9 +93,9 @@ class Passes(SymmetricOperator):
             with self._pass() as params:
                 self._keep(self._made_graph(part, params), part, params)
         if self._options.precision is not None:
-            self._measure_precision(part)
+            self.engine += precision_error(self, part)
         if self._untrusted:
-            self._compare(part, ", ".join(self._untrusted))
+            self.engine += compared(self, part, ", ".join(self._untrusted))
         self.engine += self._functions.words()
 
     def _try(self, part: Part, params: list[Tensor]) -> int:
@@ -137,23 +136,6 @@ class Passes(SymmetricOperator):
             return []
         return self._functions.untrusted(loss, self._options.engine == "forward")
 
-    def _compare(self, part: Part, names: str) -> None:
-        """Compare a product of the first part with differences, because of nodes of these names."""
-        if self.rounded():
-            self.engine += f"; the second derivative of {names} is not checked in 16 bits"
-            return
-        v = torch.empty(1, self.n, dtype=self.dtype, device=self.device)
-        kernels.select(self.device).normal_(v[0], 1, 0)
-        distance, spread = self._distances(part, v)
-        if distance <= DIFFERENCE[self.dtype]:
-            return
-        if spread <= distance / 4:
-            raise RuntimeError(wrong(names))
-        self.engine += (
-            f"; the second derivative of {names} could not be checked: differences disagree among "
-            f"themselves, as they do at kinks"
-        )
-
     def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
         """Of a product of the part with v (1, n) from differences; see ``distances``."""
         raise NotImplementedError
@@ -161,20 +143,6 @@ class Passes(SymmetricOperator):
     def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
         """The scalar whose gradient is differentiated for a product."""
         return loss
-
-    def _measure_precision(self, part: Part) -> None:
-        """Say in ``engine`` how far a product of the first part is from an exact one."""
-        v = torch.empty(1, self.n, dtype=self.dtype, device=self.device)
-        kernels.select(self.device).normal_(v[0], 0, 0)
-        found = []
-        for exact in (True, False):
-            out = torch.zeros_like(v)
-            with self._pass(exact=exact) as params:
-                task = self._task(None, v, out)
-                self._made_graph(part, params).products([task], first=True, keep=False)
-            found.append(out.double())
-        error = float((found[1] - found[0]).norm() / found[0].norm())
-        self.engine += f"; {self._options.precision}, relative error {error:.1e} of a product"
 
     @contextlib.contextmanager
     def _pass(
