@@ -15,22 +15,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from custom_functions import (
-    BF16,
-    F32,
-    F64,
-    GOOD,
-    PLANTED,
-    Adjoint,
-    FusedLoss,
-    Good,
-    Net,
-    NoGrad,
-    Rounded,
-    Swish,
-    cube,
-    planted,
-)  # fmt: skip
+from custom_good import Good
+from custom_models import BF16, F32, F64, GOOD, PLANTED, Net, cube, planted
+from custom_wrong import Adjoint, FusedLoss, NoGrad, Rounded, Swish
 from models import columns, error, gauss_newton, jacobian, mismatch, poisson_residual, refused
 from torch import Tensor, nn
 from torch.autograd.function import _SingleLevelFunction
