@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import fasthessian as fh
+from fasthessian.operators.functioncheck import RIGHT
 from fasthessian.operators.watched import Functions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -47,10 +48,9 @@ def planted(seeds):
             if (name, dtype) == ("outside of torch", torch.bfloat16):
                 continue  # NumPy has no such numbers
             kinds = (fh.Hessian,) if case.criterion is None else (fh.Hessian, fh.GaussNewton)
+            made = [custom_models.planted(name, dtype, seed)[0] for seed in range(seeds)]
             caught = [
-                WORDS in notes(lambda k=kind, s=seed: k(*custom_models.planted(name, dtype, s)[0]))
-                for kind in kinds
-                for seed in range(seeds)
+                WORDS in notes(lambda k=kind, m=each: k(*m)) for kind in kinds for each in made
             ]
             yield f"{name}, {str(dtype)[6:]}", sum(caught), len(caught)
 
@@ -96,13 +96,17 @@ def right(seeds):
         for build in (test_huggingface.gpt2, test_huggingface.llama, test_huggingface.bert):
             for dtype in DTYPES:
                 model, batch = test_huggingface.made(build)
+                model.to(dtype)
                 for kind in kinds:
-                    yield lambda k=kind, m=model.to(dtype), b=batch: k(m, None, b)
+                    yield lambda k=kind, m=model, b=batch: k(m, None, b)
 
     sets = {
-        "good custom functions": custom, "layers of the tests": zoo, "problems of the tests": problem,
-        "ResNet-20, MLP, GPT": networks, "Hugging Face": language,
-    }  # fmt: skip
+        "good custom functions": custom,
+        "layers of the tests": zoo,
+        "problems of the tests": problem,
+        "ResNet-20, MLP, GPT": networks,
+        "Hugging Face": language,
+    }
     for name, cases in sets.items():
         found = [notes(make) for make in cases()]
         yield name, [note for note in found if note], len(found)
@@ -119,7 +123,7 @@ def seconds(job, rounds=3):
 
 
 def cost():
-    """Rows (model, gradients of a check, of which the walk of the graph)."""
+    """Rows (model, gradients that the check takes)."""
     for name, made in (("ResNet-20", problems.residual(20, 64)), ("GPT", problems.gpt())):
         for kind in ("as it is", "every ReLU or GELU a custom function"):
             model = made[0]
@@ -131,7 +135,7 @@ def cost():
                 gradient = seconds(H.gradient)
                 checked = seconds(lambda m=model, r=made: fh.Hessian(m, *r[1:], engine="recompute"))
                 seen, walk = Functions.verdict, Functions.untrusted
-                Functions.verdict = lambda self, *_: custom_right()
+                Functions.verdict = lambda self, *_: RIGHT
                 Functions.untrusted = lambda self, *_, **__: []
                 try:
                     bare = seconds(
@@ -142,13 +146,6 @@ def cost():
             finally:
                 F.relu, F.gelu = relu, gelu
             yield f"{name}, {kind}", (checked - bare) / gradient
-
-
-def custom_right():
-    """A verdict that costs nothing."""
-    from fasthessian.operators.functioncheck import RIGHT
-
-    return RIGHT
 
 
 def main():

@@ -36,7 +36,8 @@ TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2}
 LOW_TOLERANCE = 0.15
 STEPS, LOW_STEPS = (1.0, 0.1, 10.0, 100.0), (1.0, 0.4)
 LARGEST = 0.1  # step in 32 or 64 bits
-PROBES = 3  # random c of c'b: a wrong term hides in one with a probability of the tolerance
+# Random c of c'b, where a wrong term hides in one with a probability of the tolerance
+PROBES, FINE_PROBES = 3, 2
 INEXACT = 2e-2  # accepted of a replacement
 FLOOR = 4.0  # times eps |b| / h, the rounding of a difference of b
 RESOLVED = 0.25  # of what is to be told: by how much two steps may disagree
@@ -105,7 +106,8 @@ class _Judge:
         self._tolerance = LOW_TOLERANCE if low else max(TOLERANCE[t.dtype] for t in floats)
         self._b = self._slopes(call)
         self._size = _norm(self._b)
-        self._c = [[self._random(g) for g in self._b] for _ in range(PROBES)]
+        probes = FINE_PROBES if self._tolerance == TOLERANCE[torch.float64] else PROBES
+        self._c = [[self._random(g) for g in self._b] for _ in range(probes)]
 
     def like(self, other: _Judge) -> bool:
         """Whether the gradients are those that the same call has in another dtype."""

@@ -19,7 +19,6 @@ from fasthessian.operators.functions import Call, Function, Local, alone, is_alo
 from fasthessian.operators.linearloss import FORMULAS
 from fasthessian.operators.rewrite import functorch_level
 
-CALLS = 8  # of each kind, which are all checked; then those at powers of two
 PLAIN = (Tensor, nn.Parameter)  # a subclass of tensors has rules of its own
 OWN = "fasthessian."
 BUILT_IN = re.compile(
@@ -82,7 +81,7 @@ class Functions:
         kind = self._kinds.setdefault(function, {}).setdefault(tuple(map(_kind, args)), _Kind())
         if not kind.calls or (self._learns and kind.verdict is RIGHT):
             kind.calls += 1
-            if kind.calls <= CALLS or not kind.calls & (kind.calls - 1):
+            if not kind.calls & (kind.calls - 1):  # the 1st, 2nd, 4th, ...: a state may start at 0
                 kind.verdict = judge(Call.of(function, args))
                 if kind.verdict.treatment is not None:
                     name = function.__qualname__
