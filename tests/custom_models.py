@@ -14,6 +14,7 @@ import custom_wrong as wrong
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
@@ -205,3 +206,30 @@ def planted(name: str, dtype: torch.dtype, seed: int = 0) -> tuple[Any, Any, Any
         x, y = torch.randn(9, case.width), torch.randint(3, (9,))
     made = model.to(dtype).eval(), case.criterion, (x.to(dtype), y)
     return made, (twin.to(dtype).eval(), case.plain_criterion), (x.to(dtype), y)
+
+
+def dense(model: nn.Module, criterion: Any, data: tuple[Tensor, Tensor]) -> Tensor:
+    """The Hessian by plain torch, also of models that return their loss."""
+    names = [name for name, _ in model.named_parameters()]
+    x, y = data
+
+    def loss(*values: Tensor) -> Tensor:
+        held = dict(zip(names, values, strict=True))
+        if criterion is None:
+            return functional_call(model, held, (x, y))
+        return criterion(functional_call(model, held, (x,)), y)
+
+    values = tuple(model.parameters())
+    rows = torch.autograd.functional.hessian(loss, values)
+    return torch.cat([
+        torch.cat([block.reshape(p.numel(), -1) for block in row], 1)
+        for p, row in zip(values, rows, strict=True)
+    ])  # fmt: skip
+
+
+def twins(wrong: Any, plain: Any, **options: Any) -> tuple[nn.Module, nn.Module, Any]:
+    """Two networks with the same numbers, and data."""
+    torch.manual_seed(0)
+    one, two = Net(wrong, **options).double(), Net(plain, **options).double()
+    two.load_state_dict(one.state_dict())
+    return one, two, (torch.randn(9, 3, dtype=F64), torch.randint(3, (9,)))
