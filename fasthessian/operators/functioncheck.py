@@ -38,7 +38,7 @@ STEPS, LOW_STEPS = (1.0, 0.1, 10.0, 100.0), (1.0, 0.4)
 LARGEST = 0.1  # step in 32 or 64 bits
 # Random c of c'b, where a wrong term hides in one with a probability of the tolerance
 PROBES, FINE_PROBES = 3, 2
-INEXACT = 2e-2  # accepted of a replacement
+INEXACT, NOISY = 2e-2, 0.1  # accepted of a replacement; where differences are noisy
 FLOOR = 4.0  # times eps |b| / h, the rounding of a difference of b
 RESOLVED = 0.25  # of what is to be told: by how much two steps may disagree
 
@@ -162,6 +162,7 @@ class _Judge:
 
     def _treated(self, every: Sequence[_Seen]) -> Verdict:
         step, error = max(seen.step for seen in every), max(seen.error for seen in every)
+        noise = max(seen.tolerance for seen in every)
         for transpose in TRANSPOSES:
             how = Treatment(transpose, step, error, self._wide)
             apply = functools.partial(Local.apply, how, self._call.function)
@@ -175,8 +176,8 @@ class _Judge:
                 if isinstance(error_, RuntimeError) and out_of_memory(error_):
                     raise
                 continue
-            if misfit <= max(INEXACT, self._tolerance):
-                # a gradient that is not quite one, as of an adaptive solver, errs by as much
+            # a gradient that is not quite one, as of an adaptive solver, errs by as much
+            if misfit <= max(INEXACT, self._tolerance, min(NOISY, noise)):
                 return Verdict(how._replace(error=max(error, misfit)))
         return WRONG
 
