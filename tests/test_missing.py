@@ -70,10 +70,12 @@ def test_pairs_closer_than_tol(apart):
 
 def test_a_close_pair_in_front_of_a_dense_bulk():
     """Spectrum of LUNDA (147 x 147): a pair 9e-4 apart, of which one seed in four found one."""
-    top = [2.23854064, 2.21040215, 2.19788363, 2.16594143, 2.12213122, 2.10704309,
-           2.08478198,
-           2.03935452, 2.03316370, 2.03142322, 2.00409166, 1.98642469, 1.98055200, 1.95133679]  # fmt: skip
-    values = torch.cat([torch.tensor(top, dtype=F64), torch.linspace(1.94, 0, 133, dtype=F64)])
+    top = torch.tensor(
+        [2.23854064, 2.21040215, 2.19788363, 2.16594143, 2.12213122, 2.10704309, 2.08478198,
+         2.03935452, 2.03316370, 2.03142322, 2.00409166, 1.98642469, 1.98055200, 1.95133679],
+        dtype=F64,
+    )  # fmt: skip
+    values = torch.cat([top, torch.linspace(1.94, 0, 133, dtype=F64)])
     for seed in range(20):
         found = fh.eigsh(diagonal(values), 10, "LA", seed=seed)
         assert found.converged and not wrong(found, values, "LA")

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from fasthessian import kernels
 from fasthessian.operators import parameters
 from fasthessian.operators.blocks import Block, partition
-from fasthessian.operators.checks import Check, check
+from fasthessian.operators.checks import Check, check, distances
 from fasthessian.operators.engines import gradient
-from fasthessian.operators.losses import ModelLoss
+from fasthessian.operators.losses import ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.passes import Passes
 from fasthessian.operators.state import turn
@@ -153,6 +153,20 @@ class Curvature(Passes):
                 squares = sum(float(p.detach().double().square().sum()) for p in params)
                 total += self._options.weight_decay / 2 * squares
         return total
+
+    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
+        self.mask_(v[0])
+        with self._pass() as params:
+            out = torch.zeros_like(v)
+            whole = part._replace(weight=1.0)
+            task = self._task(None, v, out)
+            self._made_graph(whole, params).products([task], first=True, keep=False)
+
+            def slope(h: float) -> Tensor:
+                with self._at(params, h * v[0]):
+                    return self.flatten(gradient(self._value(part), params))
+
+            return distances(slope, float(self.theta().norm() or 1.0) / float(v.norm()), out[0])
 
     @contextlib.contextmanager
     def _at(self, params: list[Tensor], offset: Tensor | None) -> Iterator[None]:

@@ -56,6 +56,11 @@ class Hessian(Curvature):
         layout: names, shapes and places of the parameters in a flat vector.
         engine: how products are made, and why.
 
+    Custom autograd functions are compared with central differences of their backward, at the
+    construction. Where that makes no graph, and double backward is wrong without an error, their
+    second derivative is made by such differences: ``engine`` names them and their error. What
+    cannot be replaced is refused.
+
     Parameters in bfloat16 or float16 have float32 vectors. DataParallel, DistributedDataParallel
     and compiled models are unwrapped. Parameters that the loss does not use, or uses linearly, have
     zero rows.
@@ -76,7 +81,8 @@ class Hessian(Curvature):
             depend on the parameters; empty data; mixed dtypes; an unknown option.
         TypeError: data or batches of no known form; parameters that are no real floats.
         RuntimeError: the loader yields other samples than at the first pass; the loss differs
-            between two evaluations; it cannot be differentiated twice.
+            between two evaluations; it cannot be differentiated twice, or its second derivative
+            is wrong.
         MemoryError: a product does not fit; the message names the option that would help.
 
     Example:

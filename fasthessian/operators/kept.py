@@ -17,6 +17,7 @@ from fasthessian.operators.engines import Graph
 from fasthessian.operators.losses import ClosureLoss, ModelLoss
 from fasthessian.operators.state import Copies, turn
 from fasthessian.operators.watch import Watch
+from fasthessian.operators.watched import Functions
 from fasthessian.vectors import Layout
 
 
@@ -26,6 +27,7 @@ class KeptGraphs(SymmetricOperator):
     layout: Layout
     _loss: ModelLoss | ClosureLoss
     _dtypes: Mapping[str, torch.dtype]
+    _functions: Functions
 
     def _keep_none(self) -> None:
         """Begin without graphs."""
@@ -80,6 +82,8 @@ class KeptGraphs(SymmetricOperator):
         """Why a product cannot be captured in a CUDA graph; None if it can."""
         if self._capacity < self._loss.count or not self._loss.replayable:
             return "the graphs of some batches are built at each product"
+        if self._functions.words():
+            return "central differences of custom functions wait for the device"
         return None
 
     def rebuild(self) -> str | None:

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthessian import kernels
 from fasthessian.memory import out_of_memory
 from fasthessian.operators import parameters
 from fasthessian.operators.blocks import Block
+from fasthessian.operators.checks import compared, precision_error
 from fasthessian.operators.engines import Graph, Task, examine, metered
 from fasthessian.operators.kept import KeptGraphs
 from fasthessian.operators.layers import Layers
@@ -23,6 +23,7 @@ from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLo
 from fasthessian.operators.options import Options
 from fasthessian.operators.rewrite import Rewrite
 from fasthessian.operators.state import engaged, turn
+from fasthessian.operators.watched import Functions
 from fasthessian.vectors import Layout
 
 
@@ -61,6 +62,8 @@ class Passes(KeptGraphs):
                 if f"{name}.weight" in place and not tied:
                     self._padded[place[f"{name}.weight"]] = row
         self._layered = False  # whether blocks of single layers were asked for
+        self._functions = Functions()
+        self._untrusted: list[str] = []  # nodes of the graph whose second derivative is unknown
         self._roomy(self._open)
 
     def _open(self) -> None:
@@ -84,20 +87,24 @@ class Passes(KeptGraphs):
             with self._pass() as params:
                 self._keep(self._made_graph(part, params), part, params)
         if self._options.precision is not None:
-            self._measure_precision(part)
+            self.engine += precision_error(self, part)
+        if self._untrusted:
+            self.engine += compared(self, part, ", ".join(self._untrusted))
+        self.engine += self._functions.words()
 
     def _try(self, part: Part, params: list[Tensor]) -> int:
         """Check the loss of the first part; return the bytes that its graph holds."""
+        with self._functions.learning():  # before a graph is looked at
+            first = float(self._value(part).detach())
         try:
             with metered(params) as held:
-                first = self._look(part, params)
+                second = self._look(part, params)
                 measured = held()
-        except ValueError as error:
+        except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
             # a model that uses torch.func inside cannot be metered
-            first, measured = self._look(part, params), 0
-        second = float(self._value(part).detach())
+            second, measured = self._look(part, params), 0
         if abs(second - first) > REPEATED * abs(first):
             raise RuntimeError(
                 f"{self._loss.origin} returned {first:.6g} and then {second:.6g} at the same "
@@ -109,25 +116,27 @@ class Passes(KeptGraphs):
         """The loss of a part, examined for the derivatives that products take."""
         outputs, loss = self._evaluated(part)
         examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
+        self._untrusted = self._suspects(outputs, loss)
         return float(loss.detach())
+
+    @property
+    def _twice(self) -> bool:
+        """Whether products differentiate custom functions twice."""
+        return self._options.engine != "difference"
+
+    def _suspects(self, outputs: Any, loss: Tensor) -> list[str]:
+        """Names of nodes that products differentiate twice and that no check has seen."""
+        if not self._twice:
+            return []
+        return self._functions.untrusted(loss, self._options.engine == "forward")
+
+    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
+        """Of a product of the part with v (1, n) from differences; see ``distances``."""
+        raise NotImplementedError
 
     def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
         """The scalar whose gradient is differentiated for a product."""
         return loss
-
-    def _measure_precision(self, part: Part) -> None:
-        """Say in ``engine`` how far a product of the first part is from an exact one."""
-        v = torch.empty(1, self.n, dtype=self.dtype, device=self.device)
-        kernels.select(self.device).normal_(v[0], 0, 0)
-        found = []
-        for exact in (True, False):
-            out = torch.zeros_like(v)
-            with self._pass(exact=exact) as params:
-                task = self._task(None, v, out)
-                self._made_graph(part, params).products([task], first=True, keep=False)
-            found.append(out.double())
-        error = float((found[1] - found[0]).norm() / found[0].norm())
-        self.engine += f"; {self._options.precision}, relative error {error:.1e} of a product"
 
     @contextlib.contextmanager
     def _pass(
@@ -154,6 +163,7 @@ class Passes(KeptGraphs):
             with (
                 engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
                 Rewrite() if curved else contextlib.nullcontext(),
+                self._functions if curved and self._twice else contextlib.nullcontext(),
             ):
                 yield list(now.values())
             if evaluates:
@@ -204,6 +214,7 @@ class Passes(KeptGraphs):
     def relative_error(self) -> float:
         """The relative error of a product, by the parameters' dtype, the precision, the engine."""
         errors = [torch.finfo(dtype).eps for dtype in self._dtypes.values()]
+        errors.append(self._functions.error())
         errors.append({"bf16": 2.0**-8, "tf32": 2.0**-11}.get(self._options.precision or "", 0.0))
         if self._options.engine == "difference":
             errors.append(max(errors) ** (2 / 3))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 aten = torch.ops.aten
 # Private names of torch; where one is missing the rewrite stays off.
-_functorch_level = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
+functorch_level = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _will_run = getattr(torch._C, "_will_engine_execute_node", None)
 Optional = Tensor | None
@@ -108,7 +108,11 @@ def _needed(ctx: Any, which: int) -> bool:
     """
     if not ctx.needs_input_grad[which]:
         return False
-    node = ctx.next_functions[which][0]
+    return will_run(ctx.next_functions[which][0])
+
+
+def will_run(node: Any) -> bool:
+    """Whether the running differentiation asks for what this node receives."""
     leaf = hasattr(node, "variable")  # of which the engine does not tell
     return leaf or _will_run is None or bool(_will_run(node))
 
@@ -238,7 +242,7 @@ def _batch_norm(
 def _mse_loss(input: Tensor, target: Tensor, *options: Any, **named: Any) -> Tensor:
     # torch 2.13 cannot take the mean's gradient forward: it writes into a symbolic zero
     mean = not options and set(named) <= {"reduction"} and named.get("reduction", "mean") == "mean"
-    if mean and input.shape == target.shape and _functorch_level() is not None:
+    if mean and input.shape == target.shape and functorch_level() is not None:
         return (input - target).square().mean()
     loss: Tensor = ORIGINAL["mse_loss"](input, target, *options, **named)
     return loss
@@ -252,7 +256,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 def _plain(input: Tensor) -> bool:
     """Whether gradients are recorded by autograd alone: torch.func and autocast have own rules."""
     lower = torch.is_autocast_enabled(input.device.type)
-    return torch.is_grad_enabled() and _functorch_level() is None and not lower
+    return torch.is_grad_enabled() and functorch_level() is None and not lower
 
 
 def _versions(call: _Call) -> tuple[int, ...]:
