@@ -15,7 +15,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from fasthessian import kernels
 from fasthessian.memory import out_of_memory
-from fasthessian.operators import parameters
+from fasthessian.operators import hooks, parameters
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.engines import Graph, Task, examine, metered
@@ -54,6 +54,7 @@ class Passes(SymmetricOperator):
         self.layout = Layout(chosen, parameters.common_dtype(chosen))
         self._describe(self.layout.n, self.layout.dtype, self.layout.device)
         self._loss = loss
+        self._hooks = hooks.Lift()
         self._capacity = 0  # parts whose graph is kept, in the order of the pass
         self._graphs: list[Graph] = []
         self._complete = False  # every part has its graph: the data need not be read
@@ -91,6 +92,8 @@ class Passes(SymmetricOperator):
                 self._keep(self._made_graph(part, params), part, params)
         if self._options.precision is not None:
             self._measure_precision(part)
+        if self._hooks.met:
+            self.engine += "; hooks on gradients do not act"
 
     def _try(self, part: Part, params: list[Tensor]) -> int:
         """Check the loss of the first part; return the bytes that its graph holds."""
@@ -163,6 +166,7 @@ class Passes(SymmetricOperator):
         with (
             engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
             Rewrite() if curved else contextlib.nullcontext(),
+            hooks.lifted(self._hooks, list(now.values())),
         ):
             yield list(now.values())
 

@@ -23,10 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthessian.operators import hooks
+
 aten = torch.ops.aten
 # Private names of torch; where one is missing the rewrite stays off.
 _functorch_level = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_own_weight_norm: Any = getattr(torch, "_weight_norm", None)
 _will_run = getattr(torch._C, "_will_engine_execute_node", None)
 Optional = Tensor | None
 
@@ -143,6 +146,8 @@ class _Call(NamedTuple):
 class Rewrite:
     """Inside this context ``torch.nn.functional`` has the rewrites, which modules call.
 
+    Where hooks on gradients enter the graph they are lifted too; see ``hooks``.
+
     The names are replaced for all threads, once however many contexts are open: checkpointed
     layers are run again in backward threads and must do there what they did before.
     """
@@ -250,7 +255,7 @@ def _mse_loss(input: Tensor, target: Tensor, *options: Any, **named: Any) -> Ten
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """``g v / |v|``; the second derivative of torch 2.13's own is wrong, and not symmetric."""
     if v.dtype != g.dtype:  # which torch refuses
-        w: Tensor = PLACES[-1][2](v, g, dim)
+        w: Tensor = _own_weight_norm(v, g, dim)
         return w
     # over all numbers torch's own has no derivative in forward mode
     size = torch.linalg.vector_norm(v) if dim == -1 else torch.norm_except_dim(v, 2, dim)
@@ -301,8 +306,12 @@ REWRITTEN: dict[str, Callable[..., Tensor]] = {
 }
 ORIGINAL: dict[str, Callable[..., Tensor]] = {name: getattr(F, name) for name in REWRITTEN}
 # (where, name, what was there, what is put there); weight_norm is called by two names
-PLACES = [(F, name, ORIGINAL[name], REWRITTEN[name]) for name in REWRITTEN] + [
-    (place, "_weight_norm", place._weight_norm, _weight_norm)
-    for place in (torch, importlib.import_module("torch.nn.utils.weight_norm"))
-    if hasattr(place, "_weight_norm")
+PLACES: list[tuple[Any, str, Any, Any]] = [
+    *((F, name, ORIGINAL[name], REWRITTEN[name]) for name in REWRITTEN),
+    *(
+        (place, "_weight_norm", place._weight_norm, _weight_norm)
+        for place in (torch, importlib.import_module("torch.nn.utils.weight_norm"))
+        if hasattr(place, "_weight_norm")
+    ),
+    *hooks.PLACES,
 ]
