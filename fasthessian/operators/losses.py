@@ -31,6 +31,7 @@ from fasthessian.operators.batches import (
     to_device,
 )
 from fasthessian.operators.criteria import call, option, scalar, terms
+from fasthessian.operators.hooks import acting
 from fasthessian.operators.state import own_buffers, seeded
 from fasthessian.operators.watch import DATA, OTHER, POINT, Entry, of_module, reach
 
@@ -226,7 +227,7 @@ class ModelLoss:
                 return functional_call(self.model, replaced, inputs, named)
 
         try:
-            with seeded(part.position), own_buffers(self.roots):
+            with seeded(part.position), own_buffers(self.roots), acting():
                 outputs, loss = call(model, self.criterion, batch)
         except TypeError as error:
             if self.criterion is None:
@@ -286,7 +287,7 @@ class ClosureLoss:
         self, part: Part, values: Mapping[str, Tensor] | None = None
     ) -> tuple[Any, Tensor]:
         """No outputs, and the closure's loss with its graph."""
-        with seeded(part.position):
+        with seeded(part.position), acting():
             return None, scalar(self._closure(), self.origin)
 
 

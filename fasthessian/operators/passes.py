@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthessian.memory import out_of_memory
-from fasthessian.operators import parameters
+from fasthessian.operators import hooks, parameters
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.checks import compared, precision_error
 from fasthessian.operators.engines import Graph, Task, examine, metered
@@ -54,6 +54,7 @@ class Passes(KeptGraphs):
         self._describe(self.layout.n, self.layout.dtype, self.layout.device)
         self._loss = loss
         self._keep_none()
+        self._hooks = hooks.Lift()
         self._needs = 0.0  # bytes of the graphs of all parts
         self._padded: dict[int, int] = {}  # rows without gradient, by place of the parameter
         if isinstance(loss, ModelLoss):
@@ -91,6 +92,8 @@ class Passes(KeptGraphs):
         if self._untrusted:
             self.engine += compared(self, part, ", ".join(self._untrusted))
         self.engine += self._functions.words()
+        if self._hooks.met:
+            self.engine += "; hooks on gradients do not act"
 
     def _try(self, part: Part, params: list[Tensor]) -> int:
         """Check the loss of the first part; return the bytes that its graph holds."""
@@ -164,6 +167,7 @@ class Passes(KeptGraphs):
                 engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
                 Rewrite() if curved else contextlib.nullcontext(),
                 self._functions if curved and self._twice else contextlib.nullcontext(),
+                hooks.lifted(self._hooks, list(now.values())),
             ):
                 yield list(now.values())
             if evaluates:
