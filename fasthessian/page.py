@@ -168,14 +168,13 @@ def how(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     if words := steps(content):
         rows.append(("Lanczos steps", words))
     if content["trace"]:
-        rows.append(
-            (
-                "trace",
-                ("the top eigenvalues as above, the rest by " if content["top"] else "")
-                + f"random vectors of signs ({len(content['trace']['samples'])}), until the "
-                f"half-width of the interval was {settings['trace_rtol']:.2g} of the value",
-            )
+        count = len(content["trace"]["samples"])
+        words = (
+            ("the top eigenvalues as above, the rest by " if content["top"] else "")
+            + f"random vectors of signs ({count}), until the "
+            f"half-width of the interval was {settings['trace_rtol']:.2g} of the value"
         )
+        rows.append(("trace", words if count > 1 else "exact to rounding, without random vectors"))
     if content["density"]:
         rows.append(
             (

@@ -35,7 +35,7 @@ def test_eigenvalues_are_the_largest_in_magnitude_with_unit_vectors(mode):
     model, data = mlp(), batches()
     H = mean_loss_hessian(model, data)
     values, vectors = made(mode, model, data).eigenvalues(maxIter=200, tol=1e-5, top_n=4)
-    assert [type(x) for x in values] == [float] * 4
+    assert all(isinstance(x, float) for x in values) and len(values) == 4
     np.testing.assert_allclose(values, by_magnitude(H)[:4], rtol=1e-4)
     for value, vector in zip(values, vectors, strict=True):
         assert [x.shape for x in vector] == [p.shape for p in model.parameters()]

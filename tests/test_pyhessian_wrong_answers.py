@@ -139,7 +139,8 @@ def test_S8_close_neighbours_come_in_order_and_apart():
     assert found == pytest.approx(values[:4], abs=1e-3)
     V = torch.stack([v[0] for v in vectors])
     torch.testing.assert_close(V @ V.T, torch.eye(4), rtol=0, atol=1e-5)
-    torch.testing.assert_close(V @ A, torch.tensor(found)[:, None] * V, rtol=0, atol=1e-3)
+    scaled = torch.tensor(found, dtype=V.dtype)[:, None] * V
+    torch.testing.assert_close(V @ A, scaled, rtol=0, atol=1e-3)
 
 
 def test_S9_more_steps_than_parameters_invents_no_nodes():

@@ -267,6 +267,15 @@ def test_the_trace_figure_ends_at_the_estimate():
     assert "not reached" in plots.plot_estimate(empty).get_title()
 
 
+def test_an_exact_trace_is_told_and_drawn_as_such():
+    exact = Estimate(5.0, 0.0, (5.0, 5.0), 0.95, tensor(5.0), 9, True)
+    made = report.files(small_document(trace=exact))
+    text = made["report.html"].decode()
+    assert "exact to rounding" in text and "random vectors of signs" not in text
+    assert made["trace.png"].startswith(PNG)
+    assert "random vectors of signs (4)" in report.files(small_document())["report.html"].decode()
+
+
 def test_figures_draw_into_the_axes_given_and_leave_pyplot_alone():
     import sys
 

@@ -17,6 +17,7 @@ from fasthessian.algorithms.arguments import (
     seed_of,
 )
 from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.algorithms.resolution import REACH, Rule, quadrature, unresolved, width
 from fasthessian.algorithms.rounds import Request, Run, solve
 from fasthessian.algorithms.threeterm import ROWS, ThreeTerm
 from fasthessian.basis import FORMATS
@@ -25,7 +26,6 @@ from fasthessian.operators.base import SymmetricOperator
 from fasthessian.records import Density
 from fasthessian.vectors import stride_bytes
 
-REACH = 8  # kernel widths beyond the outermost nodes: the mass outside is below 1e-15
 FINENESS = 4  # grid points a kernel width: the sum of a sampled Gaussian is then exact to 1e-16
 MAX_GRID = 1 << 18
 LOOK = 16  # steps between two looks at a GPU's run
@@ -59,9 +59,11 @@ def density(  # type: ignore[misc]  # the overloads leave the options to this on
     Krishnan, Xiao 2019): from each random start, Ritz values are nodes and squared first
     components of T's eigenvectors are weights.
 
-    The band adds in quadrature 1.96 standard errors of the probes, by the theory of quadratic
-    forms ``Var <= 2 tr(f(A)^2) / (n^2 probes)`` with f the kernel - so that it means something
-    for one probe too - and the change from half the steps. It is pointwise.
+    The band is pointwise, at 95 %. It adds in quadrature three parts: the chance of the probes, as
+    Wilson's interval (1927) with the variance of quadratic forms ``2 tr(f(A)^2) / (n^2 probes)``,
+    f the kernel, so that it holds for one probe too; what the nodes do not resolve (see
+    ``resolution``: a rigorous bound for a kernel finer than their spacing); and the change from
+    half the steps. The last two are 0 where the Krylov space has ended.
 
     Args:
         A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
@@ -69,8 +71,10 @@ def density(  # type: ignore[misc]  # the overloads leave the options to this on
         steps: Lanczos steps and products a probe, at least 1. Memory: steps rows of the basis and
             two vectors.
         probes: random starts, at least 1; one is enough for n above about 1e7.
-        sigma: width of the kernel, in units of the eigenvalues; default 0.5 % of their range. One
-            too fine for 2^18 grid points is widened, with a warning.
+        sigma: width of the kernel, in units of the eigenvalues; default 0.5 % of their range, or
+            the mean spacing of the nodes, weighted by the density, where that is more (2.6 % for
+            a semicircle at 50 steps). Of one much finer than the nodes the band says how little is
+            known. One too fine for 2^18 grid points is widened, with a warning.
         seed: probe p starts from elements p n .. (p + 1) n of the seed's stream of signs.
         schedule: orthogonalisation, "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
@@ -145,11 +149,12 @@ def _run(
 
 
 class Measured(NamedTuple):
-    """What quadrature takes from a run: ``Lanczos.jacobi``, ``blur`` and ``replay``."""
+    """What quadrature takes from a run: ``jacobi``, ``blur``, ``replay`` and ``ended``."""
 
     jacobi: Tensor
     blur: float
     replay: str
+    ended: bool = False
 
 
 def grow(
@@ -162,7 +167,7 @@ def grow(
         if last or krylov.size % LOOK == 0:
             krylov.look(wait=last)
         told()
-    return Measured(krylov.jacobi(), krylov.blur, krylov.replay)
+    return Measured(krylov.jacobi(), krylov.blur, krylov.replay, krylov.ended)
 
 
 def smoothed(
@@ -170,14 +175,18 @@ def smoothed(
 ) -> tuple[Density, list[Warning]]:
     """The density of an operator of size n from runs of ``steps`` steps, and its shortfalls."""
     matrices, blur = [run.jacobi for run in runs], max(run.blur for run in runs)
-    full = [quadrature(T) for T in matrices]
-    half = [quadrature(T[: (len(T) + 1) // 2, : (len(T) + 1) // 2]) for T in matrices]
+    full = [quadrature(run.jacobi, run.ended and not run.blur) for run in runs]
+    half = [
+        rule if rule.exact else quadrature(T[: (len(T) + 1) // 2, : (len(T) + 1) // 2], False)
+        for rule, T in zip(full, matrices, strict=True)
+    ]
 
-    low = min(float(nodes[0]) for nodes, _ in full)
-    high = max(float(nodes[-1]) for nodes, _ in full)
+    low = min(float(rule.nodes[0]) for rule in full)
+    high = max(float(rule.nodes[-1]) for rule in full)
     if sigma is None:
         size = max(abs(low), abs(high)) or 1.0
-        sigma = max(0.005 * (high - low), 1e-4 * size)
+        resolved = sum(map(width, full)) / len(full)
+        sigma = max(0.005 * (high - low), resolved, 1e-4 * size)
     shortfalls: list[Warning] = []
     finest = (high - low) * FINENESS / (MAX_GRID - 2 * REACH * FINENESS - 2)
     if sigma < finest:
@@ -199,17 +208,14 @@ def smoothed(
         )
     grid = _grid(low, high, sigma)
     values = _smooth(full, grid, sigma)
-    # K_sigma^2 = K_(sigma / sqrt 2) / (2 sqrt(pi) sigma), so tr(f^2) / n is a density too
-    narrow = _smooth(full, grid, sigma / math.sqrt(2))
-    variance = 2 * narrow / (2 * math.sqrt(math.pi) * sigma) / (n * len(runs))
-    spread = torch.sqrt(BAND**2 * variance + (values - _smooth(half, grid, sigma)) ** 2)
+    lower, upper = _band(full, half, grid, values, sigma, n)
     found = Density(
-        nodes=torch.stack([_padded(nodes, steps, float(nodes[-1])) for nodes, _ in full]),
-        weights=torch.stack([_padded(weights, steps, 0.0) for _, weights in full]),
+        nodes=torch.stack([_padded(rule.nodes, steps, float(rule.nodes[-1])) for rule in full]),
+        weights=torch.stack([_padded(rule.weights, steps, 0.0) for rule in full]),
         grid=grid,
         values=values,
-        lower=(values - spread).clamp(min=0.0),
-        upper=values + spread,
+        lower=lower,
+        upper=upper,
         sigma=sigma,
         matvecs=matvecs,
         graph="; ".join(dict.fromkeys(run.replay for run in runs)),
@@ -217,11 +223,29 @@ def smoothed(
     return found, shortfalls
 
 
-def quadrature(T: Tensor) -> tuple[Tensor, Tensor]:
-    """Gauss nodes ascending and weights of the measure that T (j, j) belongs to; sum 1."""
-    nodes, S = torch.linalg.eigh(T)
-    weights = S[0] ** 2
-    return nodes, weights / weights.sum()
+def _band(
+    full: list[Rule], half: list[Rule], grid: Tensor, values: Tensor, sigma: float, n: int
+) -> tuple[Tensor, Tensor]:
+    """Lower and upper edge: what the rules do not resolve, and the chance of the probes."""
+
+    def mean(width: float) -> Tensor:
+        return torch.stack([unresolved(rule, grid, width) for rule in full]).mean(0)
+
+    missed = mean(sigma)
+    steps = torch.hypot(missed, values - _smooth(half, grid, sigma))
+    # K_sigma^2 = K_(sigma / sqrt 2) / (2 sqrt(pi) sigma), so tr(f^2) / n is a density too
+    finer = sigma / math.sqrt(2)
+    narrow = (_smooth(full, grid, finer) + mean(finer)) / (2 * math.sqrt(math.pi) * sigma)
+    # The variance of the curve X about the truth phi is v * phi. Wilson's interval holds every phi
+    # with (X - phi)^2 <= BAND^2 v phi, and covers where a single eigenvalue makes the peak too. An
+    # eigenvalue is taken to have a thousandth of its mean weight at least, or any gap might hide
+    # one (a probe gives it less in 2.5 % of the cases).
+    floor = 1e-3 / (n * sigma * math.sqrt(2 * math.pi))
+    curve = values + missed
+    unit = BAND**2 * 2 * narrow / (n * len(full)) / curve.clamp(min=floor)
+    spread = torch.sqrt(unit * curve + unit**2 / 4)
+    lower = values - torch.hypot(steps, spread - unit / 2)
+    return lower.clamp(min=0.0), values + torch.hypot(steps, spread + unit / 2)
 
 
 def _grid(low: float, high: float, sigma: float) -> Tensor:
@@ -231,13 +255,13 @@ def _grid(low: float, high: float, sigma: float) -> Tensor:
     )
 
 
-def _smooth(runs: list[tuple[Tensor, Tensor]], grid: Tensor, sigma: float) -> Tensor:
-    """Mean over the runs of ``sum_i weight_i g(x - node_i)`` on the grid."""
+def _smooth(rules: list[Rule], grid: Tensor, sigma: float) -> Tensor:
+    """Mean over the rules of ``sum_i weight_i g(x - node_i)`` on the grid."""
     values = torch.zeros_like(grid)
-    for nodes, weights in runs:
-        for node, weight in zip(nodes, weights, strict=True):
+    for rule in rules:
+        for node, weight in zip(rule.nodes, rule.weights, strict=True):
             values += weight * torch.exp(-0.5 * ((grid - node) / sigma) ** 2)
-    return values / (sigma * math.sqrt(2 * math.pi) * len(runs))
+    return values / (sigma * math.sqrt(2 * math.pi) * len(rules))
 
 
 def _padded(x: Tensor, length: int, fill: float) -> Tensor:

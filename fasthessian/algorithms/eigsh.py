@@ -6,26 +6,29 @@ import math
 import sys
 from collections.abc import Callable, Generator, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from fasthessian.algorithms.arguments import (
-    ConvergenceWarning,
     Progress,
     integer,
     operator,
     positive,
     seed_of,
 )
+from fasthessian.algorithms.found import Found
 from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.algorithms.missing import limits, outside, search
 from fasthessian.algorithms.rounds import Request, Run, solve
 from fasthessian.basis import Basis
 from fasthessian.kernels.contract import MAX_BLOCK
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.records import Eigenpairs
 
+SLACK = 1e-8  # of ||A||: a missing eigenvalue so far beyond the wanted ones is looked for
+LOCKED = 0.01  # of tol: what pairs converge to before their couplings are given up
 LOOK = 4  # steps between two looks at a GPU's run
 WHICH = ("LM", "LA", "SA", "BE")
 
@@ -58,7 +61,12 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
     r"""The k extreme eigenpairs of A, each with ``||A v - theta v|| <= tol |theta|``.
 
     Thick-restart Lanczos (Wu and Simon 2000) with full reorthogonalisation. By the residual
-    theorem an eigenvalue of A lies within the residual of each theta.
+    theorem an eigenvalue of A lies within the residual of each theta. Before it says "converged", a
+    second run from a random vector orthogonal to the first looks for copies of multiple eigenvalues
+    and for others that the first has missed, and what it finds is added (see ``missing``). An
+    eigenvalue beyond the k returned, further than tol of the last, is overlooked with a probability
+    of at most 1e-3. The search takes a quarter to a half of the first run's products, more where
+    eigenvalues lie close together.
 
     Args:
         A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
@@ -84,14 +92,15 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
     Returns:
         Eigenpairs: values (k,) float64, vectors (k, n) unit rows, residuals (k,) float64 from the
         recurrence plus the rounding floor 16 eps ||A||, converged, matvecs, graph (whether steps
-        were "captured", or "eager: " and why). With a compressed
-        basis the pairs are refined by k more products in A's dtype (Rayleigh-Ritz on the vectors),
-        and the residuals are the explicit ||A v - theta v||: about 2e-4 ||A|| is its limit, and
+        were "captured", or "eager: " and why). Where products are inexact - by low precision, by
+        central differences, or as the asymmetry of T shows - and with a compressed basis, the pairs
+        are refined by k more products (Rayleigh-Ritz on the vectors), and the residuals are the
+        explicit ||A v - theta v||. With a compressed basis about 2e-4 ||A|| is their limit, and
         what lies below 1e-3 ||A|| apart from the largest is not resolved.
 
     Warns:
-        ConvergenceWarning: max_matvecs were made and some pair has not converged, or a residual
-            measured on a compressed basis is above tol.
+        ConvergenceWarning: max_matvecs were made and some pair has not converged or the search is
+            not done, or a residual that was measured is above tol.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or A is not symmetric.
@@ -141,53 +150,6 @@ def default_limit(rows: int) -> int:
     return max(1000, 20 * rows)
 
 
-class Found(NamedTuple):
-    """What a run of k wanted pairs found, in their order: as `Eigenpairs`, with each's verdict."""
-
-    values: Tensor  # (k,)
-    vectors: Tensor  # (k, n)
-    residuals: Tensor  # (k,)
-    converged: Tensor  # (k,) bool
-    graph: str
-
-    def take(self, index: Tensor | slice) -> Found:
-        """The pairs of an index (j,), or of a slice without copying the vectors."""
-        return Found(
-            self.values[index],
-            self.vectors[index],
-            self.residuals[index],
-            self.converged[index],
-            self.graph,
-        )
-
-    def record(self, matvecs: int) -> Eigenpairs:
-        """The pairs as a result, after so many products."""
-        return Eigenpairs(
-            values=self.values,
-            vectors=self.vectors,
-            residuals=self.residuals,
-            converged=bool(self.converged.all()),
-            matvecs=matvecs,
-            graph=self.graph,
-        )
-
-    def shortfalls(
-        self, tol: float, matvecs: int, compressed: bool, rows: str = "ncv"
-    ) -> list[Warning]:
-        """A warning where some have not converged; ``rows`` is the argument that adds rows."""
-        if bool(self.converged.all()):
-            return []
-        way = f"raise max_matvecs or {rows}"
-        if compressed:
-            way = "raise max_matvecs or tol; residuals under 2e-4 ||A|| need basis='full'"
-        return [
-            ConvergenceWarning(
-                f"{int(self.converged.sum())} of {len(self.values)} eigenpairs converged to "
-                f"tol={tol:g} in {matvecs} products; {way}, or accept the residuals returned"
-            )
-        ]
-
-
 def _run(
     krylov: Lanczos, k: int, which: str, tol: float, limit: int, progress: Progress | None
 ) -> Run[Eigenpairs]:
@@ -217,10 +179,12 @@ def converge(
     all in descending order.
     """
     A, ncv, compressed = krylov.A, krylov.capacity, krylov.compressed
-    aim = tol
-    if compressed:  # k products are kept for the refinement, and a margin for what it measures
-        until, aim = until - k, tol / 2
-    entered = krylov.size
+    if compressed or not krylov.exact:  # k products are kept for the refinement
+        until = until - k
+    aim = tol / 2 if compressed else tol  # a margin for what the refinement measures
+    entered, locking = krylov.size, False
+    points: list[tuple[float, int]] = []
+    count = 0  # eigenvalues beyond the points, at least
     while True:
         spent, last = A.matvecs >= until, krylov.size == ncv or krylov.exhausted
         # A breakdown may hide further copies of an eigenvalue: then only a full basis is judged.
@@ -228,14 +192,30 @@ def converge(
         due = krylov.size >= k + 8 and krylov.size % every == 0
         now = last or spent or krylov.size == entered
         if krylov.size >= k and (now or (due and not krylov.broke_down)):
-            converged, order = _judged(krylov, k, which, aim, wait=now)
+            goal = LOCKED * aim if locking else aim
+            converged, order = _judged(krylov, k, which, goal, wait=now, alike=locking)
             if not now and bool(converged.all()):  # take what was enqueued since
-                converged, order = _judged(krylov, k, which, aim, wait=True)
+                converged, order = _judged(krylov, k, which, goal, wait=True, alike=locking)
             full = krylov.size == ncv or krylov.exhausted
             if full or spent or not krylov.broke_down:  # a breakdown may be noticed by this look
-                if len(order) >= k and (spent or krylov.exhausted or bool(converged.all())):
+                if len(order) >= k and (spent or krylov.exhausted):
+                    complete = krylov.exhausted
                     break
-                if full:
+                values, done = krylov.ritz()[0], bool(converged.all())
+                known = outside(values, points) >= count  # what the last search found missing
+                if done and known:
+                    least = max(krylov.noise, SLACK * float(values.abs().max()))
+                    points = limits(values[order[:k]], which, tol, least)
+                    missing = yield from search(krylov, order[:k], points, until, told)
+                    if not missing:
+                        complete = missing is False
+                        break
+                    count, locking = outside(values, points) + 1, True
+                    continue
+                if done and locking:
+                    krylov.renew(order[:k])
+                    locking = krylov.broke_down = False
+                elif full:
                     krylov.restart(order[: k + (ncv - k) // 2])
                     krylov.broke_down = False
         yield from krylov.advance()
@@ -245,27 +225,38 @@ def converge(
     chosen = order[:k]
     vectors = torch.empty(k, A.n, dtype=A.dtype, device=A.device)
     krylov.combine(S[:, chosen], vectors)
-    graph, noise = krylov.replay, krylov.noise
+    graph, noise, exact = krylov.replay, krylov.noise, krylov.exact
     krylov.close()  # the basis, before the products of the vectors
-    values, residuals = values[chosen], residuals[chosen] + noise
-    if compressed:
+    values, residuals = values[chosen], residuals[chosen] + krylov.dropped + noise
+    if compressed or not exact:
         values, residuals = yield from _refined(vectors, values, krylov.kernels)
         converged = residuals <= torch.clamp(tol * values.abs(), min=2 * noise)
-    return Found(values, vectors, residuals, converged, graph)
+    return Found(values, vectors, residuals, converged, complete, graph)
 
 
 def _judged(
-    krylov: Lanczos, k: int, which: str | tuple[int, int], tol: float, wait: bool
+    krylov: Lanczos,
+    k: int,
+    which: str | tuple[int, int],
+    tol: float,
+    wait: bool,
+    alike: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Whether each of the k wanted pairs has converged, as of a look, and all in their order."""
+    """Whether each of the k wanted pairs has converged, as of a look, and all in their order.
+
+    With ``alike`` each pair is held to the tolerance of the least value.
+    """
+    none = torch.zeros(1, dtype=torch.bool, device="cpu")
     if not krylov.look(wait):
-        return torch.zeros(1, dtype=torch.bool, device="cpu"), torch.arange(0, device="cpu")
+        return none, torch.arange(0, device="cpu")
     values, _, residuals = krylov.ritz()
     if len(values) < k:
-        return torch.zeros(1, dtype=torch.bool, device="cpu"), torch.arange(0, device="cpu")
+        return none, torch.arange(0, device="cpu")
     order = _wanted(values, which)
     first = order[:k]
-    return residuals[first] <= torch.clamp(tol * values[first].abs(), min=krylov.noise), order
+    sizes = values[first].abs()
+    sizes = sizes.min().expand(k) if alike else sizes
+    return residuals[first] <= torch.clamp(tol * sizes - krylov.dropped, min=krylov.noise), order
 
 
 def _refined(

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fasthessian import basis as bases
 from fasthessian import kernels
+from fasthessian.algorithms.krylov_rows import Rows
 from fasthessian.algorithms.ledger import Ledger, State
 from fasthessian.algorithms.replay import Replay
 from fasthessian.algorithms.rounds import Asking, Request, alone
@@ -35,7 +36,7 @@ NOISE = 16  # times eps ||T||: what rounding leaves of an exact zero, here and i
 HALF_NOISE = 1e-3  # of ||T||: the same for rows rounded to float16, relative error 2^-12 each
 
 
-class Lanczos:
+class Lanczos(Rows):
     """A growing orthonormal basis V of a Krylov space and the projection T = V H V^T.
 
     Args:
@@ -52,6 +53,7 @@ class Lanczos:
         deferred: enqueue steps without looking at them, until a breakdown; default on GPUs.
 
     Attributes:
+        seed: of the random vectors.
         basis: the rows; the first ``size`` are final.
         compressed: whether they are float16.
         W: (2, n) working rows: the candidate and its product.
@@ -96,7 +98,10 @@ class Lanczos:
         self.compressed = basis == "compressed"
         self._rounding = HALF_NOISE if self.compressed else NOISE * torch.finfo(A.dtype).eps
         self._asymmetry = 10 * ASYMMETRY[torch.float32 if self.compressed else A.dtype]
-        self._seed, self._drawn = seed, offset
+        self.seed, self._drawn = seed, offset
+        self._factor: float | None = None  # of products, known after the first one
+        self._skew = 0.0  # how far q_i'Aq_j and q_j'Aq_i differ at most, in units of T
+        self._dropped = 0.0  # couplings given up by ``renew``, in units of T
         self.T = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
         self.beta = 1.0
         self.size = self._judged = 0
@@ -118,12 +123,18 @@ class Lanczos:
         """The size under which a residual is rounding of A's dtype: NOISE eps ||T||."""
         size = len(self.T) - 1
         rounding = NOISE * torch.finfo(self.A.dtype).eps
-        return rounding / self._rounding * self._noise_of(size) if size else 0.0
+        return self._unscaled(rounding / self._rounding * self._noise_of(size)) if size else 0.0
+
+    @property
+    def dropped(self) -> float:
+        """Bound on what ``renew`` left out of A, in the Euclidean norm."""
+        return self._unscaled(self._dropped)
 
     @property
     def blur(self) -> float:
         """The size under which what was left of A was lost to float16's rounding; 0 if nothing."""
-        return self._noise_of(self.size) if self._left > self.noise else 0.0
+        left = self._unscaled(self._left)
+        return self._unscaled(self._noise_of(self.size)) if left > self.noise else 0.0
 
     @property
     def ended(self) -> bool:
@@ -133,7 +144,7 @@ class Lanczos:
     def jacobi(self) -> Tensor:
         """The Jacobi matrix of the start vector: T (j, j), j final rows or those of its space."""
         j = len(self.T) - 1 if self._own is None else self._own
-        return self.T[:j, :j]
+        return self._unscaled(self.T[:j, :j])
 
     def step(self) -> None:
         """One more final row by a product of the operator; see ``advance``."""
@@ -145,9 +156,13 @@ class Lanczos:
             raise ValueError(f"the basis is full at {self.capacity} rows; restart it")
         goal = self.size + 1
         while self.size < goal and not self.exhausted:
-            if not self._replay.step(self):
+            # the first product tells how large A is, before steps are captured
+            if self._factor is None or not self._replay.step(self):
                 u, w = (self.W[i][None] for i in (self._u, 1 - self._u))
                 yield Request(u, w, self.deferred)
+                if self._factor is None:
+                    self._factor = self._chosen_factor(w)
+                self._scale_(w)
                 self._absorb()
             self.size += 1
             self.exhausted = self.size == self.A.n
@@ -182,16 +197,12 @@ class Lanczos:
         """Ritz values ascending (j,), T's eigenvectors (j, j) in columns, residual norms (j,)."""
         j = len(self.T) - 1
         values, S = torch.linalg.eigh(self.T[:j, :j])
-        return values, S, (self._couplings() @ S).abs()
-
-    def combine(self, S: Tensor, out: Tensor) -> None:
-        """``out = S^T V`` for S (size, p) and out (p, n)."""
-        self.basis.rotate(S, out)
+        return self._unscaled(values), S, self._unscaled((self._couplings() @ S).abs())
 
     def restart(self, keep: Tensor) -> None:
         """Thick restart (Wu, Simon 2000): keep the Ritz vectors of the indices ``keep`` (p,)."""
-        values, S, _ = self.ritz()
-        p = len(keep)
+        j, p = len(self.T) - 1, len(keep)
+        values, S = torch.linalg.eigh(self.T[:j, :j])
         self.basis.rotate(S[:, keep])
         if not self.delayed:
             self.basis.store(p, self.W[self._u])
@@ -202,9 +213,19 @@ class Lanczos:
         self.ledger.rewrite(T)
         self.ledger.candidate(p, self.beta**2)
 
+    def renew(self, keep: Tensor) -> None:
+        """Restart with Ritz vectors that have converged, and go on from a random direction.
+
+        Their couplings to the candidate are given up, which adds at most ``dropped`` to residuals.
+        """
+        self.restart(keep)
+        self._dropped += float(self._couplings().norm())
+        self._start_anew()
+
     def delayed_step(self, made: int | Tensor, both: int | Tensor, making: int | Tensor) -> None:
         """One dcgs2 step; the counts are numbers, or cells of the ledger's counter."""
         self.A.apply(self.W[:1], self.W[1:], trusted=self.deferred)
+        self._scale_(self.W[1:])
         self._absorb_delayed(made, both, making)
 
     def _absorb(self) -> None:
@@ -267,7 +288,8 @@ class Lanczos:
             if self._is_noise(j, math.sqrt(uu)):
                 broken, left = j, math.sqrt(uu)
                 break
-            if asymmetry > self._asymmetry * scale:
+            self._skew = max(self._skew, asymmetry)
+            if asymmetry > self._asymmetry * scale + self._dropped:
                 raise ValueError(
                     f"A is not symmetric: q_i'Aq_j and q_j'Aq_i differ by {asymmetry:.3g} "
                     f"at a scale of {scale:.3g}; pass a symmetric operator"
@@ -294,25 +316,12 @@ class Lanczos:
         self.size = self._judged = size
         self.beta = 0.0
         self.T = self.T[: size + 1, : size + 1].clone()
-        self.T[size] = self.T[:, size] = 0.0
-        self.ledger.rewrite(self.T)
         self.exhausted = not self.refill
-        if self.exhausted:
-            return
-        self._draw(signs=False)
+        self._start_anew()
 
-    def _draw(self, signs: bool) -> None:
-        """A random unit candidate from the next n elements of the stream."""
-        row, size = self.W[self._u][None], self.size
-        fill = self.kernels.signs_ if signs else self.kernels.normal_
-        fill(row[0], self._seed, self._drawn)
-        self._drawn += self.A.n
-        for _ in range(2 if size else 0):
-            C, _ = self.basis.project_(row, count=size)
-            self.basis.update_(row, self.basis.coefficients(C), count=size)
-        _, G = self.kernels.project_(row[:0], row)
-        none = torch.zeros(0, 1, dtype=torch.float64, device=row.device)
-        self.kernels.update_(row[:0], row, none, G.rsqrt())
-        if not self.delayed:
-            self.basis.store(size, row[0])
-        self.ledger.candidate(size, 1.0)
+    def _start_anew(self) -> None:
+        """Replace the candidate by a random direction without couplings, unless exhausted."""
+        self.T[-1] = self.T[:, -1] = 0.0
+        self.ledger.rewrite(self.T)
+        if not self.exhausted:
+            self._draw(signs=False)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fasthessian.algorithms.arguments import Progress, integer, positive
+from fasthessian.algorithms.rounds import Guard
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.records import Landscape
 
@@ -67,12 +68,14 @@ def landscape(
     betas = alphas.clone() if len(rows) == 2 else alphas[:0].clone()
     steps = [(a,) for a in alphas] if len(rows) == 1 else torch.cartesian_prod(alphas, betas)
     losses = torch.empty(len(steps), dtype=torch.float64, device="cpu")
-    for i, step in enumerate(steps):
-        # spelled out, so that the centre is exactly theta
-        offset = sum(float(x) * row for x, row in zip(step, rows, strict=True))
-        losses[i] = loss(offset)
-        if progress is not None:
-            progress(i + 1, len(losses))
+    with Guard([A]) as guard:
+        for i, step in enumerate(steps):
+            # spelled out, so that the centre is exactly theta
+            offset = sum(float(x) * row for x, row in zip(step, rows, strict=True))
+            losses[i] = loss(offset)
+            guard.check()
+            if progress is not None:
+                progress(i + 1, len(losses))
     return Landscape(
         alphas=alphas,
         betas=betas,

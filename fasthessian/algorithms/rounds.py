@@ -7,8 +7,9 @@ dictionary of operators together: one pass over the data a round for the blocks 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
@@ -34,6 +35,41 @@ Run = Generator[Request, None, tuple[R, list[Warning]]]  # the record, and where
 Start = Callable[[SymmetricOperator, "Progress | None"], Run[R]]
 
 
+class Guard:
+    """For the span of a run, notices changes of what the operators depend on.
+
+    The products before and after would be of two matrices. Changes between runs are followed.
+    """
+
+    def __init__(self, operators: Iterable[SymmetricOperator]) -> None:
+        self._operators = {id(getattr(A, "parent", A)): A for A in operators}.values()
+        self._runs = contextlib.ExitStack()
+
+    def __enter__(self) -> Guard:
+        self._held = [(A, A.changes(look=True)[0]) for A in self._operators]
+        for A in self._operators:
+            self._runs.enter_context(A.run())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Look once more: at the end, and where a change may be the cause of an error."""
+        self._runs.close()
+        if kind is None or issubclass(kind, (ValueError, RuntimeError)):
+            self.check(look=True)
+
+    def check(self, look: bool = False) -> None:
+        """Raise RuntimeError if a product found a change, or if a ``look`` finds one."""
+        for A, count in self._held:
+            now, name = A.changes(look)
+            if now != count:
+                owner = name.partition(".")[0].partition("[")[0]
+                owner = owner if owner in ("criterion", "data") else "model"
+                raise RuntimeError(
+                    f"{name} changed during the run, whose products then belong to two matrices; "
+                    f"change it before or after the run, or analyse a copy: copy.deepcopy({owner})"
+                )
+
+
 def alone(A: SymmetricOperator, requests: Asking) -> None:
     """Answer every request by A."""
     for V, out, trusted in requests:
@@ -43,15 +79,17 @@ def alone(A: SymmetricOperator, requests: Asking) -> None:
 def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R]:
     """The record of one run over an operator, or one a name over a dictionary of operators."""
     if not isinstance(A, Mapping):
-        run = start(operator(A), progress)
-        while True:
-            try:
-                V, out, trusted = next(run)
-            except StopIteration as stop:
-                record, shortfalls = stop.value
-                break
-            A.apply(V, out, trusted=trusted)
-            del V, out  # the run may give their rows back before it asks again
+        with Guard([operator(A)]) as guard:
+            run = start(A, progress)
+            while True:
+                try:
+                    V, out, trusted = next(run)
+                except StopIteration as stop:
+                    record, shortfalls = stop.value
+                    break
+                A.apply(V, out, trusted=trusted)
+                guard.check()
+                del V, out  # the run may give their rows back before it asks again
         for shortfall in shortfalls:
             warnings.warn(shortfall, stacklevel=3)
         return record  # type: ignore[no-any-return]
@@ -80,22 +118,24 @@ def _together(
 
         return tell
 
-    runs = {name: start(operator(A), told(name)) for name, A in operators.items()}
     found: dict[str, R] = {}
-    while runs:
-        jobs = []
-        for name in list(runs):
-            try:
-                V, out, trusted = next(runs[name])
-            except StopIteration as stop:
-                del runs[name]
-                found[name], shortfalls = stop.value
-                for shortfall in shortfalls:
-                    warnings.warn(type(shortfall)(f"{name}: {shortfall}"), stacklevel=4)
-                continue
-            except (ValueError, MemoryError) as error:
-                raise type(error)(f"{name}: {error}") from error
-            jobs.append(Job(operators[name], V, out, trusted))
-            del V, out
-        multiply(jobs)
+    with Guard(map(operator, operators.values())) as guard:
+        runs = {name: start(A, told(name)) for name, A in operators.items()}
+        while runs:
+            jobs = []
+            for name in list(runs):
+                try:
+                    V, out, trusted = next(runs[name])
+                except StopIteration as stop:
+                    del runs[name]
+                    found[name], shortfalls = stop.value
+                    for shortfall in shortfalls:
+                        warnings.warn(type(shortfall)(f"{name}: {shortfall}"), stacklevel=4)
+                    continue
+                except (ValueError, MemoryError) as error:
+                    raise type(error)(f"{name}: {error}") from error
+                jobs.append(Job(operators[name], V, out, trusted))
+                del V, out
+            multiply(jobs)
+            guard.check()
     return {name: found[name] for name in operators}

@@ -7,6 +7,8 @@ arXiv:2105.06595), the Ritz vectors are gone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,19 @@ ROWS = 3
 
 
 class ThreeTerm:
-    """The tridiagonal T of a Krylov space from a vector of random signs; see ``Lanczos``.
+    """The tridiagonal T of a Krylov space from a random vector; see ``Lanczos``.
+
+    Args:
+        A: the operator.
+        capacity: steps at most.
+        seed: of the stream that the start vector is read from.
+        offset: where in the stream.
+        signs: start from random signs, else from normals.
+        prepare: changes the start vector (1, n), before it is normalised.
+        restrict: changes the product w (1, n) of a vector q (1, n): T is then that of the operator
+            ``v -> restrict(A v)``, on the space that it keeps a start vector in.
+        backend: kernels by name; default the best that serves.
+        deferred: enqueue steps without looking at them; default on GPUs.
 
     Attributes:
         T: (size, size) float64 on the CPU.
@@ -41,6 +55,9 @@ class ThreeTerm:
         *,
         seed: int,
         offset: int = 0,
+        signs: bool = True,
+        prepare: Callable[[Tensor], None] | None = None,
+        restrict: Callable[[Tensor, Tensor], None] | None = None,
         backend: str | None = None,
         deferred: bool | None = None,
     ) -> None:
@@ -53,8 +70,14 @@ class ThreeTerm:
         self._rows = empty_rows(ROWS, A.n, A.dtype, A.device)  # q_j in row j mod 3
         # row j: the diagonal entry, and the coupling to row j + 1
         self._entries = torch.zeros(self.capacity, 2, dtype=torch.float64, device=A.device)
-        self._kernels.signs_(self._rows[0], seed, offset)
-        self._rescale(self._rows[:1], torch.full((1, 1), A.n, dtype=torch.float64, device=A.device))
+        self._restrict = restrict
+        fill = self._kernels.signs_ if signs else self._kernels.normal_
+        start = self._rows[:1]
+        fill(start[0], seed, offset)
+        if prepare is not None:
+            prepare(start)
+        _, G = self._kernels.project_(start[:0], start)
+        self._rescale(start, G)
 
     def step(self) -> None:
         """One more row of T by a product of the operator; see ``advance``."""
@@ -65,6 +88,8 @@ class ThreeTerm:
         j, rows, serve = self.size, self._rows, self._kernels
         q, w = (rows[i % 3][None] for i in (j, j + 1))
         yield Request(q, w, self._deferred)
+        if self._restrict is not None:
+            self._restrict(q, w)
         if j:
             serve.update_(rows[(j - 1) % 3][None], w, self._entries[j - 1, 1:, None])
         C, _ = serve.project_(q, w)
@@ -102,6 +127,10 @@ class ThreeTerm:
     def ended(self) -> bool:
         """Whether an invariant subspace was met."""
         return self.exhausted
+
+    def entries(self, first: int) -> list[tuple[float, float]]:
+        """Rows of T from ``first`` on, up to the last look: diagonal, and coupling to the next."""
+        return [(a, b) for a, b in self._entries[first : self.size].tolist()]
 
     def jacobi(self) -> Tensor:
         """The Jacobi matrix of the start vector: T (size, size) float64 on the CPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -122,9 +123,25 @@ class SymmetricOperator:
         if V.shape != out.shape:
             raise ValueError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
 
+    def relative_error(self) -> float:
+        """The relative error of a product, as far as it is known beforehand: rounding."""
+        return torch.finfo(self.dtype).eps
+
     def capturable(self) -> str | None:
         """Why a product cannot be captured in a CUDA graph; None if it can."""
         return "a matvec may depend on more than its argument"
+
+    def changes(self, look: bool = False) -> tuple[int, str]:
+        """How often what products depend on was found changed, and what changed last.
+
+        Products look at it, in part where they are trusted or in a ``run``; ``look`` looks at all
+        of it. A matvec tells nothing.
+        """
+        return 0, ""
+
+    def run(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, products of this thread leave the values of the data to looks at the ends."""
+        return contextlib.nullcontext()
 
     def rebuild(self) -> str | None:
         """Drop what is kept from product to product; see ``Curvature``."""

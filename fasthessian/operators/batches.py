@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from fasthessian.operators.state import seeded, version
+from fasthessian.operators.state import seeded
+from fasthessian.operators.watch import DATA, OTHER, Entry, reach
 
 Batch = Any  # a Mapping, or a tuple or list (inputs..., targets)
 FORMS = "a batch (inputs, targets), a mapping, a list of batches, or a DataLoader"
@@ -106,23 +107,26 @@ def check_batch(batch: Batch, has_criterion: bool) -> None:
 
 
 class Memory:
-    """Batches held in memory; they come in the same order at every pass."""
+    """One batch or the user's list of batches; they come in the same order at every pass."""
 
     replayable = True
 
-    def __init__(self, batches: list[Batch]) -> None:
-        self._batches = batches
+    def __init__(self, data: Any, many: bool) -> None:
+        self._data, self._many = data, many
 
     def one_pass(self) -> Generator[Batch, None, None]:
         """Yield every batch."""
-        yield from self._batches
+        yield from self._data if self._many else [self._data]
 
     def order(self) -> None:
         """They are."""
 
-    def token(self) -> list[tuple[int, int]]:
-        """Differs after a tensor of the data was written in place."""
-        return [version(tensor) for batch in self._batches for tensor in leaves(batch)]
+    def restart(self) -> None:
+        """Nothing is kept of a pass."""
+
+    def entries(self, whole: bool, seen: set[int]) -> Iterator[Entry]:
+        """All that the batches hold; see ``watch``."""
+        return reach("data", self._data, DATA, seen)
 
 
 class Stream:
@@ -167,8 +171,14 @@ class Stream:
         """From now on every pass must yield the same batches in the same order."""
         self._ordered = True
 
-    def token(self) -> None:
-        """Nothing to watch between passes: each pass is compared by itself."""
+    def restart(self) -> None:
+        """Take the next pass for the first one."""
+        self._first = None
+
+    def entries(self, whole: bool, seen: set[int]) -> Iterator[Entry]:
+        """What the dataset holds in memory, for graphs that are kept; see ``watch``."""
+        held = getattr(self._loader, "dataset", self._loader)
+        return reach("data.dataset", held, OTHER, seen) if whole else iter(())
 
 
 _SAMPLERS = ("sampler", "batch_sampler")
@@ -237,7 +247,7 @@ def source(data: Any, ordered: bool) -> Memory | Stream:
     if isinstance(data, list) and not data:
         raise ValueError(f"data is an empty list; pass {FORMS}")
     many = isinstance(data, list) and not isinstance(data[0], Tensor)
-    return Memory(list(data) if many else [data])
+    return Memory(data, many)
 
 
 def _check_stream(data: Any) -> None:

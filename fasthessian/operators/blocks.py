@@ -7,6 +7,7 @@ graph that its parameters reach, and makes nothing for the others.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -49,9 +50,21 @@ class Block(SymmetricOperator):
         self.layout = parent.layout.subset(self.positions)
         self._describe(self.layout.n, parent.dtype, parent.device)
 
+    def relative_error(self) -> float:
+        """That of the parent's products."""
+        return self.parent.relative_error()
+
     def capturable(self) -> str | None:
         """Why a product cannot be captured in a CUDA graph."""
         return "blocks share the graphs of one matrix"
+
+    def changes(self, look: bool = False) -> tuple[int, str]:
+        """Those of the parent."""
+        return self.parent.changes(look)
+
+    def run(self) -> contextlib.AbstractContextManager[None]:
+        """A run of the parent."""
+        return self.parent.run()
 
     def flatten(self, tensors: Mapping[str, Tensor] | list[Tensor]) -> Tensor:
         """A vector (n,) from tensors by parameter name, or in the order of the parameters."""

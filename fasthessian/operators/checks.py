@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.operators.base import ASYMMETRY
-from fasthessian.operators.losses import REPEATED, ROUNDED
+from fasthessian.operators.losses import REPEATED, ROUNDED, Part
+from fasthessian.operators.watched import wrong
 from fasthessian.records import Record
 
 if TYPE_CHECKING:
     from fasthessian.operators.curvature import Curvature
+    from fasthessian.operators.passes import Passes
 
 # Accepted relative distance of a product from central differences of gradients: their rounding
 # (some losses are float32 in every model), and activations that switch sides within the step.
@@ -60,7 +63,7 @@ def check(A: Curvature, exact: bool) -> Check:
         forward = _forward(A, u, Au)
         if forward <= allowed:  # differences see kinks, which no derivative does
             allowed, kinks = math.inf, f"  kinks: forward mode agrees to {forward:.1e}"
-    weights = A.coupling()
+    weights, batch = A.coupling()
     rows = (
         ("symmetry", symmetry, ASYMMETRY[A.dtype], "products are wrong: use another engine"),
         ("repetition", repetition, ASYMMETRY[A.dtype],
@@ -68,7 +71,7 @@ def check(A: Curvature, exact: bool) -> Check:
         ("difference", slope, allowed,
          "a second derivative is wrong, or the loss detaches a part of itself; try another engine"),
         ("weights", weights, ROUNDED if rounded else REPEATED,
-         "a batch is not the mean of its parts: pass weights=, or the model couples samples"),
+         f"batch {batch} is not the mean of its parts: pass weights=, or samples are coupled"),
     )  # fmt: skip
     lines, passed = [], True
     for name, value, most, meaning in rows:
@@ -84,19 +87,72 @@ def check(A: Curvature, exact: bool) -> Check:
 
 
 def _difference(A: Curvature, v: Tensor, Av: Tensor) -> tuple[float, float]:
-    """Central differences of gradients along v, in three steps.
+    """Distances as of ``distances`` of A v from differences of gradients along v."""
+    unit = float(A.theta().norm() or 1.0) / float(v.norm())
+    return distances(lambda h: A.gradient(h * v), unit, Av)
+
+
+def distances(at: Callable[[float], Tensor], unit: float, want: Tensor) -> tuple[float, float]:
+    """Central differences of ``at(h)`` around h = 0, in three steps.
+
+    Args:
+        at: a function of h.
+        unit: how far h may go, to be scaled by the dtype.
+        want: the derivative that is to be looked at.
 
     Returns:
-        The least of their distances to A v, and the least between two of them; relative.
+        The least of their distances to ``want``, and the least between two of them; relative, to
+        the size of the function over ``unit`` where ``want`` is 0.
     """
-    size = float(Av.double().norm()) or 1.0
-    unit = float(A.theta().norm() or 1.0) / float(v.norm()) * torch.finfo(A.dtype).eps ** (1 / 3)
+    size = float(want.double().norm()) or float(at(0.0).double().norm()) / unit or 1.0
+    unit *= torch.finfo(want.dtype).eps ** (1 / 3)
     found = []
     for h in (30 * unit, unit, 0.03 * unit):  # kinks ask for small steps, rounding for large ones
-        found.append((A.gradient(h * v).double() - A.gradient(-h * v).double()) / (2 * h))
-    gaps = [float((slope - Av.double()).norm()) for slope in found]
+        found.append((at(h).double() - at(-h).double()) / (2 * h))
+    gaps = [float((slope - want.double()).norm()) for slope in found]
     apart = [float((found[i] - found[j]).norm()) for i, j in ((0, 1), (1, 2), (0, 2))]
     return min(gaps) / size, min(apart) / size
+
+
+def compared(A: Passes, part: Part, names: str) -> str:
+    """Compare a product of a part with differences, because of nodes of these names.
+
+    Returns:
+        For ``engine``, why that says nothing; "" if the product is right.
+
+    Raises:
+        RuntimeError: the product is wrong.
+    """
+    if A.rounded():  # differences would show that alone
+        return f"; the second derivative of {names} is not checked in 16 bits"
+    distance, spread = A._distances(part, _normal(A, 1))
+    if distance <= DIFFERENCE[A.dtype]:
+        return ""
+    if spread <= distance / 4:
+        raise RuntimeError(wrong(names))
+    return (
+        f"; the second derivative of {names} could not be checked: differences disagree among "
+        f"themselves, as they do at kinks"
+    )
+
+
+def precision_error(A: Passes, part: Part) -> str:
+    """For ``engine``, how far a product of a part is from an exact one."""
+    v, found = _normal(A, 0), []
+    for exact in (True, False):
+        out = torch.zeros_like(v)
+        with A._pass(exact=exact) as params:
+            task = A._task(None, v, out)
+            A._made_graph(part, params).products([task], first=True, keep=False)
+        found.append(out.double())
+    error = float((found[1] - found[0]).norm() / found[0].norm())
+    return f"; {A._options.precision}, relative error {error:.1e} of a product"
+
+
+def _normal(A: Passes, seed: int) -> Tensor:
+    v = torch.empty(1, A.n, dtype=A.dtype, device=A.device)
+    kernels.select(A.device).normal_(v[0], seed, 0)
+    return v
 
 
 def _forward(A: Curvature, v: Tensor, Av: Tensor) -> float:

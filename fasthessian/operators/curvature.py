@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from fasthessian import kernels
 from fasthessian.operators import parameters
 from fasthessian.operators.blocks import Block, partition
-from fasthessian.operators.checks import Check, check
+from fasthessian.operators.checks import Check, check, distances
 from fasthessian.operators.engines import gradient
-from fasthessian.operators.losses import ModelLoss
+from fasthessian.operators.losses import ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.passes import Passes
+from fasthessian.operators.state import turn
 
 
 class Curvature(Passes):
@@ -74,11 +75,12 @@ class Curvature(Passes):
             MemoryError: a product does not fit; what it needs and which option would help.
         """
         blocks = [block.positions for block, _, _ in work if block is not None]
-        if not self._layered and any(map(self._of_one_layer, blocks)):
-            self._layered = True
-            self._forget()  # from now on factors of the layers are kept beside the graphs
-        tasks = [self._task(*each) for each in work]
-        self._roomy(lambda: self._make(tasks, trusted))
+        with turn():
+            if not self._layered and any(map(self._of_one_layer, blocks)):
+                self._layered = True
+                self._forget()  # from now on factors of the layers are kept beside the graphs
+            tasks = [self._task(*each) for each in work]
+            self._roomy(lambda: self._make(tasks, trusted))
         if self._options.weight_decay:
             for _, V, out in work:
                 out.add_(V, alpha=self._options.weight_decay)
@@ -153,6 +155,20 @@ class Curvature(Passes):
                 squares = sum(float(p.detach().double().square().sum()) for p in params)
                 total += self._options.weight_decay / 2 * squares
         return total
+
+    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
+        self.mask_(v[0])
+        with self._pass() as params:
+            out = torch.zeros_like(v)
+            whole = part._replace(weight=1.0)
+            task = self._task(None, v, out)
+            self._made_graph(whole, params).products([task], first=True, keep=False)
+
+            def slope(h: float) -> Tensor:
+                with self._at(params, h * v[0]):
+                    return self.flatten(gradient(self._value(part), params))
+
+            return distances(slope, float(self.theta().norm() or 1.0) / float(v.norm()), out[0])
 
     @contextlib.contextmanager
     def _at(self, params: list[Tensor], offset: Tensor | None) -> Iterator[None]:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from fasthessian.operators.batches import samples
-from fasthessian.operators.criteria import option
 from fasthessian.operators.likelihood import class_per_sample, sampled_scores
 from fasthessian.operators.linearised import Middle
 from fasthessian.operators.losses import Part
@@ -59,10 +58,10 @@ class EmpiricalFisher(OuterCurvature):
                 f"the outputs must have one row a sample for EmpiricalFisher ({count} here), got "
                 f"shape {tuple(z.shape)}; put the batch first"
             )
-        mean = 1.0 if self._given.summed else float(count)
-        if not self._given.summed and class_per_sample(part.batch):
+        mean = 1.0 if self._given.terms.summed else float(count)
+        if not self._given.terms.summed and class_per_sample(part.batch):
             mean = self._given.terms_of(part, loss)
-        elif self._given.uneven:
+        elif self._given.terms.uneven:
             raise ValueError(
                 "criterion must be a mean or a sum over the samples for EmpiricalFisher, but some "
                 "have more terms than others here; use its sum, of which each sample has its own"

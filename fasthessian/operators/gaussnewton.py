@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fasthessian.operators.batches import to_device
+from fasthessian.operators.checks import distances
+from fasthessian.operators.engines import gradient
 from fasthessian.operators.likelihood import Softmax
 from fasthessian.operators.linearised import Middle, SecondDerivative, second_derivative
 from fasthessian.operators.losses import Part
@@ -49,6 +53,36 @@ class GaussNewton(OuterCurvature):
         if found is not None and found.exact:
             return Softmax(found, z)
         return second_derivative(loss, z)
+
+    def _suspects(self, outputs: Any, loss: Tensor) -> list[str]:
+        z = self._outputs(outputs)
+        self._behind = self._functions.untrusted(loss, beyond=z.grad_fn)
+        return super()._suspects(outputs, loss) + self._behind
+
+    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
+        found = super()._distances(part, v)
+        return max(found, self._middle_distances(part)) if self._behind else found
+
+    def _middle_distances(self, part: Part) -> tuple[float, float]:
+        """Of M u from differences of slopes of the criterion."""
+        with self._pass():
+            outputs, loss = self._evaluated(part)
+            z = self._outputs(outputs)
+            middle = self._middle(part, z, loss)
+            if outputs is not z or isinstance(part.batch, Mapping):
+                raise RuntimeError(
+                    f"GaussNewton cannot check the second derivative of {', '.join(self._behind)} "
+                    f"in the loss; use Hessian, or a criterion of torch's operations"
+                )
+            target = to_device(part.batch, z.device)[-1]
+            u = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
+            Mu = torch.zeros_like(z) if middle is None else middle(u.clone())
+
+            def slope(h: float) -> Tensor:
+                there = (z.detach() + h * u).requires_grad_()
+                return gradient(self._given.criterion(there, target), [there])[0]
+
+            return distances(slope, float(z.detach().norm() or 1.0) / float(u.norm()), Mu)
 
     def _examine(self, z: Tensor, loss: Tensor, middle: Middle | None, params: Any) -> None:
         super()._examine(z, loss, middle, params)

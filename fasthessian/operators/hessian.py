@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from fasthessian.operators import layers, parameters
+from fasthessian.operators.closures import ClosureLoss
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.engines import Difference, DoubleBackward, Forward, Graph, gradient
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.linearised import second_derivative
-from fasthessian.operators.losses import ClosureLoss, Part
+from fasthessian.operators.losses import Part
 from fasthessian.operators.options import Options
 
 
@@ -56,17 +57,33 @@ class Hessian(Curvature):
         layout: names, shapes and places of the parameters in a flat vector.
         engine: how products are made, and why.
 
+    Custom autograd functions are compared with central differences of their backward, at the
+    construction. Where that makes no graph, and double backward is wrong without an error, their
+    second derivative is made by such differences: ``engine`` names them and their error. What
+    cannot be replaced is refused.
+
     Parameters in bfloat16 or float16 have float32 vectors. DataParallel, DistributedDataParallel
-    and compiled models are unwrapped. A change of parameters, buffers or data in memory after
-    construction is followed. Parameters that the loss does not use, or uses linearly, have zero
-    rows.
+    and compiled models are unwrapped. Parameters that the loss does not use, or uses linearly, have
+    zero rows.
+
+    Changes after construction are followed, by whatever way they are written: parameters, buffers,
+    data in memory and the list of batches, attributes of the model and the criterion and of objects
+    that they hold, variables and globals that ``forward`` and the criterion read. Not seen are
+    objects inside objects inside a module, containers of the model with more than 1,000 entries,
+    and what the loss itself changes at each evaluation. A change during a run of an algorithm is
+    refused: RuntimeError says what changed.
+
+    Products, gradients and losses of operators in several threads take turns. Meanwhile the model's
+    modes and buffers, and torch's global random states and switches, are those of the product:
+    other threads should neither call the model nor draw random numbers from these states.
 
     Raises:
         ValueError: no trainable parameters; a loss that is not a scalar, not finite, or does not
             depend on the parameters; empty data; mixed dtypes; an unknown option.
         TypeError: data or batches of no known form; parameters that are no real floats.
         RuntimeError: the loader yields other samples than at the first pass; the loss differs
-            between two evaluations; it cannot be differentiated twice.
+            between two evaluations; it cannot be differentiated twice, or its second derivative
+            is wrong.
         MemoryError: a product does not fit; the message names the option that would help.
 
     Example:
@@ -94,8 +111,9 @@ class Hessian(Curvature):
 
         For losses that are no criterion over batches: physics-informed networks, penalties,
         reinforcement learning. The closure may differentiate inside. Its random numbers from
-        torch, NumPy or Python are the same at each call. Changes of ``params`` are followed, those
-        of other tensors it reads only with ``engine="recompute"``.
+        torch, NumPy or Python are the same at each call. Changes of ``params`` are followed, and
+        those of variables and globals that the closure reads, as far as two objects deep; what lies
+        deeper only with ``engine="recompute"``.
 
         Raises:
             RuntimeError: two calls at the same parameters give different losses.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthessian.operators import layers
+from fasthessian.operators.checks import distances
 from fasthessian.operators.criteria import is_torchs
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.engines import Graph, difference
@@ -33,6 +34,10 @@ class OuterCurvature(Curvature):
         if not self._examined:  # no graph is kept
             with self._pass() as params, closing(self._loss.parts()) as parts:
                 self._graph(next(parts), params)
+
+    def _survey(self) -> None:
+        super()._survey()
+        self._examined, self._own_loss_is_known = False, None
 
     @property
     def _given(self) -> ModelLoss:
@@ -87,6 +92,30 @@ class OuterCurvature(Curvature):
     def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
         z = self._outputs(outputs)
         return z.sum() if z.requires_grad else loss  # which says that it does not depend on them
+
+    @property
+    def _twice(self) -> bool:
+        return True  # M by any engine
+
+    def _suspects(self, outputs: Any, loss: Tensor) -> list[str]:
+        if self._options.engine == "difference":
+            return []
+        return self._functions.untrusted(self._outputs(outputs), self._options.engine == "forward")
+
+    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
+        """Of J v, since M is known or looked at by itself."""
+        with self._pass() as params:
+            z = self._outputs(self._evaluated(part)[0])
+            task = self._task(None, v, torch.zeros_like(v))
+            places = list(task.places)
+            Jv = self._tangent(part, z, params)(places, [*task.rows[0]])
+            Jv = torch.zeros_like(z) if Jv is None else Jv
+
+            def outputs(h: float) -> Tensor:
+                with self._at(params, h * v[0]), torch.no_grad():
+                    return self._outputs(self._loss.evaluate(part)[0])
+
+            return distances(outputs, float(self.theta().norm() or 1.0) / float(v.norm()), Jv)
 
     def _layers(
         self, model: nn.Module, part: Part, params: list[Tensor], room: float

@@ -7,30 +7,31 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
-from fasthessian import kernels
 from fasthessian.memory import out_of_memory
-from fasthessian.operators import parameters
-from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators import hooks, parameters
 from fasthessian.operators.blocks import Block
+from fasthessian.operators.checks import compared, precision_error
+from fasthessian.operators.closures import ClosureLoss
+from fasthessian.operators.coupling import coupling
 from fasthessian.operators.engines import Graph, Task, examine, metered
+from fasthessian.operators.kept import KeptGraphs
 from fasthessian.operators.layers import Layers
-from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLoss, Part
+from fasthessian.operators.losses import REPEATED, ROUNDED, ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.rewrite import Rewrite
-from fasthessian.operators.state import Copies, Snapshot, engaged
+from fasthessian.operators.state import engaged, turn
+from fasthessian.operators.watched import Functions
 from fasthessian.vectors import Layout
 
 
-class Passes(SymmetricOperator):
+class Passes(KeptGraphs):
     """An operator whose products are sums over the parts of a loss; see ``Curvature``."""
 
-    layout: Layout
     engine: str
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
@@ -54,11 +55,8 @@ class Passes(SymmetricOperator):
         self.layout = Layout(chosen, parameters.common_dtype(chosen))
         self._describe(self.layout.n, self.layout.dtype, self.layout.device)
         self._loss = loss
-        self._capacity = 0  # parts whose graph is kept, in the order of the pass
-        self._graphs: list[Graph] = []
-        self._complete = False  # every part has its graph: the data need not be read
-        self._snapshot: Snapshot | None = None
-        self._copies: Copies = {}  # of buffers, as long as the snapshot holds
+        self._keep_none()
+        self._hooks = hooks.Lift()
         self._needs = 0.0  # bytes of the graphs of all parts
         self._padded: dict[int, int] = {}  # rows without gradient, by place of the parameter
         if isinstance(loss, ModelLoss):
@@ -67,6 +65,8 @@ class Passes(SymmetricOperator):
                 if f"{name}.weight" in place and not tied:
                     self._padded[place[f"{name}.weight"]] = row
         self._layered = False  # whether blocks of single layers were asked for
+        self._functions = Functions()
+        self._untrusted: list[str] = []  # nodes of the graph whose second derivative is unknown
         self._roomy(self._open)
 
     def _open(self) -> None:
@@ -81,8 +81,8 @@ class Passes(SymmetricOperator):
         if loss.note:
             self.engine += f"; {loss.note}"
         if self._options.microbatch:
-            change, index = self._coupling()
-            if change > (ROUNDED if self.rounded() else REPEATED):
+            change, index = self.coupling()
+            if change > self._repeated():
                 raise ValueError(
                     f"microbatch={self._options.microbatch} changes the gradient of batch {index} "
                     f"by {change:.1%}: the model or the criterion couples the samples of a batch; "
@@ -92,20 +92,26 @@ class Passes(SymmetricOperator):
             with self._pass() as params:
                 self._keep(self._made_graph(part, params), part, params)
         if self._options.precision is not None:
-            self._measure_precision(part)
+            self.engine += precision_error(self, part)
+        if self._untrusted:
+            self.engine += compared(self, part, ", ".join(self._untrusted))
+        self.engine += self._functions.words()
+        if self._hooks.met:
+            self.engine += "; hooks on gradients do not act"
 
     def _try(self, part: Part, params: list[Tensor]) -> int:
         """Check the loss of the first part; return the bytes that its graph holds."""
+        with self._functions.learning():  # before a graph is looked at
+            first = float(self._value(part).detach())
         try:
             with metered(params) as held:
-                first = self._look(part, params)
+                second = self._look(part, params)
                 measured = held()
-        except ValueError as error:
+        except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
             # a model that uses torch.func inside cannot be metered
-            first, measured = self._look(part, params), 0
-        second = float(self._value(part).detach())
+            second, measured = self._look(part, params), 0
         if abs(second - first) > REPEATED * abs(first):
             raise RuntimeError(
                 f"{self._loss.origin} returned {first:.6g} and then {second:.6g} at the same "
@@ -117,25 +123,27 @@ class Passes(SymmetricOperator):
         """The loss of a part, examined for the derivatives that products take."""
         outputs, loss = self._evaluated(part)
         examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
+        self._untrusted = self._suspects(outputs, loss)
         return float(loss.detach())
+
+    @property
+    def _twice(self) -> bool:
+        """Whether products differentiate custom functions twice."""
+        return self._options.engine != "difference"
+
+    def _suspects(self, outputs: Any, loss: Tensor) -> list[str]:
+        """Names of nodes that products differentiate twice and that no check has seen."""
+        if not self._twice:
+            return []
+        return self._functions.untrusted(loss, self._options.engine == "forward")
+
+    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
+        """Of a product of the part with v (1, n) from differences; see ``distances``."""
+        raise NotImplementedError
 
     def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
         """The scalar whose gradient is differentiated for a product."""
         return loss
-
-    def _measure_precision(self, part: Part) -> None:
-        """Say in ``engine`` how far a product of the first part is from an exact one."""
-        v = torch.empty(1, self.n, dtype=self.dtype, device=self.device)
-        kernels.select(self.device).normal_(v[0], 0, 0)
-        found = []
-        for exact in (True, False):
-            out = torch.zeros_like(v)
-            with self._pass(exact=exact) as params:
-                task = self._task(None, v, out)
-                self._made_graph(part, params).products([task], first=True, keep=False)
-            found.append(out.double())
-        error = float((found[1] - found[0]).norm() / found[0].norm())
-        self.engine += f"; {self._options.precision}, relative error {error:.1e} of a product"
 
     @contextlib.contextmanager
     def _pass(
@@ -144,28 +152,44 @@ class Passes(SymmetricOperator):
         trusted: bool = False,
         exact: bool = False,
         mode: str | None = None,
+        evaluates: bool = True,
     ) -> Iterator[list[Tensor]]:
         """The parameters as they are now, inside the conditions of a product.
 
         A pass that is not ``curved`` needs the loss alone. The rewrite spans the derivatives too,
         because checkpointed layers are run again there. ``exact`` passes over ``precision``,
-        and ``mode`` over the user's.
+        and ``mode`` over the user's. One that only reads kept graphs evaluates nothing. Passes in
+        several threads take turns.
         """
-        now = parameters.followed(self.layout, self._dtypes, self._loss.named())
-        if not trusted and self._loss.changed():  # class weights are read
-            self._forget()
-            self._loss.survey()
-        if self._snapshot is not None and not self._snapshot.matches(self._loss.watched(), trusted):
-            self._forget()
-        if self._snapshot is None and self._capacity:
-            self._snapshot = Snapshot(self._loss.watched())
-        copies = self._copies if self._capacity else None
-        options = self._options
-        precision = None if exact else options.precision
-        with engaged(self._loss.roots, mode or options.mode, self.device, copies, precision):
-            self._loss.count_terms(list(now.values()), self.rounded())
-            with Rewrite() if curved else contextlib.nullcontext():
-                yield list(now.values())
+        with turn():
+            now = self._follow(trusted, evaluates or not trusted)
+            evaluates |= not self._complete
+            copies = self._copies if self._capacity else None
+            options = self._options
+            precision = None if exact else options.precision
+            with (
+                engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
+                hooks.lifted(self._hooks, list(now.values())),
+            ):
+                evaluates |= not self._loss.counted
+                self._count(list(now.values()))
+                with (
+                    Rewrite() if curved else contextlib.nullcontext(),
+                    self._functions if curved and self._twice else contextlib.nullcontext(),
+                ):
+                    yield list(now.values())
+            if evaluates:
+                self._watch.settle()
+
+    def _count(self, params: list[Tensor], anyway: bool = False) -> None:
+        """Count the terms of the loss, if that is due or ``anyway``."""
+        if isinstance(self._loss, ModelLoss) and (anyway or not self._loss.counted):
+            with Rewrite(), self._functions if self._twice else contextlib.nullcontext():
+                self._loss.count_terms(params, self._repeated())
+
+    def _repeated(self) -> float:
+        """The relative distance of two evaluations of one loss that is accepted."""
+        return ROUNDED if self.rounded() else REPEATED
 
     def _made_graph(self, part: Part, params: list[Tensor]) -> Graph:
         graph = self._graph(part, params)
@@ -193,14 +217,15 @@ class Passes(SymmetricOperator):
     def by_forward(self, v: Tensor) -> Tensor:
         """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
         options, out = self._options, torch.empty_like(v[None])
-        self._options = dataclasses.replace(options, engine="forward")
-        try:
-            with self._pass() as params, closing(self._loss.parts()) as parts:
-                for i, part in enumerate(parts):
-                    task = self._task(None, v[None], out)
-                    self._made_graph(part, params).products([task], first=i == 0, keep=False)
-        finally:
-            self._options = options
+        with turn():
+            self._options = dataclasses.replace(options, engine="forward")
+            try:
+                with self._pass() as params, closing(self._loss.parts()) as parts:
+                    for i, part in enumerate(parts):
+                        task = self._task(None, v[None], out)
+                        self._made_graph(part, params).products([task], first=i == 0, keep=False)
+            finally:
+                self._options = options
         return out[0].add_(v, alpha=options.weight_decay)
 
     def rounded(self) -> bool:
@@ -208,23 +233,23 @@ class Passes(SymmetricOperator):
         low = any(dtype in parameters.LOW for dtype in self._dtypes.values())
         return low or self._options.precision == "bf16"
 
-    def coupling(self) -> float:
-        """Largest relative change of the gradient of a batch that is cut; see ``ModelLoss``.
+    def relative_error(self) -> float:
+        """The relative error of a product, by the parameters' dtype, the precision, the engine."""
+        errors = [torch.finfo(dtype).eps for dtype in self._dtypes.values()]
+        errors.append(self._functions.error())
+        errors.append({"bf16": 2.0**-8, "tf32": 2.0**-11}.get(self._options.precision or "", 0.0))
+        if self._options.engine == "difference":
+            errors.append(max(errors) ** (2 / 3))
+        return max(errors)
 
-        In eval mode, because the masks of dropout are drawn for each microbatch.
-        """
-        return self._coupling()[0]
-
-    def _coupling(self) -> tuple[float, int]:
+    def coupling(self) -> tuple[float, int]:
+        """See ``coupling.coupling``; in eval mode, as masks of dropout differ by microbatch."""
         if not isinstance(self._loss, ModelLoss):
             return math.nan, -1
-        with self._pass(curved=False, mode="eval") as params:
-            return self._loss.coupling(params)
-
-    def _forget(self) -> None:
-        self._graphs.clear()
-        self._copies.clear()
-        self._complete, self._snapshot = False, None
+        with self._pass(mode="eval") as params:
+            if self._loss.terms.way is None:
+                self._count(params, anyway=True)
+            return coupling(self._loss, params, self._repeated())
 
     def _value(self, part: Part) -> Tensor:
         """The loss of a part, checked to be finite."""
@@ -241,40 +266,13 @@ class Passes(SymmetricOperator):
             )
         return outputs, loss
 
-    def capturable(self) -> str | None:
-        """Why a product cannot be captured in a CUDA graph; None if it can."""
-        if self._capacity < self._loss.count or not self._loss.replayable:
-            return "the graphs of some batches are built at each product"
-        return None
-
-    def rebuild(self) -> str | None:
-        """Drop the kept graphs: the next product builds them on its stream.
-
-        Returns:
-            Why that will not do: a graph of the user's own holds the nodes at which gradients of
-            the parameters arrive, and with them another stream. None if there is no such graph.
-        """
-        self._forget()
-        named = self._loss.named()
-        params = [named[name] for name in self.layout.names]
-        for p in params:  # a node that nobody holds is made anew each time
-            _marks(p)["fasthessian"] = True
-        for name, p in zip(self.layout.names, params, strict=True):
-            if _marks(p).pop("fasthessian", False):
-                return f"a loss or an output computed earlier is still alive and uses {name!r}"
-        return None
-
-    def kept(self) -> tuple[Graph, ...]:
-        """What a captured product reads: it must live as long as the capture."""
-        return tuple(self._graphs)
-
     def _task(self, block: Block | None, V: Tensor, out: Tensor) -> Task:
         layout = self.layout if block is None else block.layout
         places = range(len(layout.names)) if block is None else block.positions
         return Task(places, [layout.views(v) for v in V], out)
 
     def _make(self, tasks: Sequence[Task], trusted: bool) -> None:
-        with self._pass(trusted=trusted) as params:
+        with self._pass(trusted=trusted, evaluates=not self._complete) as params:
             if self._complete:
                 for i, graph in enumerate(self._graphs):
                     graph.products(tasks, first=i == 0, keep=True)
@@ -308,9 +306,3 @@ class Passes(SymmetricOperator):
         self._forget()
         cuttable = isinstance(self._loss, ModelLoss)
         raise MemoryError(self._options.shortage(words, self._needs, self.device, cuttable))
-
-
-def _marks(p: Tensor) -> dict[str, bool]:
-    """Notes on the node of the graph at which the gradient of p arrives."""
-    marks: Any = get_gradient_edge(p).node.metadata
-    return cast("dict[str, bool]", marks)

@@ -23,10 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fasthessian.operators import hooks
+
 aten = torch.ops.aten
 # Private names of torch; where one is missing the rewrite stays off.
-_functorch_level = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
+functorch_level = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
 _saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+_own_weight_norm: Any = getattr(torch, "_weight_norm", None)
 _will_run = getattr(torch._C, "_will_engine_execute_node", None)
 Optional = Tensor | None
 
@@ -108,7 +111,11 @@ def _needed(ctx: Any, which: int) -> bool:
     """
     if not ctx.needs_input_grad[which]:
         return False
-    node = ctx.next_functions[which][0]
+    return will_run(ctx.next_functions[which][0])
+
+
+def will_run(node: Any) -> bool:
+    """Whether the running differentiation asks for what this node receives."""
     leaf = hasattr(node, "variable")  # of which the engine does not tell
     return leaf or _will_run is None or bool(_will_run(node))
 
@@ -142,6 +149,8 @@ class _Call(NamedTuple):
 
 class Rewrite:
     """Inside this context ``torch.nn.functional`` has the rewrites, which modules call.
+
+    Where hooks on gradients enter the graph they are lifted too; see ``hooks``.
 
     The names are replaced for all threads, once however many contexts are open: checkpointed
     layers are run again in backward threads and must do there what they did before.
@@ -190,10 +199,11 @@ def _convolution(name: str, dims: int) -> Callable[..., Tensor]:
         dilation: Any = 1,
         groups: int = 1,
     ) -> Tensor:
-        if input.dim() != dims + 2 or isinstance(padding, str) or not _plain(input):
+        sizes = [_spread(dims, value) for value in (stride, padding, dilation)]
+        if input.dim() != dims + 2 or None in sizes or not _plain(input, weight, bias):
             y: Tensor = original(input, weight, bias, stride, padding, dilation, groups)
             return y
-        stride, padding, dilation = (_spread(dims, x) for x in (stride, padding, dilation))
+        stride, padding, dilation = sizes
         geometry = Geometry(stride, padding, dilation, False, [0] * dims, groups)
         y = convolve(input, weight, bias, geometry)
         call = _Call(y, input, weight, bias, geometry, ())
@@ -214,7 +224,9 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    plain = _plain(input) and (running_var is None or running_var.dtype == input.dtype)
+    given = [t for t in (running_mean, running_var, weight, bias) if t is not None]
+    # what torch would refuse must not be broadcast
+    plain = _plain(input, *given) and all(t.shape == input.shape[1:2] for t in given)
     if training or running_mean is None or running_var is None or not plain:
         normal = ORIGINAL["batch_norm"]
         return normal(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -238,7 +250,7 @@ def _batch_norm(
 def _mse_loss(input: Tensor, target: Tensor, *options: Any, **named: Any) -> Tensor:
     # torch 2.13 cannot take the mean's gradient forward: it writes into a symbolic zero
     mean = not options and set(named) <= {"reduction"} and named.get("reduction", "mean") == "mean"
-    if mean and input.shape == target.shape and _functorch_level() is not None:
+    if mean and input.shape == target.shape and functorch_level() is not None:
         return (input - target).square().mean()
     loss: Tensor = ORIGINAL["mse_loss"](input, target, *options, **named)
     return loss
@@ -246,13 +258,23 @@ def _mse_loss(input: Tensor, target: Tensor, *options: Any, **named: Any) -> Ten
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """``g v / |v|``; the second derivative of torch 2.13's own is wrong, and not symmetric."""
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+    if v.dtype != g.dtype:  # which torch refuses
+        w: Tensor = _own_weight_norm(v, g, dim)
+        return w
+    # over all numbers torch's own has no derivative in forward mode
+    size = torch.linalg.vector_norm(v) if dim == -1 else torch.norm_except_dim(v, 2, dim)
+    return v * (g / size)
 
 
-def _plain(input: Tensor) -> bool:
-    """Whether gradients are recorded by autograd alone: torch.func and autocast have own rules."""
+def _plain(input: Tensor, *others: Optional) -> bool:
+    """Whether these are real, of one dtype, and gradients are recorded by autograd alone.
+
+    torch.func and autocast have rules of their own, and torch splits complex convolutions itself.
+    """
     lower = torch.is_autocast_enabled(input.device.type)
-    return torch.is_grad_enabled() and _functorch_level() is None and not lower
+    recorded = torch.is_grad_enabled() and functorch_level() is None and not lower
+    alike = all(t is None or t.dtype == input.dtype for t in others)
+    return recorded and alike and input.is_floating_point()
 
 
 def _versions(call: _Call) -> tuple[int, ...]:
@@ -272,9 +294,13 @@ def _foldable(call: _Call, input: Tensor) -> bool:
     return _saving_hooks is not None and _saving_hooks(True) is None
 
 
-def _spread(dims: int, value: Any) -> list[int]:
-    values = [value] * dims if isinstance(value, int) else list(value)
-    return values * dims if len(values) == 1 else values
+def _spread(dims: int, value: Any) -> list[int] | None:
+    """A number for each dimension; None for words, and for what torch takes and this does not."""
+    if isinstance(value, int):
+        return [value] * dims
+    if not isinstance(value, (list, tuple)) or len(value) not in (1, dims):
+        return None
+    return list(value) * dims if len(value) == 1 else list(value)
 
 
 REWRITTEN: dict[str, Callable[..., Tensor]] = {
@@ -284,8 +310,12 @@ REWRITTEN: dict[str, Callable[..., Tensor]] = {
 }
 ORIGINAL: dict[str, Callable[..., Tensor]] = {name: getattr(F, name) for name in REWRITTEN}
 # (where, name, what was there, what is put there); weight_norm is called by two names
-PLACES = [(F, name, ORIGINAL[name], REWRITTEN[name]) for name in REWRITTEN] + [
-    (place, "_weight_norm", place._weight_norm, _weight_norm)
-    for place in (torch, importlib.import_module("torch.nn.utils.weight_norm"))
-    if hasattr(place, "_weight_norm")
+PLACES: list[tuple[Any, str, Any, Any]] = [
+    *((F, name, ORIGINAL[name], REWRITTEN[name]) for name in REWRITTEN),
+    *(
+        (place, "_weight_norm", place._weight_norm, _weight_norm)
+        for place in (torch, importlib.import_module("torch.nn.utils.weight_norm"))
+        if hasattr(place, "_weight_norm")
+    ),
+    *hooks.PLACES,
 ]

@@ -1,20 +1,40 @@
-"""The user's world: left as it was found, and watched for changes.
+"""The user's world, left as it was found.
 
-``engaged`` sets what a product needs and puts everything back, also when an exception flies.
-``Snapshot`` tells whether tensors changed since a graph was built on them.
+``engaged`` sets what a product needs and puts everything back, also when an exception flies. What
+it sets belongs to the whole process, so threads take turns (``turn``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_turn = threading.RLock()
+
+
+def turn() -> threading.RLock:
+    """The lock of the process: whoever changes global state or an operator's holds it."""
+    return _turn
+
+
+def _new_turn() -> None:
+    """In a forked process, such as a loader's worker: no thread is there that would release it."""
+    global _turn
+    _turn = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
+    os.register_at_fork(after_in_child=_new_turn)
 
 
 @contextlib.contextmanager
@@ -25,22 +45,23 @@ def seeded(seed: int, generators: Sequence[torch.Generator] = ()) -> Iterator[No
     if torch.cuda.is_initialized() and not torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
         own += torch.cuda.default_generators
     numpy = sys.modules.get("numpy")
-    saved = [generator.get_state() for generator in own]
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy else None
-    try:
-        for generator in own:
-            generator.manual_seed(seed)
-        random.seed(seed)
-        if numpy:
-            numpy.random.seed(seed)
-        yield
-    finally:
-        for generator, state in zip(own, saved, strict=True):
-            generator.set_state(state)
-        random.setstate(python_state)
-        if numpy:
-            numpy.random.set_state(numpy_state)
+    with turn():
+        saved = [generator.get_state() for generator in own]
+        python_state = random.getstate()
+        numpy_state = numpy.random.get_state() if numpy else None
+        try:
+            for generator in own:
+                generator.manual_seed(seed)
+            random.seed(seed)
+            if numpy:
+                numpy.random.seed(seed)
+            yield
+        finally:
+            for generator, state in zip(own, saved, strict=True):
+                generator.set_state(state)
+            random.setstate(python_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
 
 
 Copies = dict[int, tuple[Tensor, Tensor]]  # a buffer and its copy, by the buffer's id
@@ -155,6 +176,7 @@ def engaged(
     ``mode``, buffers and random states protected; ``copies`` as of ``own_buffers``.
     """
     with contextlib.ExitStack() as stack:
+        stack.enter_context(turn())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         lower = precision == "bf16"
@@ -178,35 +200,21 @@ def engaged(
         yield
 
 
-def version(tensor: Tensor) -> tuple[int, int]:
-    """Where the tensor's memory is and how often it was written through autograd's eyes."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
-
-
-class Snapshot:
-    """The state of some tensors: where they are, their version, and their values.
-
-    Values are compared too, because writes through ``.data`` leave no trace in the version.
-    """
-
-    def __init__(self, tensors: Iterable[Tensor]) -> None:
-        held = list(tensors)
-        self._versions = [version(tensor) for tensor in held]
-        self._values = [tensor.detach().clone() for tensor in held]
-
-    def matches(self, tensors: Iterable[Tensor], trusted: bool = False) -> bool:
-        """Whether these are the same tensors, unchanged.
-
-        With ``trusted`` values are not compared: that would wait for an accelerator.
-        """
-        now = list(tensors)
-        if [version(tensor) for tensor in now] != self._versions:
-            return False
-        if trusted:
-            return True
-        pairs = list(zip(now, self._values, strict=True))
-        if not all(torch.equal(a, b) for a, b in pairs if a.device.type == "cpu"):
-            return False
-        # one synchronisation for all tensors of an accelerator
-        changed = [(a.detach() != b).any() for a, b in pairs if a.device.type != "cpu"]
-        return not changed or not bool(torch.stack(changed).any())
+@contextlib.contextmanager
+def shifted(params: Sequence[Tensor], step: float) -> Iterator[None]:
+    """Inside, the parameters are moved by ``step`` times their root mean square, at random."""
+    if not step:
+        yield
+        return
+    held = [p.data for p in params]
+    square = sum(float(p.double().square().sum()) for p in held)
+    step *= math.sqrt(square / sum(p.numel() for p in held)) or 1.0
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for p in params:
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
+            p.data = p.data + step * noise.to(p.device, p.dtype)
+        yield
+    finally:
+        for p, at in zip(params, held, strict=True):
+            p.data = at

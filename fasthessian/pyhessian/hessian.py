@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,9 @@ from fasthessian.algorithms.density import density
 from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.trace import trace
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.batches import to_device
+from fasthessian.operators.batches import leaves, to_device
 from fasthessian.operators.hessian import Hessian
-from fasthessian.operators.state import Snapshot
+from fasthessian.operators.snapshot import Snapshot
 from fasthessian.pyhessian.arguments import check_source, device_name, quiet, split_batch, tolerance
 from fasthessian.pyhessian.products import gradients, operator, same, surroundings
 from fasthessian.pyhessian.utils import hessian_vector_product
@@ -106,19 +106,19 @@ class hessian:
         """
         params = self._trainable()
         held = self._gradients
-        if held is None or (self._made_here() and not held[1].matches(params)):
+        if held is None or (self._made_here() and not held[1].matches(self._point())):
             if self.full_dataset:
                 A = self._hessian(params)
                 grads = A.layout.views(A.gradient())
             else:
                 grads = gradients(self.model, self.criterion, self._batches(), params)
-            held = self._gradients = grads, Snapshot(params)
+            held = self._gradients = grads, Snapshot(self._point())
             self._built = tuple(grads)
         return held[0]
 
     @gradsH.setter
     def gradsH(self, grads: Sequence[Tensor]) -> None:
-        self._gradients = list(grads), Snapshot(self._trainable())
+        self._gradients = list(grads), Snapshot(self._point())
 
     def dataloader_hv_product(self, v: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
         """Return ``v'Hv`` and ``Hv`` over all of the data, for ``v`` shaped like ``params``."""
@@ -160,7 +160,9 @@ class hessian:
                 ConvergenceWarning,
                 stacklevel=2,
             )
-        return pairs.values.tolist(), [layout.views(row) for row in pairs.vectors]
+        # floats that keep their precision where a script makes a tensor of them
+        values: list[float] = list(pairs.values.numpy())
+        return values, [layout.views(row) for row in pairs.vectors]
 
     def trace(self, maxIter: int = 100, tol: float = 1e-3) -> list[float]:
         """Return samples ``v'Hv`` for random signs ``v``; their mean estimates the trace.
@@ -223,6 +225,11 @@ class hessian:
         tensors = model.parameters() if isinstance(model, nn.Module) else self.params
         return [p for p in tensors if p.requires_grad]
 
+    def _point(self) -> dict[Hashable, Tensor]:
+        """The tensors that gradients depend on: trainable parameters, and data in memory."""
+        held = [getattr(self, name, None) for name in ("inputs", "targets", "data")]
+        return dict(enumerate([*self._trainable(), *leaves(held)]))
+
     def _hessian(self, params: Sequence[Tensor]) -> Hessian:
         """The operator of the data's loss over ``params``, kept for the next call."""
         batch = (self.data,) if self.full_dataset else (self.inputs, self.targets)
@@ -250,10 +257,10 @@ class hessian:
     def _by_gradients(self, v: list[Tensor]) -> Sequence[Tensor]:
         """The product by ``gradsH`` and ``params`` as the user set them."""
         grads = self.gradsH
-        if self._gradients is not None and not self._gradients[1].matches(self._trainable()):
+        if self._gradients is not None and not self._gradients[1].matches(self._point()):
             raise ValueError(
-                "gradsH was assigned before the parameters changed and belongs to their old "
-                "values; make a new hessian object"
+                "gradsH was assigned before the parameters or the data changed and belongs to "
+                "their old values; make a new hessian object"
             )
         if self._made_here():  # only params was assigned
             of = {id(p): g for p, g in zip(self._trainable(), grads, strict=True)}

@@ -1,0 +1,89 @@
+r"""What a Gauss rule of m nodes does not tell about the measure it was made from.
+
+Two measures of the same first 2 m - 1 moments have distribution functions F that differ at x by at
+most the Christoffel function (Chebyshev, Markov, Stieltjes; Szego, Orthogonal polynomials, 3.41)::
+
+    |F(x) - F_Gauss(x)| <= c(x) = 1 / sum_j p_j(x)^2,    p_0 .. p_(m-1) orthonormal
+
+c is about density times node spacing in a bulk, the weight at a node, and 0 in the gaps around a
+converged node and everywhere once the Krylov space has ended.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+REACH = 8  # kernel widths: the mass outside is below 1e-15
+SAMPLES = 8  # of the Christoffel function between two nodes
+
+
+class Rule(NamedTuple):
+    """A Gauss rule, from the eigenvectors S of a Jacobi matrix (m, m); all (m,) float64."""
+
+    nodes: Tensor  # ascending
+    weights: Tensor  # S[0]^2, sum 1
+    first: Tensor  # S[0]
+    last: Tensor  # S[-1]
+    exact: bool  # the measure has no other points
+
+
+def quadrature(T: Tensor, exact: bool) -> Rule:
+    """The Gauss rule of the measure that T (m, m) belongs to."""
+    nodes, S = torch.linalg.eigh(T)
+    weights = S[0] ** 2
+    return Rule(nodes, weights / weights.sum(), S[0], S[-1], exact)
+
+
+def christoffel(rule: Rule, x: Tensor) -> Tensor:
+    """The bound c at the points x (g,); 0 for an exact rule.
+
+    With p(x) = (p_0 .. p_(m-1)), (T - x) p is a multiple of the last unit vector, so that p is one
+    of ``sum_k S_k last_k / (node_k - x)``, scaled to p_0 = 1.
+    """
+    if rule.exact:
+        return torch.zeros_like(x)
+    start, norm2 = torch.zeros_like(x), torch.zeros_like(x)
+    tiny = 1e-14 * max(float(rule.nodes.abs().max()), 1e-300)
+    for node, first, last in zip(rule.nodes, rule.first, rule.last, strict=True):
+        away = node - x
+        pole = last / torch.where(away.abs() < tiny, tiny, away)
+        start += first * pole
+        norm2 += pole**2
+    return start**2 / norm2.clamp(min=1e-300)
+
+
+def width(rule: Rule) -> float:
+    """The integral of c over the range of the nodes: their mean spacing, weighted by the density.
+
+    It bounds the Wasserstein distance of the measure from its Gauss rule within that range.
+    """
+    between = (torch.arange(SAMPLES, dtype=torch.float64, device="cpu") + 0.5) / SAMPLES
+    gaps = rule.nodes.diff()
+    x = rule.nodes[:-1, None] + gaps[:, None] * between
+    return float((christoffel(rule, x.reshape(-1)).reshape(x.shape).mean(1) * gaps).sum())
+
+
+def unresolved(rule: Rule, grid: Tensor, sigma: float) -> Tensor:
+    r"""How far a density smoothed by a Gaussian of width sigma may be from the Gauss rule's (g,).
+
+    By parts, ``|int g(x - t) d(F - F_Gauss)(t)| <= int c(t) |g'(x - t)| dt`` for any measure. Where
+    the density is smooth over a node spacing d, the nodes act as a trapezoidal rule, whose error is
+    less by about ``exp(-2 pi^2 (sigma / d)^2)``: c is taken times that. It is near 1, and the bound
+    rigorous, for a kernel finer than d / 10.
+    """
+    if rule.exact:
+        return torch.zeros_like(grid)
+    gaps = rule.nodes.diff()
+    spacing = torch.nn.functional.pad(gaps, (1, 1), value=math.inf)[
+        torch.searchsorted(rule.nodes, grid)
+    ]
+    unknown = christoffel(rule, grid) * torch.exp(-2 * (math.pi * sigma / spacing) ** 2)
+    step = float(grid[1] - grid[0])
+    reach = math.ceil(REACH * sigma / step)
+    t = torch.arange(-reach, reach + 1, dtype=torch.float64, device="cpu") * (step / sigma)
+    slope = t.abs() * torch.exp(-0.5 * t**2) / (sigma**2 * math.sqrt(2 * math.pi)) * step
+    return torch.nn.functional.conv1d(unknown[None, None], slope[None, None], padding=reach)[0, 0]
