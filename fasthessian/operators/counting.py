@@ -18,9 +18,8 @@ from torch import Tensor
 
 from fasthessian.operators.batches import Batch, samples
 from fasthessian.operators.denominators import denominators
-from fasthessian.operators.trials import SAME, SUM, Key, Numbers, Trials
+from fasthessian.operators.trials import SAME, SAMPLES, SUM, Key, Numbers, Trials
 
-SAMPLES = "samples"
 LABELS = "valid entries of labels"
 
 
@@ -127,7 +126,12 @@ def decide(
         loss = evaluate(place, batch)
         value, branches = float(loss.detach()), denominators(loss)
         del loss  # the graph, before halves are evaluated
-        told = value != 0 and math.isfinite(value)
+        if math.isinf(value):
+            raise ValueError(
+                f"the loss is {value} (batch {place} of data): as it divides by 0 there, pass all "
+                f"data as one batch; or check the parameters, the inputs and the targets"
+            )
+        told = value != 0 and not math.isnan(value)
         every.append(_Seen(keyed(batch, branches), numbers(batch), branches, told))
         if told:
             trials.consider(batch, every[-1].values)
@@ -158,18 +162,17 @@ def _left(
 ) -> tuple[Sequence[Key], str]:
     """The ways to count that are left, never none, and what is guessed about them."""
     read = [key for key in common if isinstance(key, int)]
+    ones = read and all(seen.values[0] == 1 for seen in every)
+    summed: list[Key] = [SUM] if ones and max(seen.every[SAMPLES] for seen in every) > 1 else []
     if not trials.fits:
         note = "weights of batches not verified, as none could be cut in two"
-        ones = read and all(seen.values[0] == 1 for seen in every)
-        if ones and max(seen.every[SAMPLES] for seen in every) > 1:
-            return [SUM], note
-        return [*read] or [key for key in common if key != SUM], note
+        return summed or [*read] or [key for key in common if key != SUM], note
     left: list[Key] = [key for key in trials.survivors() if key in common]
     if left and trials.fits[left[0]] <= trials.sharp:
         return left, ""
     if not left:
         ranked = sorted(read, key=lambda key: trials.fits.get(key, math.inf))
-        left = [*ranked[:1]] or [LABELS if LABELS in common else SAMPLES]
+        left = summed or [*ranked[:1]] or [LABELS if LABELS in common else SAMPLES]
     miss = trials.fits.get(left[0], math.nan)
     return left, (
         f"weights of batches not exact, as halves of a batch make up its gradient to {miss:.1e} "
@@ -210,7 +213,16 @@ def _named(values: Sequence[float], every: Sequence[_Seen]) -> str | None:
     for name, row in rows.items():
         if all(abs(a - b) <= SAME * a for a, b in zip(row, want, strict=True)):
             return name
-    return next((name for name, row in rows.items() if proportional(row, want)), None)
+    for name, row in rows.items():
+        if proportional(row, want):
+            return name
+        other = [i for i, (a, b) in enumerate(zip(row, want, strict=True)) if abs(a - b) > SAME * a]
+        if max(row) > 1 and not any(row[i] for i in other):
+            raise ValueError(
+                f"data must be one batch: the loss is divided by the number of {name}, except in "
+                f"batch {told[other[0]]}, which has none and a loss that is not 0"
+            )
+    return None
 
 
 def proportional(row: Sequence[float], other: Sequence[float]) -> bool:

@@ -16,6 +16,7 @@ TRIALS = 3  # batches that are cut in two at most
 SAME = 1e-6  # relative; a denominator in float32 against a number of entries
 SHARP = {torch.float64: 1e-5, torch.float32: 1e-4}  # some losses are float32 in every model
 SUM = "sum"
+SAMPLES = "samples"
 Key = int | str  # of a way to count: a summand of the loss by its denominator; words; SUM
 Numbers = dict[Key, float]
 Gradient = tuple[Sequence[Tensor], Numbers]  # of a batch, with its numbers of terms
@@ -56,6 +57,8 @@ class Trials:
             return  # half of the batch is no batch of this model
         except (ValueError, TypeError, IndexError, KeyError):
             return
+        if _says_nothing(self._surviving(found)):
+            return
         if self.fits:
             self.fits = {key: max(self.fits[key], found[key]) for key in self.fits if key in found}
         else:
@@ -73,7 +76,7 @@ class Trials:
     def _misses(self, batch: Batch) -> Numbers:
         found = self._made(batch, moved=False)
         left = self._surviving(found)
-        if not left or (SUM in left and len(left) > 1):  # as where the gradient is 0
+        if not left or _says_nothing(left):  # as where the gradient is 0
             moved = self._made(batch, moved=True)
             found = moved if self._surviving(moved) else found
         return found
@@ -92,6 +95,11 @@ class Trials:
                 shares = [each[key] / total for each in numbers[1:]]
                 misses[key] = miss(gram, shares)
         return {key: each for key, each in misses.items() if math.isfinite(each)}
+
+
+def _says_nothing(left: Sequence[Key]) -> bool:
+    """Whether a sum and a mean explain the gradients alike: there are none."""
+    return SUM in left and SAMPLES in left
 
 
 def twice(batch: Batch) -> Batch:
