@@ -21,7 +21,7 @@ demo: .venv/.ready
 	$(BIN)/fasthessian analyze resnet20 --out $(OUT) --overwrite $(if $(DATA),--data $(DATA))
 
 test: .venv/.ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --benchmark-disable
 
 lint: .venv/.ready
 	$(BIN)/ruff check .

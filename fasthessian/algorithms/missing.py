@@ -113,12 +113,13 @@ def search(
             if shift:
                 krylov.add_candidate_(w, shift, q)
 
-        return (yield from _search(krylov, [Side(*points[0], enough)], shifted, until, told))
+        side = Side(*points[0], enough)
+        return (yield from _search(krylov, [side], shifted, krylov.project_out_, until, told))
     # one run for both sides, of A without the wanted pairs alone
     Q = torch.empty(len(wanted), krylov.A.n, dtype=krylov.A.dtype, device=krylov.A.device)
     krylov.combine(S[:, wanted], Q)
 
-    def deflated(q: Tensor, w: Tensor) -> None:
+    def deflate_(w: Tensor) -> None:
         C, _ = krylov.kernels.project_(Q, w)
         krylov.kernels.update_(Q, w, C)
 
@@ -126,13 +127,14 @@ def search(
         Side(*point, enough * (1 + float(ratio.square().sum())))
         for point, ratio in zip(points, ratios, strict=True)
     ]
-    return (yield from _search(krylov, sides, deflated, until, told))
+    return (yield from _search(krylov, sides, lambda q, w: deflate_(w), deflate_, until, told))
 
 
 def _search(
     krylov: Lanczos,
     sides: list[Side],
     restrict: Callable[[Tensor, Tensor], None],
+    project: Callable[[Tensor], None],
     until: int,
     told: Callable[[], None],
 ) -> Generator[Request, None, bool | None]:
@@ -147,7 +149,8 @@ def _search(
 
     run = ThreeTerm(
         A, max(until - A.matvecs, 1), seed=krylov.seed, offset=krylov.next_offset(), signs=False,
-        prepare=prepare, restrict=restrict, backend=krylov.kernels.NAME, deferred=krylov.deferred,
+        prepare=prepare, restrict=restrict, project=project, floor=krylov.noise,
+        backend=krylov.kernels.NAME, deferred=krylov.deferred,
     )  # fmt: skip
     seen = 0
     while not run.exhausted and run.size < run.capacity and A.matvecs < until:

@@ -33,7 +33,9 @@ class ThreeTerm:
         signs: start from random signs, else from normals.
         prepare: changes the start vector (1, n), before it is normalised.
         restrict: changes the product w (1, n) of a vector q (1, n): T is then that of the operator
-            ``v -> restrict(A v)``, on the space that it keeps a start vector in.
+            ``v -> restrict(A v)``.
+        project: projects a row (1, n) into the subspace that this operator acts in.
+        floor: norm of a product's new part under which it is rounding, if more than T tells.
         backend: kernels by name; default the best that serves.
         deferred: enqueue steps without looking at them; default on GPUs.
 
@@ -58,6 +60,8 @@ class ThreeTerm:
         signs: bool = True,
         prepare: Callable[[Tensor], None] | None = None,
         restrict: Callable[[Tensor, Tensor], None] | None = None,
+        project: Callable[[Tensor], None] | None = None,
+        floor: float = 0.0,
         backend: str | None = None,
         deferred: bool | None = None,
     ) -> None:
@@ -70,7 +74,7 @@ class ThreeTerm:
         self._rows = empty_rows(ROWS, A.n, A.dtype, A.device)  # q_j in row j mod 3
         # row j: the diagonal entry, and the coupling to row j + 1
         self._entries = torch.zeros(self.capacity, 2, dtype=torch.float64, device=A.device)
-        self._restrict = restrict
+        self._restrict, self._project, self._floor = restrict, project, floor
         fill = self._kernels.signs_ if signs else self._kernels.normal_
         start = self._rows[:1]
         fill(start[0], seed, offset)
@@ -96,6 +100,8 @@ class ThreeTerm:
         _, G = serve.project_(q, w, C)
         self._entries[j] = torch.cat((C[0], G[0].sqrt()))
         self._rescale(w, G)
+        if self._project is not None:  # the less is left, the more of it is rounding
+            self._project(w)
         self.size += 1
         if not self._deferred:
             self._read()
@@ -118,7 +124,7 @@ class ThreeTerm:
         eps = torch.finfo(self.A.dtype).eps
         for i, (diagonal, beside) in enumerate(fresh.abs().tolist()):
             self._largest = max(self._largest, diagonal + beside)
-            if beside <= NOISE * eps * self._largest:
+            if beside <= max(NOISE * eps * self._largest, self._floor):
                 self.size, self.exhausted = self._seen + i + 1, True
                 break
         self._seen = self.size
