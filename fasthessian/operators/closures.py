@@ -22,6 +22,7 @@ class ClosureLoss:
     size = count = 1
     note = ""
     counted = True
+    counted_at_a_point = False
 
     def __init__(self, closure: Callable[[], Tensor], params: dict[str, Tensor]) -> None:
         if not callable(closure):

@@ -145,7 +145,10 @@ def decide(
         values = [seen.values[branch] for seen in every]
         even = SAMPLES in left or not trials.fits
         uneven = not (even and proportional(values, [seen.every[SAMPLES] for seen in every]))
-        return Count(_named(values, every), branch, values, note, uneven)
+        words = _named(values, every, left, trials)
+        if words is not None:  # which may be in proportion only
+            values = [seen.every[words] for seen in every]
+        return Count(words, branch, values, note, uneven)
     rows = [[seen.values[key] for seen in every] for key in left]
     for key, row in zip(left, rows, strict=True):
         if not proportional(row, rows[0]):
@@ -201,8 +204,13 @@ def _check_summands(every: Sequence[_Seen], branch: int) -> None:
                 )
 
 
-def _named(values: Sequence[float], every: Sequence[_Seen]) -> str | None:
-    """The number of entries that is the denominator of each part, or goes with it."""
+def _named(
+    values: Sequence[float], every: Sequence[_Seen], left: Sequence[Key], trials: Trials
+) -> str | None:
+    """The number of entries that is the denominator of each part, or in proportion to it.
+
+    Proportion says nothing of a single part, and where the trials exclude this way to count.
+    """
     told = [i for i, seen in enumerate(every) if seen.told]
     want = [values[i] for i in told]
     rows = {
@@ -214,7 +222,8 @@ def _named(values: Sequence[float], every: Sequence[_Seen]) -> str | None:
         if all(abs(a - b) <= SAME * a for a, b in zip(row, want, strict=True)):
             return name
     for name, row in rows.items():
-        if proportional(row, want):
+        likely = name in left if name in trials.fits else len(told) > 1
+        if likely and proportional(row, want):
             return name
         other = [i for i, (a, b) in enumerate(zip(row, want, strict=True)) if abs(a - b) > SAME * a]
         if max(row) > 1 and not any(row[i] for i in other):

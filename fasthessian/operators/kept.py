@@ -59,7 +59,7 @@ class KeptGraphs(SymmetricOperator):
             self._forget()
         if change.name is not None:
             self._changes = self._changes[0] + 1, change.name
-        if change.terms:
+        if change.terms or (change.void and self._loss.counted_at_a_point):
             self._survey()
         return now
 

@@ -158,6 +158,11 @@ class ModelLoss:
             self._source.order()  # no other pass has the same batches
         self._take(way.values, sum(way.values) if self.terms.given is None else self._total)
 
+    @property
+    def counted_at_a_point(self) -> bool:
+        """Whether the numbers of terms may depend on the parameters."""
+        return self.terms.way is not None and self.terms.way.words is None
+
     def terms_of(self, part: Part, loss: Tensor) -> float:
         """The number of terms of a part whose loss is this."""
         return self.terms.number(part.batch, denominators(loss))

@@ -37,7 +37,8 @@ class OuterCurvature(Curvature):
 
     def _survey(self) -> None:
         super()._survey()
-        self._examined, self._own_loss_is_known = False, None
+        self._examined = False
+        self._readings.clear()
 
     @property
     def _given(self) -> ModelLoss:
