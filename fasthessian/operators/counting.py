@@ -45,7 +45,7 @@ def counters(batch: Batch, every: bool = True) -> dict[str, Callable[[], float]]
     """What can be counted in a batch, by name, the likelier first.
 
     Entries of the targets, or of ``every`` tensor: those that are not negative (labels of -1 or
-    -100 are ignored) or not NaN, those that are not 0 (masks, padding), all; of a second dimension
+    -100 are ignored) or not NaN, all, those that are not 0 (masks, padding); of a second dimension
     also from the second entry on, as a language model predicts them.
     """
     found: dict[str, Callable[[], float]] = {}
@@ -65,8 +65,8 @@ def _valid(t: Tensor) -> float:
 
 _COUNTS: dict[str, Callable[[Tensor], float]] = {
     "valid ": _valid,
-    "nonzero ": lambda t: float(t.count_nonzero()),
     "": lambda t: float(t.numel()),
+    "nonzero ": lambda t: float(t.count_nonzero()),
 }
 
 
@@ -133,7 +133,7 @@ def decide(
             )
         told = value != 0 and not math.isnan(value)
         every.append(_Seen(keyed(batch, branches), numbers(batch), branches, told))
-        if told:
+        if not math.isnan(value):
             trials.consider(batch, every[-1].values)
     common = [key for key in every[0].values if all(key in seen.values for seen in every)]
     left, note = _left(every, common, trials)
@@ -200,7 +200,8 @@ def _check_summands(every: Sequence[_Seen], branch: int) -> None:
                 raise ValueError(
                     f"weights must be given: the loss adds means over different numbers of terms "
                     f"({own:g} and {value:g} in one batch), whose ratio differs between batches; "
-                    f"pass all data as one batch, or weights=lambda batch: <its share>"
+                    f"pass all data as one batch without microbatch, or weights=lambda batch: "
+                    f"<its share>"
                 )
 
 

@@ -109,7 +109,7 @@ class ModelLoss:
 
     def survey(self) -> None:
         """One pass over the data: check the batches, count the terms as the criterion says."""
-        self.terms.way, self.note = None, ""
+        self.terms.way, self.terms.told_all, self.note = None, True, ""
         self.size, index, counts, total = 0, -1, [], 0.0
         self._source.restart()
         with closing(self._chunks()) as chunks:
@@ -125,8 +125,8 @@ class ModelLoss:
             raise ValueError(
                 f"weights must have one entry per batch ({index + 1}), got {len(given)}"
             )
-        whole = len(counts) == (1 if given is None else index + 1) and not self._scaled
-        self.counted = self.terms.known or (whole and (given is not None or total > 0))
+        enough = len(counts) == 1 and total > 0 if given is None else self.terms.told_all
+        self.counted = self.terms.known or (enough and not self._scaled)
         if self.counted or given is not None:
             self._take(counts, total)
 

@@ -247,8 +247,9 @@ class Passes(KeptGraphs):
         if not isinstance(self._loss, ModelLoss):
             return math.nan, -1
         with self._pass(mode="eval") as params:
-            if self._loss.terms.way is None:
-                self._count(params, anyway=True)
+            if not callable(self._loss.terms.given):
+                with contextlib.suppress(ValueError):  # weights were given since none are right
+                    self._count(params, anyway=True)
             return coupling(self._loss, params, self._repeated())
 
     def _value(self, part: Part) -> Tensor:

@@ -24,6 +24,7 @@ class Terms:
         self._criterion = criterion
         self.given = _checked(weights)
         self.way: Count | None = None  # None: as the criterion says, or by a guess
+        self.told_all = True  # whether the user's weights tell those of all chunks
 
     @property
     def known(self) -> bool:
@@ -81,7 +82,9 @@ class Terms:
         weight = self.weight(index, batch)
         if len(chunks) == 1:
             return weight, [weight]
-        counts = self.told(batch, chunks) or counts
+        told = self.told(batch, chunks)
+        self.told_all &= told is not None
+        counts = told or counts
         together = 1.0 if self.summed else sum(counts) or 1.0
         return weight, [weight * count / together for count in counts]
 

@@ -35,30 +35,33 @@ class Trials:
         self, gradient: Callable[[Batch, bool], Gradient], sharp: float, allowed: float
     ) -> None:
         self._gradient, self.sharp, self._allowed = gradient, sharp, allowed
-        self._left = TRIALS
+        self._left, self._idle = TRIALS, TRIALS
         self._first: Numbers = {}
         self.fits: Numbers = {}  # the largest relative miss of each way to count
 
     def consider(self, batch: Batch, values: Numbers) -> None:
         """Cut the batch in two, if it can tell more than those before it."""
-        if not self._left:
+        if not (self._left and self._idle):
             return
         if self.fits:
             kept = [key for key in self.survivors() if key in values]
             ratios = [values[key] / (self._first[key] or math.nan) for key in kept]
             if not ratios or max(ratios) - min(ratios) <= SAME * abs(ratios[0]):
                 return
-        self._left -= 1
         try:
             found = self._misses(batch)
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            return  # half of the batch is no batch of this model
+            self._idle -= 1  # half of the batch is no batch of this model
+            return
         except (ValueError, TypeError, IndexError, KeyError):
+            self._idle -= 1
             return
         if _says_nothing(self._surviving(found)):
+            self._idle -= 1
             return
+        self._left -= 1
         if self.fits:
             self.fits = {key: max(self.fits[key], found[key]) for key in self.fits if key in found}
         else:
