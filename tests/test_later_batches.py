@@ -178,3 +178,18 @@ def test_dropout_and_batch_statistics_do_not_spoil_the_count() -> None:
         known = [number_known(batch) for batch in thirds(x, y)]
         want = fh.Hessian(model, known_only, thirds(x, y), mode=mode, weights=known)
         torch.testing.assert_close(columns(H), columns(want))
+
+
+def test_terms_that_only_the_graph_tells_need_a_fixed_order() -> None:
+    model, x, y = made(3)
+    classes = y.argmax(1)
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=F64)
+
+    def loss(z: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(z, y, weight=weight)
+
+    generator = torch.Generator().manual_seed(7)
+    loader = DataLoader(TensorDataset(x, classes), 5, shuffle=True, generator=generator)
+    refused(lambda: fh.Hessian(model, loss, loader), RuntimeError, r"order.*data=list\(loader\)")
+    H = fh.Hessian(model, loss, list(loader))
+    assert distance(H, dense(model, lambda moved: loss(moved(x), classes))) < 1e-12

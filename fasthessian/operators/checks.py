@@ -33,7 +33,7 @@ class Check(Record):
     repetition: float  # distance of two equal products
     difference: float  # distance of a product from central differences of gradients
     forward: float  # the same from forward mode, where differences disagree
-    weights: float  # change of a batch's loss when it is cut
+    weights: float  # largest change of a batch's gradient when it is cut
     ok: bool
     report: str
 

@@ -196,8 +196,8 @@ class Curvature(Passes):
 
         Symmetry of the matrix, repetition of a product, a product against central differences of
         gradients (for the Hessian; where kinks as of ReLU spoil those, against forward mode), and
-        the weights of batches. Costs three products and six gradients; ``print(A.check())`` shows a
-        line each.
+        the weights of batches: whether the gradient of each is that of its parts. Costs three
+        products and eight gradients; ``print(A.check())`` shows a line each.
 
         Returns:
             Check: the numbers, ``ok``, and the report.

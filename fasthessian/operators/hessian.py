@@ -41,10 +41,11 @@ class Hessian(Curvature):
         precision: None makes products in the parameters' dtype; ``"bf16"`` under autocast,
             ``"tf32"`` on the tensor cores of a GPU. Both err by 1e-3 to 1e-1: ``engine`` tells by
             how much in a product of the first batch.
-        weights: ``"auto"`` counts the terms of each batch: valid targets for ``ignore_index``
-            (times class weights), elements or samples otherwise. Or the number of terms per batch,
-            as a sequence or as a callable of a batch. A mapping without a criterion counts its
-            labels other than -100, from the second on for Hugging Face's causal language models.
+        weights: ``"auto"`` counts the terms of each batch: by the options of torch's own criteria;
+            for other losses by what each batch's loss is divided by in its graph, or by numbers of
+            entries of the batch, tested on the gradients of the halves of up to three batches.
+            ``engine`` says where that is not exact; what no weights fit is refused. Or the number
+            of terms per batch, as a sequence or as a callable of a batch.
         group: None.
         mode: ``"eval"``, or ``"train"``: dropout masks are then fixed, drawn once per batch.
         memory_budget: bytes for kept graphs; None is half of the free memory.
