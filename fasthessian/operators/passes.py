@@ -18,7 +18,7 @@ from fasthessian.memory import out_of_memory
 from fasthessian.operators import hooks, parameters
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Block
-from fasthessian.operators.engines import Graph, Task, examine, metered
+from fasthessian.operators.engines import Graph, Task, coarsest, examine, metered
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLoss, Part
 from fasthessian.operators.options import Options
@@ -49,7 +49,7 @@ class Passes(SymmetricOperator):
                         f"{options.engine!r}: {name!r} is tied, and its row padding_idx={row} has "
                         f"a gradient from one of its places only"
                     )
-        self._options = options
+        self._options, self._mode = options, options.mode
         self._dtypes = {name: p.dtype for name, p in chosen.items()}
         self.layout = Layout(chosen, parameters.common_dtype(chosen))
         self._describe(self.layout.n, self.layout.dtype, self.layout.device)
@@ -60,6 +60,7 @@ class Passes(SymmetricOperator):
         self._complete = False  # every part has its graph: the data need not be read
         self._snapshot: Snapshot | None = None
         self._copies: Copies = {}  # of buffers, as long as the snapshot holds
+        self.coarsest = self.layout.dtype  # in which a part of the loss is computed
         self._needs = 0.0  # bytes of the graphs of all parts
         self._padded: dict[int, int] = {}  # rows without gradient, by place of the parameter
         if isinstance(loss, ModelLoss):
@@ -79,6 +80,7 @@ class Passes(SymmetricOperator):
             self._capacity, self.engine = self._options.choose(
                 self._needs, loss.count, loss.replayable, self.device
             )
+        self._compare_slope(part)
         if self._options.microbatch:
             change = self.coupling()
             if change > (ROUNDED if self.rounded() else REPEATED):
@@ -118,7 +120,12 @@ class Passes(SymmetricOperator):
         """The loss of a part, examined for the derivatives that products take."""
         outputs, loss = self._evaluated(part)
         examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
+        self.coarsest = coarsest(loss)
         return float(loss.detach())
+
+    def _compare_slope(self, part: Part) -> None:
+        """Warn where the gradient of the first part is not the derivative of the loss."""
+        raise NotImplementedError
 
     def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
         """The scalar whose gradient is differentiated for a product."""
@@ -164,7 +171,7 @@ class Passes(SymmetricOperator):
         options = self._options
         precision = None if exact else options.precision
         with (
-            engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
+            engaged(self._loss.roots, mode or self._mode, self.device, copies, precision),
             Rewrite() if curved else contextlib.nullcontext(),
             hooks.lifted(self._hooks, list(now.values())),
         ):
@@ -209,7 +216,7 @@ class Passes(SymmetricOperator):
     def rounded(self) -> bool:
         """Whether the loss is computed in 16 bits, wholly or in part."""
         low = any(dtype in parameters.LOW for dtype in self._dtypes.values())
-        return low or self._options.precision == "bf16"
+        return low or self.coarsest in parameters.LOW or self._options.precision == "bf16"
 
     def coupling(self) -> float:
         """Relative change of the loss of a batch when it is cut; see ``ModelLoss``.
