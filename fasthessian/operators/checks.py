@@ -88,6 +88,8 @@ def check(A: Curvature, exact: bool) -> Check:
         passed &= good
         accepted = kinks if most == math.inf else f" of at most {most:.0e}"
         lines.append(f"{name:<11} {value:.1e}{accepted}  " + ("ok" if good else meaning))
+    if A.unreached():
+        lines.append(f"rows        {A.unreached()}")
     report = "\n".join(lines)
     return Check(symmetry, repetition, gradient, slope, forward, weights, passed, report)
 

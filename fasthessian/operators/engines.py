@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class Graph:
     def __init__(self, params: Sequence[Tensor], weight: float) -> None:
         self._params, self._weight = params, weight
         self.layers: Layers | None = None  # for blocks of single layers, where they are kept
-        self.padded: Mapping[int, int] = {}  # rows without gradient, by place
+        self.padded: dict[int, int | slice] = {}  # rows without gradient, by place
 
     def products(self, tasks: Sequence[Task], *, first: bool, keep: bool) -> None:
         """Add ``weight * H v`` to each row of each ``out``, or write it there if ``first``.
@@ -216,8 +216,18 @@ def gradient(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
     return torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
 
 
-def examine(loss: Tensor, params: Sequence[Tensor], twice: bool = True) -> None:
+def unused(loss: Tensor, params: Sequence[Tensor], places: Sequence[int]) -> list[int]:
+    """Those of the places whose parameters no gradient reaches."""
+    if not loss.requires_grad:
+        return list(places)
+    grads = torch.autograd.grad(loss, [params[i] for i in places], allow_unused=True)
+    return [i for i, grad in zip(places, grads, strict=True) if grad is None]
+
+
+def examine(loss: Tensor, params: Sequence[Tensor], twice: bool = True) -> list[int]:
     """Check that the loss depends on the parameters and can be differentiated (``twice``).
+
+    Returns the places of the parameters that no gradient reaches.
 
     torch gives zeros, without a word, where the second derivative runs into a custom function
     marked ``once_differentiable``: its error node hangs off the way to the parameters. A seed that
@@ -241,18 +251,19 @@ def examine(loss: Tensor, params: Sequence[Tensor], twice: bool = True) -> None:
             f"is it computed from detached tensors, or by a model that differentiates inside in "
             f"training only (mode='train')?"
         )
-    for node in nodes_of(grads) if twice else ():
+    for node in nodes_from([g.grad_fn for g in grads if g is not None] if twice else []):
         if node.name() == "torch::autograd::Error":
             raise RuntimeError(
                 "the loss has no second derivative: a custom autograd function in it is marked "
                 "once_differentiable; write its backward with differentiable operations, or use "
                 "engine='difference', which needs first derivatives only"
             )
+    return [i for i, grad in enumerate(grads) if grad is None]
 
 
-def nodes_of(tensors: Iterable[Tensor | None]) -> Iterator[Node]:
-    """The nodes of the graph that made the tensors."""
-    nodes = [t.grad_fn for t in tensors if t is not None]
+def nodes_from(starts: Iterable[Node | None]) -> Iterator[Node]:
+    """The nodes of a graph that lead to some of them, those included."""
+    nodes = list(starts)
     seen = set(nodes)
     while nodes:
         node = nodes.pop()
@@ -270,7 +281,7 @@ def coarsest(loss: Tensor) -> torch.dtype:
     That is not the parameters' where the model sets autocast, or converts its outputs.
     """
     found = {loss.dtype}
-    for node in nodes_of([loss]):
+    for node in nodes_from([loss.grad_fn]):
         found |= {each.dtype for each in getattr(node, "_input_metadata", ())}
     floats = [dtype for dtype in found if dtype.is_floating_point or dtype.is_complex]
     return max(floats, key=lambda dtype: torch.finfo(dtype).eps).to_real()

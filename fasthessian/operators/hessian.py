@@ -59,7 +59,9 @@ class Hessian(Curvature):
     Parameters in bfloat16 or float16 have float32 vectors. DataParallel, DistributedDataParallel
     and compiled models are unwrapped. A change of parameters, buffers or data in memory after
     construction is followed. Parameters that the loss does not use, or uses linearly, have zero
-    rows.
+    rows; ``engine`` names those that no gradient reaches. Hooks on gradients do not act in products.
+    Modules of the model that are not torch's get the flag of training where in eval mode alone they
+    detach a part of the same loss.
 
     Raises:
         ValueError: no trainable parameters; a loss that is not a scalar, not finite, or does not
@@ -68,6 +70,10 @@ class Hessian(Curvature):
         RuntimeError: the loader yields other samples than at the first pass; the loss differs
             between two evaluations; it cannot be differentiated twice.
         MemoryError: a product does not fit; the message names the option that would help.
+
+    Warns:
+        UserWarning: the gradient of the first batch is not the derivative of its loss, which
+            detaches a part of itself. H is then the derivative of the gradient.
 
     Example:
         >>> import torch, fasthessian as fh

@@ -18,10 +18,11 @@ from fasthessian.memory import out_of_memory
 from fasthessian.operators import hooks, parameters
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Block
-from fasthessian.operators.engines import Graph, Task, coarsest, examine, metered
+from fasthessian.operators.engines import Graph, Task, coarsest, examine, metered, unused
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLoss, Part
 from fasthessian.operators.options import Options
+from fasthessian.operators.padding import Padding, padding
 from fasthessian.operators.rewrite import Rewrite
 from fasthessian.operators.state import Copies, Snapshot, engaged
 from fasthessian.vectors import Layout
@@ -41,14 +42,6 @@ class Passes(SymmetricOperator):
         self, loss: ModelLoss | ClosureLoss, chosen: dict[str, Tensor], options: Options
     ) -> None:
         options.check(next(iter(chosen.values())).device, isinstance(loss, ClosureLoss))
-        if not options.keeps_graphs and isinstance(loss, ModelLoss):
-            for name, row, tied in loss.padded():
-                if tied and f"{name}.weight" in chosen:
-                    raise ValueError(
-                        f"engine must be 'retained' or 'recompute' for this model, got "
-                        f"{options.engine!r}: {name!r} is tied, and its row padding_idx={row} has "
-                        f"a gradient from one of its places only"
-                    )
         self._options, self._mode = options, options.mode
         self._dtypes = {name: p.dtype for name, p in chosen.items()}
         self.layout = Layout(chosen, parameters.common_dtype(chosen))
@@ -62,12 +55,8 @@ class Passes(SymmetricOperator):
         self._copies: Copies = {}  # of buffers, as long as the snapshot holds
         self.coarsest = self.layout.dtype  # in which a part of the loss is computed
         self._needs = 0.0  # bytes of the graphs of all parts
-        self._padded: dict[int, int] = {}  # rows without gradient, by place of the parameter
-        if isinstance(loss, ModelLoss):
-            place = {name: i for i, name in enumerate(chosen)}
-            for name, row, tied in loss.padded():
-                if f"{name}.weight" in place and not tied:
-                    self._padded[place[f"{name}.weight"]] = row
+        self._padding: list[Padding] = []
+        self._unreached: list[int] = []  # places of parameters without gradient
         self._layered = False  # whether blocks of single layers were asked for
         self._roomy(self._open)
 
@@ -94,6 +83,8 @@ class Passes(SymmetricOperator):
                 self._keep(self._made_graph(part, params), part, params)
         if self._options.precision is not None:
             self._measure_precision(part)
+        if self._unreached:
+            self.engine += f"; {self.unreached()}"
         if self._hooks.met:
             self.engine += "; hooks on gradients do not act"
 
@@ -119,8 +110,18 @@ class Passes(SymmetricOperator):
     def _look(self, part: Part, params: list[Tensor]) -> float:
         """The loss of a part, examined for the derivatives that products take."""
         outputs, loss = self._evaluated(part)
-        examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
+        curved = self._curved(outputs, loss)
+        self._unreached = examine(curved, params, twice=self._options.keeps_graphs)
         self.coarsest = coarsest(loss)
+        self._padding = list(padding(loss, params))
+        for place, row, tied in self._padding:
+            if tied and not self._options.keeps_graphs:
+                name = self.layout.names[place].removesuffix(".weight")
+                raise ValueError(
+                    f"engine must be 'retained' or 'recompute' for this loss, got "
+                    f"{self._options.engine!r}: {name!r} is tied, and its row padding_idx={row} "
+                    f"has a gradient from one of its places only"
+                )
         return float(loss.detach())
 
     def _compare_slope(self, part: Part) -> None:
@@ -179,7 +180,10 @@ class Passes(SymmetricOperator):
 
     def _made_graph(self, part: Part, params: list[Tensor]) -> Graph:
         graph = self._graph(part, params)
-        graph.padded = self._padded
+        graph.padded = {place: row for place, row, tied in self._padding if not tied}
+        if self._unreached and not self._options.keeps_graphs:  # which see through detach()
+            idle = unused(self._value(part), params, self._unreached)
+            graph.padded |= dict.fromkeys(idle, slice(None))
         return graph
 
     def _keep(self, graph: Graph, part: Part, params: list[Tensor]) -> None:
@@ -212,6 +216,15 @@ class Passes(SymmetricOperator):
         finally:
             self._options = options
         return out[0].add_(v, alpha=options.weight_decay)
+
+    def unreached(self) -> str:
+        """Which parameters have no gradient, and so zero rows; empty if none."""
+        if not self._unreached:
+            return ""
+        names = [self.layout.names[place] for place in self._unreached]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        when = "" if self._loss.count == 1 else " in the first batch"
+        return f"no gradient reaches {', '.join(names[:3])}{more}{when} (zero rows)"
 
     def rounded(self) -> bool:
         """Whether the loss is computed in 16 bits, wholly or in part."""
