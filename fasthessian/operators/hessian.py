@@ -59,9 +59,9 @@ class Hessian(Curvature):
     Parameters in bfloat16 or float16 have float32 vectors. DataParallel, DistributedDataParallel
     and compiled models are unwrapped. A change of parameters, buffers or data in memory after
     construction is followed. Parameters that the loss does not use, or uses linearly, have zero
-    rows; ``engine`` names those that no gradient reaches. Hooks on gradients do not act in products.
-    Modules of the model that are not torch's get the flag of training where in eval mode alone they
-    detach a part of the same loss.
+    rows; ``engine`` names those that no gradient reaches. Hooks on gradients do not act in
+    products. Modules of the model that are not torch's get the flag of training where in eval mode
+    alone they detach a part of the same loss.
 
     Raises:
         ValueError: no trainable parameters; a loss that is not a scalar, not finite, or does not

@@ -39,6 +39,18 @@ def padding(loss: Tensor, params: Sequence[Tensor]) -> Iterator[Padding]:
                 yield Padding(at, row or 0, computed or len(read) > 1)
 
 
+def check_untied(found: Sequence[Padding], names: Sequence[str], engine: str) -> None:
+    """Raise ValueError where tangents of 0 would not be right: for engines without graphs."""
+    for place, row, tied in found:
+        if tied:
+            name = names[place].removesuffix(".weight")
+            raise ValueError(
+                f"engine must be 'retained' or 'recompute' for this loss, got {engine!r}: "
+                f"{name!r} is tied, and its row padding_idx={row} has a gradient from one of its "
+                f"places only"
+            )
+
+
 def _row(node: Any) -> int | None:
     """The row that an embedding leaves out; None of any other node."""
     if not node.name().startswith("Embedding"):

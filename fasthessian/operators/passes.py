@@ -22,7 +22,7 @@ from fasthessian.operators.engines import Graph, Task, coarsest, examine, metere
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLoss, Part
 from fasthessian.operators.options import Options
-from fasthessian.operators.padding import Padding, padding
+from fasthessian.operators.padding import Padding, check_untied, padding
 from fasthessian.operators.rewrite import Rewrite
 from fasthessian.operators.state import Copies, Snapshot, engaged
 from fasthessian.vectors import Layout
@@ -114,14 +114,8 @@ class Passes(SymmetricOperator):
         self._unreached = examine(curved, params, twice=self._options.keeps_graphs)
         self.coarsest = coarsest(loss)
         self._padding = list(padding(loss, params))
-        for place, row, tied in self._padding:
-            if tied and not self._options.keeps_graphs:
-                name = self.layout.names[place].removesuffix(".weight")
-                raise ValueError(
-                    f"engine must be 'retained' or 'recompute' for this loss, got "
-                    f"{self._options.engine!r}: {name!r} is tied, and its row padding_idx={row} "
-                    f"has a gradient from one of its places only"
-                )
+        if not self._options.keeps_graphs:
+            check_untied(self._padding, self.layout.names, self._options.engine)
         return float(loss.detach())
 
     def _compare_slope(self, part: Part) -> None:
