@@ -192,8 +192,9 @@ class Curvature(Passes):
                 with self._at(params, offset):
                     return float(self._loss.evaluate(part)[1].detach())
 
-            g = self.mask_(self.flatten(gradient(self._value(part), params)))
-            return loss(torch.zeros_like(g)), distance(loss, g, self.theta(), self.coarsest)
+            value = self._value(part)
+            g = self.mask_(self.flatten(gradient(value, params)))
+            return float(value.detach()), distance(loss, g, self.theta(), self.coarsest)
 
     @contextlib.contextmanager
     def _at(self, params: list[Tensor], offset: Tensor | None) -> Iterator[None]:
