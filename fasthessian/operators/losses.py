@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -133,18 +132,6 @@ class ModelLoss:
             yield from reach("criterion", self.criterion, OTHER, seen)
             if callable(self._weights):
                 yield from reach("weights", self._weights, OTHER, seen)
-
-    def padded(self) -> Iterator[tuple[str, int, bool]]:
-        """Embeddings with a ``padding_idx``, whose row torch leaves out of gradients.
-
-        (name, row, whether another module has the same weight).
-        """
-        uses = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
-        for name, module in self.model.named_modules():
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                row = module.padding_idx
-                if row is not None:
-                    yield name, row, uses[id(module.weight)] > 1
 
     def named(self) -> dict[str, Tensor]:
         """The model's parameters now."""
