@@ -196,8 +196,8 @@ class Curvature(Passes):
             self._mode = "eval"
         if self._functions.met:  # straight-through estimates and reversed gradients are meant
             self.engine += (
-                f"; the gradient, which custom functions make, differs by {off:.0%} from the "
-                f"derivative of the loss"
+                f"; the gradient, which custom functions make, differs by {off:.0%} from "
+                f"differences of the loss"
             )
             return
         warnings.warn(
