@@ -65,7 +65,9 @@ class Hessian(Curvature):
 
     Parameters in bfloat16 or float16 have float32 vectors. DataParallel, DistributedDataParallel
     and compiled models are unwrapped. Parameters that the loss does not use, or uses linearly, have
-    zero rows.
+    zero rows; ``engine`` names those that no gradient reaches. Hooks on gradients do not act in
+    products. Modules of the model that are not torch's get the flag of training where in eval mode
+    alone they detach a part of the same loss.
 
     Changes after construction are followed, by whatever way they are written: parameters, buffers,
     data in memory and the list of batches, attributes of the model and the criterion and of objects
@@ -86,6 +88,10 @@ class Hessian(Curvature):
             between two evaluations; it cannot be differentiated twice, or its second derivative
             is wrong.
         MemoryError: a product does not fit; the message names the option that would help.
+
+    Warns:
+        UserWarning: the gradient of the first batch is not the derivative of its loss, which
+            detaches a part of itself. H is then the derivative of the gradient.
 
     Example:
         >>> import torch, fasthessian as fh

@@ -7,7 +7,6 @@ batch is its number of terms over the total, so ragged batches give what one bat
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -175,7 +174,7 @@ class ModelLoss:
         In eval mode, since no two batches have the same dropout masks. Those ``moved`` are at
         parameters a little off, where no gradient is 0 by chance.
         """
-        with training(self.roots, False), shifted(params, MOVED if moved else 0.0):
+        with training(self.roots, "eval"), shifted(params, MOVED if moved else 0.0):
             loss = self.evaluate(Part(0, 1.0, batch, 0))[1]
             found = denominators(loss)  # before the graph is freed
             pieces = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
@@ -202,18 +201,6 @@ class ModelLoss:
             yield from reach("criterion", self.criterion, OTHER, seen)
             if callable(self.terms.given):
                 yield from reach("weights", self.terms.given, OTHER, seen)
-
-    def padded(self) -> Iterator[tuple[str, int, bool]]:
-        """Embeddings with a ``padding_idx``, whose row torch leaves out of gradients.
-
-        (name, row, whether another module has the same weight).
-        """
-        uses = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
-        for name, module in self.model.named_modules():
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                row = module.padding_idx
-                if row is not None:
-                    yield name, row, uses[id(module.weight)] > 1
 
     def named(self) -> dict[str, Tensor]:
         """The model's parameters now."""

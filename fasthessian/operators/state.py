@@ -148,13 +148,14 @@ def _slow_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def training(roots: Sequence[nn.Module], flag: bool) -> Iterator[None]:
-    """Set the modules to training or evaluation; restore their flags at the end."""
+def training(roots: Sequence[nn.Module], mode: str) -> Iterator[None]:
+    """Set the modules to "train" or "eval"; "own": to training but for torch's own modules."""
     # the flag itself: a user's train() may do more than set it (merge adapters, keep layers frozen)
     held = [(module, module.training) for root in roots for module in root.modules()]
     try:
         for module, _ in held:
-            module.training = flag
+            torchs = type(module).__module__.startswith("torch.nn.")
+            module.training = mode == "train" or (mode == "own" and not torchs)
         yield
     finally:
         for module, before in held:
@@ -173,7 +174,8 @@ def engaged(
 
     Gradients on, autocast and TF32 off but for ``precision``, scaled dot-product attention under
     its math kernel (the fused ones have no second derivative), compiled code run eagerly, flags by
-    ``mode``, buffers and random states protected; ``copies`` as of ``own_buffers``.
+    ``mode`` ("own": train for modules that are not torch's), buffers and random states protected;
+    ``copies`` as of ``own_buffers``.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(turn())
@@ -196,7 +198,7 @@ def engaged(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(seeded(0))
         stack.enter_context(own_buffers(roots, copies))
-        stack.enter_context(training(roots, mode == "train"))
+        stack.enter_context(training(roots, mode))
         yield
 
 
