@@ -75,8 +75,10 @@ MODELS: dict[str, tuple[Callable[[bool], nn.Module], int]] = {
 }  # fmt: skip
 
 
-def made(name: str, always: bool, dtype: torch.dtype = F64) -> tuple[nn.Module, Any, Any]:
-    torch.manual_seed(0)
+def made(
+    name: str, always: bool, dtype: torch.dtype = F64, seed: int = 0
+) -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(seed)
     build, width = MODELS[name]
     data = torch.randn(8, 3, dtype=F64).to(dtype), torch.randn(8, width, dtype=F64).to(dtype)
     return build(always).to(dtype), nn.MSELoss(), data
@@ -141,12 +143,19 @@ def straight_through(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z + (torch.tanh(z) - z).detach(), y)
 
 
-@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-@pytest.mark.parametrize("loss", [focal, teacher, straight_through])
-def test_what_is_detached_on_purpose_is_served_and_named(loss: Any, dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
+DETACHED = (focal, teacher, straight_through)
+
+
+def small(dtype: torch.dtype, seed: int = 0) -> tuple[nn.Module, Any]:
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-    data = torch.randn(9, 5, dtype=dtype), torch.randint(3, (9,))
+    return model, (torch.randn(9, 5, dtype=dtype), torch.randint(3, (9,)))
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("loss", DETACHED)
+def test_what_is_detached_on_purpose_is_served_and_named(loss: Any, dtype: torch.dtype) -> None:
+    model, data = small(dtype)
     for curvature in (fh.Hessian, fh.GaussNewton):
         with pytest.warns(UserWarning, match="detaches a part of itself") as caught:
             A = curvature(model, loss, data)

@@ -62,7 +62,7 @@ def check(A: Curvature, exact: bool) -> Check:
     gradient = math.nan
     if not rounded:
         g = A.mask_(A.gradient())
-        gradient = distance(A.loss, g, A.theta(), A.coarsest)
+        gradient = distance(A.loss, A.loss(), g, A.theta(), A.coarsest)
     slope, spread = _difference(A, u, Au) if exact and not rounded else (math.nan, math.nan)
     forward, allowed, kinks = math.nan, DIFFERENCE[A.dtype], ""
     if slope > allowed and spread > slope / 4:  # what the loss detaches, every step shows alike

@@ -220,7 +220,8 @@ class Curvature(Passes):
 
             value = self._value(part)
             g = self.mask_(self.flatten(gradient(value, params)))
-            return float(value.detach()), distance(loss, g, self.theta(), self.coarsest)
+            here = float(value.detach())
+            return here, distance(loss, here, g, self.theta(), self.coarsest)
 
     @contextlib.contextmanager
     def _at(self, params: list[Tensor], offset: Tensor | None) -> Iterator[None]:

@@ -23,7 +23,11 @@ RESOLVED = 0.25  # by how much of what is found the steps may disagree
 
 
 def distance(
-    loss: Callable[[Tensor], float], gradient: Tensor, theta: Tensor, dtype: torch.dtype
+    loss: Callable[[Tensor], float],
+    here: float,
+    gradient: Tensor,
+    theta: Tensor,
+    dtype: torch.dtype,
 ) -> float:
     """|G - g| / |g|, with g the ``gradient`` and G the derivative of the loss where g is not 0.
 
@@ -32,6 +36,7 @@ def distance(
 
     Args:
         loss: its value at theta + its argument (n,).
+        here: its value at theta.
         gradient: g (n,).
         theta: the parameters (n,).
         dtype: in which the loss is computed, float32 or float64.
@@ -52,7 +57,6 @@ def distance(
         kernels.select(gradient.device).signs_(u, seed, 0)
         signs.append(u.mul_(used))
     want = [float(u.double() @ gradient.double()) for u in signs]
-    here = loss(torch.zeros_like(gradient))
     found: list[list[float]] = []
     best = math.inf
     for step in STEPS:
