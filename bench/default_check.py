@@ -2,12 +2,14 @@
 
     python bench/default_check.py [--seeds 5]
 
-Prints one table: custom functions that double backward gets wrong (caught: replaced or refused),
-models that it gets right (an alarm is a refusal, a replacement or a note), and the time of the
-check in gradients, for models without custom functions and with one in every layer.
+Prints one table: custom functions that double backward gets wrong and losses that detach a part of
+themselves (caught: replaced, refused, warned of, or differentiated as in training), models that are
+right (an alarm is any of these), and the time of the check in gradients, for models without custom
+functions and with one in every layer.
 """
 
 import argparse
+import itertools
 import sys
 import time
 import warnings
@@ -18,27 +20,32 @@ import torch
 import torch.nn.functional as F
 
 import fasthessian as fh
+from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.functioncheck import RIGHT
 from fasthessian.operators.watched import Functions
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import custom_models
 import models
+import test_gradient_of_the_loss
 import test_huggingface
 import test_model_zoo
 from custom_good import Good
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-WORDS = "second derivative"  # of every note
+WORDS = ("second derivative", "flags of training")  # of every note
 
 
 def notes(make):
-    """What the construction of an operator says of second derivatives; "" for nothing."""
-    try:
-        engine = make().engine
-    except (RuntimeError, TypeError) as error:
-        return str(error)
-    return engine if WORDS in engine else ""
+    """What the construction of an operator says of its derivatives; "" for nothing."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            engine = make().engine
+        except (RuntimeError, TypeError) as error:
+            return str(error)
+    found = [str(each.message) for each in caught if each.category is UserWarning]
+    return "; ".join(found) or (engine if any(map(engine.__contains__, WORDS)) else "")
 
 
 def planted(seeds):
@@ -49,10 +56,21 @@ def planted(seeds):
                 continue  # NumPy has no such numbers
             kinds = (fh.Hessian,) if case.criterion is None else (fh.Hessian, fh.GaussNewton)
             made = [custom_models.planted(name, dtype, seed)[0] for seed in range(seeds)]
-            caught = [
-                WORDS in notes(lambda k=kind, m=each: k(*m)) for kind in kinds for each in made
-            ]
+            caught = [bool(notes(lambda k=kind, m=each: k(*m))) for kind in kinds for each in made]
             yield f"{name}, {str(dtype)[6:]}", sum(caught), len(caught)
+    detached = test_gradient_of_the_loss
+    for name, dtype in itertools.product(detached.MODELS, DTYPES[:2]):
+        made = [detached.made(name, always=False, dtype=dtype, seed=seed) for seed in range(seeds)]
+        caught = [bool(notes(lambda m=each: fh.Hessian(*m))) for each in made]
+        yield f"{name} detached in eval mode, {str(dtype)[6:]}", sum(caught), len(caught)
+    for loss, dtype in itertools.product(detached.DETACHED, DTYPES[:2]):
+        made = [detached.small(dtype, seed) for seed in range(seeds)]
+        caught = [
+            bool(notes(lambda k=kind, m=model, c=loss, d=data: k(m, c, d)))
+            for kind in (fh.Hessian, fh.GaussNewton)
+            for model, data in made
+        ]
+        yield f"{loss.__name__}, {str(dtype)[6:]}", sum(caught), len(caught)
 
 
 def right(seeds):
@@ -134,15 +152,16 @@ def cost():
                 H = fh.Hessian(model, *made[1:], engine="recompute")
                 gradient = seconds(H.gradient)
                 checked = seconds(lambda m=model, r=made: fh.Hessian(m, *r[1:], engine="recompute"))
-                seen, walk = Functions.verdict, Functions.untrusted
+                held = Functions.verdict, Functions.untrusted, Curvature._compare_slope
                 Functions.verdict = lambda self, *_: RIGHT
                 Functions.untrusted = lambda self, *_, **__: []
+                Curvature._compare_slope = lambda self, _: None
                 try:
                     bare = seconds(
                         lambda m=model, r=made: fh.Hessian(m, *r[1:], engine="recompute")
                     )
                 finally:
-                    Functions.verdict, Functions.untrusted = seen, walk
+                    Functions.verdict, Functions.untrusted, Curvature._compare_slope = held
             finally:
                 F.relu, F.gelu = relu, gelu
             yield f"{name}, {kind}", (checked - bare) / gradient
@@ -154,7 +173,6 @@ def main():
     parser.add_argument("--seeds", type=int, default=5)
     seeds = parser.parse_args().seeds
     torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
     print("planted, caught")
     total = [0, 0]
     for name, caught, tried in planted(seeds):

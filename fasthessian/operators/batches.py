@@ -118,6 +118,9 @@ class Memory:
         """Yield every batch."""
         yield from self._data if self._many else [self._data]
 
+    def order(self) -> None:
+        """They are."""
+
     def restart(self) -> None:
         """Nothing is kept of a pass."""
 
@@ -148,7 +151,7 @@ class Stream:
             RuntimeError: the samples differ from those of the first pass.
         """
         self._passes += 1
-        seen = Fingerprint(self._ordered)
+        seen = Fingerprint()
         owners = (self._loader, *(getattr(self._loader, key, None) for key in _SAMPLERS))
         generators = {id(g): g for owner in owners if (g := getattr(owner, "generator", None))}
         with seeded(self._passes, list(generators.values())):
@@ -157,12 +160,16 @@ class Stream:
                 yield batch
         if self._first is None:
             self._first = seen
-        elif not seen.matches(self._first):
+        elif not seen.matches(self._first, self._ordered):
             raise RuntimeError(
                 f"data yields different batches at each pass (random augmentation, sampling or "
                 f"padding{', or their order' if self._ordered else ''}); use a loader without "
                 f"randomness, or fix one pass: data=list(loader)"
             )
+
+    def order(self) -> None:
+        """From now on every pass must yield the same batches in the same order."""
+        self._ordered = True
 
     def restart(self) -> None:
         """Take the next pass for the first one."""
@@ -181,11 +188,10 @@ class Fingerprint:
     """Sums over the samples of a random projection and of its square, in float64.
 
     Neither sum depends on the order of the samples or on how they are batched. The square ties
-    each input to its target. ``ordered`` adds a sum that depends on both.
+    each input to its target. A third sum depends on both.
     """
 
-    def __init__(self, ordered: bool) -> None:
-        self._ordered = ordered
+    def __init__(self) -> None:
         self._count = 0
         self._sums = [0.0, 0.0, 0.0]
         self._batches = 0
@@ -207,14 +213,14 @@ class Fingerprint:
             self._count += length
             self._sums[0] += float(p.sum())
             self._sums[1] += float(p @ p)
-            self._sums[2] += self._batches * float(p.sum()) if self._ordered else 0.0
+            self._sums[2] += self._batches * float(p.sum())
 
-    def matches(self, other: Fingerprint) -> bool:
-        """Whether both saw the same samples, to rounding of the sums."""
+    def matches(self, other: Fingerprint, ordered: bool) -> bool:
+        """Whether both saw the same samples (``ordered``: in this order), to rounding."""
         if self._count != other._count:
             return False
         norm = math.sqrt(self._count * max(self._sums[1], other._sums[1]))
-        scales = (norm, self._sums[1], norm * self._batches)
+        scales = (norm, self._sums[1], norm * self._batches if ordered else math.inf)
         return all(
             abs(a - b) <= 1e-9 * scale
             for a, b, scale in zip(self._sums, other._sums, scales, strict=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fasthessian import kernels
 from fasthessian.operators.base import ASYMMETRY
 from fasthessian.operators.losses import REPEATED, ROUNDED, Part
+from fasthessian.operators.slopes import ALLOWED, distance
 from fasthessian.operators.watched import wrong
 from fasthessian.records import Record
 
@@ -31,9 +32,10 @@ class Check(Record):
 
     symmetry: float  # |u'Av - v'Au| over |Au| + |Av|
     repetition: float  # distance of two equal products
+    gradient: float  # distance of the gradient from differences of the loss
     difference: float  # distance of a product from central differences of gradients
     forward: float  # the same from forward mode, where differences disagree
-    weights: float  # change of a batch's loss when it is cut
+    weights: float  # largest change of a batch's gradient when it is cut
     ok: bool
     report: str
 
@@ -57,21 +59,28 @@ def check(A: Curvature, exact: bool) -> Check:
     symmetry = abs(uAv - vAu) / size
     repetition = float((again.double() - Au.double()).norm()) / size
     rounded = A.rounded()  # differences of gradients would show their rounding alone
+    gradient = math.nan
+    if not rounded:
+        g = A.mask_(A.gradient())
+        gradient = distance(A.loss, A.loss(), g, A.theta(), A.coarsest)
     slope, spread = _difference(A, u, Au) if exact and not rounded else (math.nan, math.nan)
     forward, allowed, kinks = math.nan, DIFFERENCE[A.dtype], ""
     if slope > allowed and spread > slope / 4:  # what the loss detaches, every step shows alike
         forward = _forward(A, u, Au)
         if forward <= allowed:  # differences see kinks, which no derivative does
             allowed, kinks = math.inf, f"  kinks: forward mode agrees to {forward:.1e}"
-    weights = A.coupling()
+    weights, batch = A.coupling()
     rows = (
         ("symmetry", symmetry, ASYMMETRY[A.dtype], "products are wrong: use another engine"),
         ("repetition", repetition, ASYMMETRY[A.dtype],
          "the loss is no function of the parameters alone: fix its random numbers"),
+        ("gradient", gradient, ALLOWED.get(A.coarsest, 1.0),
+         "it is not the derivative of the loss, which detaches a part of itself (on purpose, or "
+         "where the model differentiates inside: in training only? try mode='train')"),
         ("difference", slope, allowed,
          "a second derivative is wrong, or the loss detaches a part of itself; try another engine"),
         ("weights", weights, ROUNDED if rounded else REPEATED,
-         "a batch is not the mean of its parts: pass weights=, or the model couples samples"),
+         f"batch {batch} is not the mean of its parts: pass weights=, or samples are coupled"),
     )  # fmt: skip
     lines, passed = [], True
     for name, value, most, meaning in rows:
@@ -82,8 +91,10 @@ def check(A: Curvature, exact: bool) -> Check:
         passed &= good
         accepted = kinks if most == math.inf else f" of at most {most:.0e}"
         lines.append(f"{name:<11} {value:.1e}{accepted}  " + ("ok" if good else meaning))
+    if A.unreached():
+        lines.append(f"rows        {A.unreached()}")
     report = "\n".join(lines)
-    return Check(symmetry, repetition, slope, forward, weights, passed, report)
+    return Check(symmetry, repetition, gradient, slope, forward, weights, passed, report)
 
 
 def _difference(A: Curvature, v: Tensor, Av: Tensor) -> tuple[float, float]:

@@ -33,13 +33,18 @@ def plain(criterion: Any) -> Any:
     return type(criterion) if isinstance(criterion, nn.Module) else criterion
 
 
-def is_causal(model: nn.Module) -> bool:
-    """Whether this is one of Hugging Face's causal language models, which shift their labels."""
-    return type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+def is_torchs(criterion: Any) -> bool:
+    """Whether this is one of torch's loss modules or functions, with options of its own."""
+    kind = plain(criterion)
+    home = getattr(kind, "__module__", None)
+    return home in ("torch.nn.modules.loss", "torch.nn.functional")
 
 
-def terms(model: nn.Module, criterion: Any, batch: Batch) -> float:
-    """How many terms the criterion averages over in this batch (1 for a sum)."""
+def terms(criterion: Any, batch: Batch) -> float:
+    """How many terms the criterion averages over in this batch (1 for a sum).
+
+    Right for torch's own criteria; for others a guess, of the number of valid targets or samples.
+    """
     reduction = None if criterion is None else option(criterion, "reduction")
     if reduction == "sum":
         return 1.0
@@ -49,9 +54,6 @@ def terms(model: nn.Module, criterion: Any, batch: Batch) -> float:
     ignored = None if criterion is None else option(criterion, "ignore_index")
     whole = not targets.is_floating_point() and not targets.is_complex()
     if isinstance(batch, Mapping) and whole and ignored is None:
-        # causal language models of Hugging Face predict the next label: the first has no term
-        if targets.dim() > 1 and is_causal(model):
-            targets = targets[:, 1:]
         return float((targets != IGNORED).sum())
     if ignored is not None and whole:
         valid = targets[targets != ignored]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
@@ -19,6 +22,7 @@ from fasthessian.operators.engines import gradient
 from fasthessian.operators.losses import ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.passes import Passes
+from fasthessian.operators.slopes import ALLOWED, distance
 from fasthessian.operators.state import turn
 
 
@@ -34,6 +38,7 @@ class Curvature(Passes):
     """
 
     _ordered = False  # whether the matrix depends on the order of the data
+    _scaled = False  # whether the matrix of one batch depends on whether the loss is a sum
     _exact = False  # whether the matrix is the derivative of the gradient
 
     def __init__(
@@ -58,7 +63,8 @@ class Curvature(Passes):
         model, wrapper = parameters.unwrapped(model)
         chosen = parameters.of_model(model, params, wrapper)
         like = next(iter(chosen.values()))
-        loss = ModelLoss(model, criterion, data, weights, mode, like, microbatch, self._ordered)
+        ordered, scaled = self._ordered, self._scaled
+        loss = ModelLoss(model, criterion, data, weights, mode, like, microbatch, ordered, scaled)
         self._prepare(loss, chosen, options)
         if wrapper:
             self.engine += f"; {wrapper} unwrapped"
@@ -168,6 +174,55 @@ class Curvature(Passes):
 
             return distances(slope, float(self.theta().norm() or 1.0) / float(v.norm()), out[0])
 
+    def _compare_slope(self, part: Part) -> None:
+        """Warn where the gradient of the first part is not the derivative of the loss.
+
+        Unless that is so in eval mode alone: a model that differentiates inside may have autograd
+        record it in training only. Then its own modules get that flag, if the loss is the same.
+        Where custom functions make the gradient, ``engine`` says so instead.
+        """
+        if self.rounded():
+            return  # differences would show rounding alone
+        off = self._slope(part)[1]
+        if not off > ALLOWED[self.coarsest]:
+            return
+        if self._mode == "eval" and self._loss.roots:
+            loss = self._slope(part)[0]
+            with contextlib.suppress(Exception):  # in training a model may want other inputs
+                self._mode = "own"
+                found, rest = self._slope(part)
+                if math.isclose(found, loss, rel_tol=1e-6) and rest <= ALLOWED[self.coarsest]:
+                    self.engine += "; the model's own modules have the flags of training: " + (
+                        "in eval mode they detach a part of the loss"
+                    )
+                    return
+            self._mode = "eval"
+        if self._functions.met:  # straight-through estimates and reversed gradients are meant
+            self.engine += (
+                f"; the gradient, which custom functions make, differs by {off:.0%} from "
+                f"differences of the loss"
+            )
+            return
+        warnings.warn(
+            f"the gradient differs by {off:.0%} from the derivative of {self._loss.origin}, which "
+            f"detaches a part of itself; {type(self).__name__} is made from that gradient: right "
+            f"if that is meant, else let autograd record all of it (create_graph=True)",
+            stacklevel=6,
+        )
+
+    def _slope(self, part: Part) -> tuple[float, float]:
+        """The loss of a part, and how far its gradient is from its derivative; see ``slopes``."""
+        with self._pass() as params:
+
+            def loss(offset: Tensor) -> float:
+                with self._at(params, offset):
+                    return float(self._loss.evaluate(part)[1].detach())
+
+            value = self._value(part)
+            g = self.mask_(self.flatten(gradient(value, params)))
+            here = float(value.detach())
+            return here, distance(loss, here, g, self.theta(), self.coarsest)
+
     @contextlib.contextmanager
     def _at(self, params: list[Tensor], offset: Tensor | None) -> Iterator[None]:
         held = [p.data for p in params]
@@ -181,21 +236,39 @@ class Curvature(Passes):
                 p.data = at
 
     def mask_(self, v: Tensor) -> Tensor:
-        """Set v to 0 at rows of embeddings that have no gradient, their ``padding_idx``."""
-        if isinstance(self._loss, ModelLoss):
-            views = self.unflatten(v)
-            for name, row, _ in self._loss.padded():
-                if f"{name}.weight" in views:
-                    views[f"{name}.weight"][row] = 0
+        """Set v to 0 where gradients do not reach: padding rows of embeddings, detached layers."""
+        views = self.layout.views(v)
+        for place, row, _ in self._padding:
+            if row < len(views[place]):  # a computed weight may have more rows
+                views[place][row] = 0
+        for place in self._unreached:
+            views[place].zero_()
         return v
+
+    def by_forward(self, v: Tensor) -> Tensor:
+        """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
+        options, out = self._options, torch.empty_like(v[None])
+        with turn():
+            self._options = dataclasses.replace(options, engine="forward")
+            try:
+                with self._pass() as params, closing(self._loss.parts()) as parts:
+                    for i, part in enumerate(parts):
+                        task = self._task(None, v[None], out)
+                        self._made_graph(part, params).products([task], first=i == 0, keep=False)
+            finally:
+                self._options = options
+        return out[0].add_(v, alpha=options.weight_decay)
 
     def check(self) -> Check:
         """Measure what could silently be wrong: on this model, these data and this engine.
 
-        Symmetry of the matrix, repetition of a product, a product against central differences of
-        gradients (for the Hessian; where kinks as of ReLU spoil those, against forward mode), and
-        the weights of batches. Costs three products and six gradients; ``print(A.check())`` shows a
-        line each.
+        Symmetry of the matrix, repetition of a product, the gradient against central differences
+        of the loss along random signs, a product against those of gradients (for the Hessian; where
+        kinks as of ReLU spoil those, against forward mode), and the weights of batches: whether the
+        gradient of each is that of its parts. What is computed in 16 bits has no differences.
+        Parameters that no gradient reaches are named. Costs three products, nine gradients and five
+        evaluations of the loss, or thirteen where the first do not suffice; ``print(A.check())``
+        shows a line each.
 
         Returns:
             Check: the numbers, ``ok``, and the report.

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 
 from fasthessian import kernels
 from fasthessian.operators.layers import Layers
@@ -17,7 +17,8 @@ from fasthessian.operators.linearised import along
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
 # What torch says of an operation that it cannot differentiate twice, and forward over reverse.
 NOT_TWICE = ("not implemented", "not been implemented", "differentiate twice")
-NOT_FORWARD = ("forward AD", "forward mode AD", "jvp", "ZeroTensors", "setup_context", *NOT_TWICE)
+NOT_FORWARD = ("forward AD", "forward mode AD", "jvp", "ZeroTensors", "setup_context",
+               "functorch transform", *NOT_TWICE)  # fmt: skip
 
 Gradient = Callable[[Sequence[int]], Sequence[Tensor]]  # with respect to parameters at places
 
@@ -40,7 +41,7 @@ class Graph:
     def __init__(self, params: Sequence[Tensor], weight: float) -> None:
         self._params, self._weight = params, weight
         self.layers: Layers | None = None  # for blocks of single layers, where they are kept
-        self.padded: Mapping[int, int] = {}  # rows without gradient, by place
+        self.padded: dict[int, int | slice] = {}  # rows without gradient, by place
 
     def products(self, tasks: Sequence[Task], *, first: bool, keep: bool) -> None:
         """Add ``weight * H v`` to each row of each ``out``, or write it there if ``first``.
@@ -215,8 +216,18 @@ def gradient(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
     return torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
 
 
-def examine(loss: Tensor, params: Sequence[Tensor], twice: bool = True) -> None:
+def unused(loss: Tensor, params: Sequence[Tensor], places: Sequence[int]) -> list[int]:
+    """Those of the places whose parameters no gradient reaches."""
+    if not loss.requires_grad:
+        return list(places)
+    grads = torch.autograd.grad(loss, [params[i] for i in places], allow_unused=True)
+    return [i for i, grad in zip(places, grads, strict=True) if grad is None]
+
+
+def examine(loss: Tensor, params: Sequence[Tensor], twice: bool = True) -> list[int]:
     """Check that the loss depends on the parameters and can be differentiated (``twice``).
+
+    Returns the places of the parameters that no gradient reaches.
 
     torch gives zeros, without a word, where the second derivative runs into a custom function
     marked ``once_differentiable``: its error node hangs off the way to the parameters. A seed that
@@ -225,27 +236,55 @@ def examine(loss: Tensor, params: Sequence[Tensor], twice: bool = True) -> None:
     grads: tuple[Tensor | None, ...] = ()
     if loss.requires_grad:
         seed = torch.ones_like(loss, requires_grad=True)
-        grads = torch.autograd.grad(loss, params, seed, create_graph=twice, allow_unused=True)
-    nodes = [grad.grad_fn for grad in grads if grad is not None]
-    if not nodes:
+        try:
+            grads = torch.autograd.grad(loss, params, seed, create_graph=twice, allow_unused=True)
+        except RuntimeError as error:
+            if "graph a second time" not in str(error):
+                raise
+            raise RuntimeError(
+                "the model frees its graph where it differentiates inside; if it keeps it in "
+                "training (create_graph=self.training) use mode='train', else let it create_graph"
+            ) from error
+    if all(grad is None for grad in grads):
         raise ValueError(
             f"the loss does not depend on any of the {len(params)} parameters; "
-            f"is it computed from detached tensors?"
+            f"is it computed from detached tensors, or by a model that differentiates inside in "
+            f"training only (mode='train')?"
         )
-    seen = set(nodes)
-    while twice and nodes:
-        node = nodes.pop()
-        if node is None:
-            continue
+    for node in nodes_from([g.grad_fn for g in grads if g is not None] if twice else []):
         if node.name() == "torch::autograd::Error":
             raise RuntimeError(
                 "the loss has no second derivative: a custom autograd function in it is marked "
                 "once_differentiable; write its backward with differentiable operations, or use "
                 "engine='difference', which needs first derivatives only"
             )
+    return [i for i, grad in enumerate(grads) if grad is None]
+
+
+def nodes_from(starts: Iterable[Node | None]) -> Iterator[Node]:
+    """The nodes of a graph that lead to some of them, those included."""
+    nodes = list(starts)
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        yield node
         fresh = {following for following, _ in node.next_functions} - seen
         seen |= fresh
         nodes += fresh
+
+
+def coarsest(loss: Tensor) -> torch.dtype:
+    """The dtype of the fewest bits in which a part of the loss is computed.
+
+    That is not the parameters' where the model sets autocast, or converts its outputs.
+    """
+    found = {loss.dtype}
+    for node in nodes_from([loss.grad_fn]):
+        found |= {each.dtype for each in getattr(node, "_input_metadata", ())}
+    floats = [dtype for dtype in found if dtype.is_floating_point or dtype.is_complex]
+    return max(floats, key=lambda dtype: torch.finfo(dtype).eps).to_real()
 
 
 @contextlib.contextmanager

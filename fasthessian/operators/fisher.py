@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fasthessian.operators.batches import samples
-from fasthessian.operators.criteria import option, terms
-from fasthessian.operators.likelihood import has_classes, sampled_scores
+from fasthessian.operators.criteria import is_torchs
+from fasthessian.operators.likelihood import class_per_sample, sampled_scores, weighted
 from fasthessian.operators.linearised import Middle
 from fasthessian.operators.losses import Part
 from fasthessian.operators.outer import OuterCurvature, Scores
@@ -42,11 +42,16 @@ class EmpiricalFisher(OuterCurvature):
         tensor([2., 0.])
     """
 
+    _scaled = True
+
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
         (slopes,) = torch.autograd.grad(
             loss, z, retain_graph=True, allow_unused=True, materialize_grads=True
         )
+        criterion, terms = self._given.criterion, self._given.terms
         found = self._categorical(part, z, loss)
+        if found is None and not is_torchs(criterion):
+            found = weighted(criterion, part.batch, z, slopes)
         if found is not None:
             # total s_r / weight_r is the slope of the term alone
             factor = torch.where(found.weights > 0, found.total / found.weights, 0.0)
@@ -57,12 +62,14 @@ class EmpiricalFisher(OuterCurvature):
                 f"the outputs must have one row a sample for EmpiricalFisher ({count} here), got "
                 f"shape {tuple(z.shape)}; put the batch first"
             )
-        criterion = self._given.criterion
-        mean = float(count)
-        if option(criterion, "reduction") == "sum":
-            mean = 1.0
-        elif option(criterion, "ignore_index") is not None and has_classes(part.batch):
-            mean = terms(self._given.model, criterion, part.batch)
+        mean = 1.0 if terms.summed else float(count)
+        if not terms.summed and class_per_sample(part.batch) and not self._given.counted_at_a_point:
+            mean = self._given.terms_of(part, loss)
+        elif terms.uneven:
+            raise ValueError(
+                "criterion must be a mean or a sum over the samples for EmpiricalFisher, but some "
+                "have more terms than others here; use its sum, of which each sample has its own"
+            )
         return Scores(slopes[None], tuple(range(1, z.dim())), mean)
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from fasthessian.operators import layers, parameters
+from fasthessian.operators.closures import ClosureLoss
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.engines import Difference, DoubleBackward, Forward, Graph, gradient
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.linearised import second_derivative
-from fasthessian.operators.losses import ClosureLoss, Part
+from fasthessian.operators.losses import Part
 from fasthessian.operators.options import Options
 
 
@@ -40,10 +41,11 @@ class Hessian(Curvature):
         precision: None makes products in the parameters' dtype; ``"bf16"`` under autocast,
             ``"tf32"`` on the tensor cores of a GPU. Both err by 1e-3 to 1e-1: ``engine`` tells by
             how much in a product of the first batch.
-        weights: ``"auto"`` counts the terms of each batch: valid targets for ``ignore_index``
-            (times class weights), elements or samples otherwise. Or the number of terms per batch,
-            as a sequence or as a callable of a batch. A mapping without a criterion counts its
-            labels other than -100, from the second on for Hugging Face's causal language models.
+        weights: ``"auto"`` counts the terms of each batch: by the options of torch's own criteria;
+            for other losses by what each batch's loss is divided by in its graph, or by numbers of
+            entries of the batch, tested on the gradients of the halves of up to three batches.
+            ``engine`` says where that is not exact; what no weights fit is refused. Or the number
+            of terms per batch, as a sequence or as a callable of a batch.
         group: None.
         mode: ``"eval"``, or ``"train"``: dropout masks are then fixed, drawn once per batch.
         memory_budget: bytes for kept graphs; None is half of the free memory.
@@ -63,7 +65,9 @@ class Hessian(Curvature):
 
     Parameters in bfloat16 or float16 have float32 vectors. DataParallel, DistributedDataParallel
     and compiled models are unwrapped. Parameters that the loss does not use, or uses linearly, have
-    zero rows.
+    zero rows; ``engine`` names those that no gradient reaches. Hooks on gradients do not act in
+    products. Modules of the model that are not torch's get the flag of training where in eval mode
+    alone they detach a part of the same loss.
 
     Changes after construction are followed, by whatever way they are written: parameters, buffers,
     data in memory and the list of batches, attributes of the model and the criterion and of objects
@@ -84,6 +88,10 @@ class Hessian(Curvature):
             between two evaluations; it cannot be differentiated twice, or its second derivative
             is wrong.
         MemoryError: a product does not fit; the message names the option that would help.
+
+    Warns:
+        UserWarning: the gradient of the first batch is not the derivative of its loss, which
+            detaches a part of itself. H is then the derivative of the gradient.
 
     Example:
         >>> import torch, fasthessian as fh

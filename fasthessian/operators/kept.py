@@ -13,8 +13,9 @@ from torch.autograd.graph import get_gradient_edge
 
 from fasthessian.operators import parameters
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.closures import ClosureLoss
 from fasthessian.operators.engines import Graph
-from fasthessian.operators.losses import ClosureLoss, ModelLoss
+from fasthessian.operators.losses import ModelLoss
 from fasthessian.operators.state import Copies, turn
 from fasthessian.operators.watch import Watch
 from fasthessian.operators.watched import Functions
@@ -58,7 +59,7 @@ class KeptGraphs(SymmetricOperator):
             self._forget()
         if change.name is not None:
             self._changes = self._changes[0] + 1, change.name
-        if change.terms:
+        if change.terms or (change.void and self._loss.counted_at_a_point):
             self._survey()
         return now
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fasthessian import kernels
 from fasthessian.operators.batches import Batch, samples
-from fasthessian.operators.criteria import IGNORED, is_causal, option, plain, terms
+from fasthessian.operators.criteria import IGNORED, option, plain, terms
 from fasthessian.operators.losses import Part
 
 MSE = F.mse_loss  # inside a product another stands there
@@ -37,11 +37,11 @@ class Categorical(NamedTuple):
         return self.weights / self.total
 
 
-def categorical(model: nn.Module, criterion: Any, part: Part, z: Tensor) -> Categorical | None:
+def categorical(criterion: Any, part: Part, z: Tensor) -> Categorical | None:
     """How cross-entropy with class indices reads the outputs z; None if the loss is another.
 
-    Known are torch's own and classes derived from it, log-likelihood of classes, and the losses of
-    Hugging Face models on labels, which the caller compares with the model's loss (``is_slope``).
+    Known are torch's own and classes derived from it, and log-likelihood of classes; ``readings``
+    are for other losses.
 
     Raises:
         ValueError: class weights together with label smoothing, whose terms have no one weight.
@@ -49,13 +49,6 @@ def categorical(model: nn.Module, criterion: Any, part: Part, z: Tensor) -> Cate
     targets = _targets(part.batch)
     if targets is None or targets.dtype != torch.int64 or z.dim() != max(targets.dim(), 1) + 1:
         return None
-    targets, count = targets.to(z.device), terms(model, criterion, part.batch)
-    if criterion is None and isinstance(part.batch, Mapping):
-        if z.shape[:-1] != targets.shape:
-            return None
-        if is_causal(model):  # the scores at a place are for the label of the next
-            targets = F.pad(targets[:, 1:], (0, 1), value=IGNORED)
-        return _weighed(z.dim() - 1, targets, IGNORED, None, count)
     kind = plain(criterion)
     derived = isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss))
     if isinstance(part.batch, Mapping) or not (derived or kind in (F.cross_entropy, F.nll_loss)):
@@ -69,6 +62,7 @@ def categorical(model: nn.Module, criterion: Any, part: Part, z: Tensor) -> Cate
             "no weights of their own"
         )
     ignored = option(criterion, "ignore_index", IGNORED)
+    targets, count = targets.to(z.device), terms(criterion, part.batch)
     found = _weighed(1, targets, ignored, by_class, count)
     exact = kind in (nn.CrossEntropyLoss, F.cross_entropy) and not smoothing
     return found._replace(exact=exact)
@@ -85,25 +79,72 @@ def _weighed(
     return Categorical(axis, targets, weights, count)
 
 
+def readings(criterion: Any, batch: Batch, z: Tensor) -> Iterator[Categorical]:
+    """Cross-entropies of z that a model's own loss or a function may be; see ``is_slope``.
+
+    By every tensor of indices that fits z, at its places or, as in language models, at those of the
+    next ones; negative indices are ignored; as a mean or a sum.
+    """
+    entries = batch.values() if isinstance(batch, Mapping) else reversed(batch)
+    for targets in entries:
+        if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() < 1:
+            continue
+        for axis in sorted({1, z.dim() - 1}, reverse=True):
+            shape = (*z.shape[:axis], *z.shape[axis + 1 :])
+            if targets.shape != shape or not -1 < int(targets.max()) < z.shape[axis]:
+                continue
+            held = [targets.to(z.device)]
+            if targets.dim() > 1 and axis == z.dim() - 1:
+                held.append(F.pad(held[0][:, 1:], (0, 1), value=IGNORED))
+            for each in held:
+                index = torch.where(each < 0, IGNORED, each)
+                found = _weighed(axis, index, IGNORED, None, float((each >= 0).sum()))
+                for total in (found.total, 1.0):
+                    yield found._replace(total=total, exact=criterion is None)
+
+
 def _targets(batch: Batch) -> Tensor | None:
     found = batch.get("labels") if isinstance(batch, Mapping) else batch[-1]
     return found if isinstance(found, Tensor) else None
 
 
-def has_classes(batch: Batch) -> bool:
-    """Whether the targets are class indices."""
+def class_per_sample(batch: Batch) -> bool:
+    """Whether the targets are indices, one for each sample."""
     targets = _targets(batch)
-    return targets is not None and not targets.is_floating_point()
+    whole = targets is not None and not targets.is_floating_point()
+    return whole and targets is not None and targets.numel() == samples(batch)
+
+
+def _residuals(found: Categorical, z: Tensor) -> Tensor:
+    """The probabilities less the target's 1."""
+    own = z.detach().softmax(found.axis)
+    index = found.targets.unsqueeze(found.axis)
+    return own.scatter_add_(found.axis, index, torch.full_like(index, -1, dtype=own.dtype))
 
 
 def is_slope(found: Categorical, z: Tensor, slopes: Tensor) -> bool:
     """Whether the slopes dL/dz are those of the cross-entropy, as looked at in each term."""
-    own = z.detach().softmax(found.axis)
-    index = found.targets.unsqueeze(found.axis)
-    own.scatter_add_(found.axis, index, torch.full_like(index, -1, dtype=own.dtype))
+    own = _residuals(found, z)
     own.mul_(found.scale().to(own.dtype).unsqueeze(found.axis))
     size = float(slopes.double().norm())
     return float((own - slopes).double().norm()) <= 1e-3 * size if size else not own.any()
+
+
+def weighted(criterion: Any, batch: Batch, z: Tensor, slopes: Tensor) -> Categorical | None:
+    """A cross-entropy of z that is a mean with class weights, as the slopes dL/dz show them."""
+    for way in readings(criterion, batch, z):
+        own = _residuals(way, z).double()
+        scale = (own * slopes).sum(way.axis) / own.square().sum(way.axis)
+        scale = scale.nan_to_num().where(way.weights > 0, 0.0)
+        gap = float((own * scale.unsqueeze(way.axis) - slopes).norm())
+        classes = way.targets[way.weights > 0]
+        by_class = scale.new_zeros(z.shape[way.axis])
+        by_class[classes] = scale[way.weights > 0]
+        alike = torch.allclose(by_class[way.targets] * way.weights, scale, rtol=1e-3)
+        whole = abs(float(scale.sum()) - 1) <= 1e-3
+        if alike and whole and gap <= 1e-3 * float(slopes.double().norm()):
+            return way._replace(weights=scale.clamp(min=0), total=1.0, exact=False)
+    return None
 
 
 class Softmax:

@@ -7,12 +7,11 @@ batch is its number of terms over the total, so ragged batches give what one bat
 from __future__ import annotations
 
 import itertools
-import math
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -30,13 +29,18 @@ from fasthessian.operators.batches import (
     source,
     to_device,
 )
-from fasthessian.operators.criteria import call, option, scalar, terms
+from fasthessian.operators.counting import decide, keyed
+from fasthessian.operators.criteria import call, scalar
+from fasthessian.operators.denominators import denominators
 from fasthessian.operators.hooks import acting
-from fasthessian.operators.state import own_buffers, seeded
+from fasthessian.operators.state import own_buffers, seeded, shifted, training
+from fasthessian.operators.terms import Terms
+from fasthessian.operators.trials import SHARP, Gradient, Trials
 from fasthessian.operators.watch import DATA, OTHER, POINT, Entry, of_module, reach
 
 REPEATED = 1e-3  # relative; two evaluations of one loss differ by rounding only
 ROUNDED = 2e-2  # the same for a loss that is computed in 16 bits
+MOVED = 1e-2  # a step of parameters over their root mean square
 
 
 class Part(NamedTuple):
@@ -64,6 +68,7 @@ class ModelLoss:
         like: Tensor,
         microbatch: int | None = None,
         ordered: bool = False,
+        scaled: bool = False,
     ) -> None:
         if criterion is not None and not callable(criterion):
             raise TypeError(f"criterion must be callable or None, got {type(criterion).__name__}")
@@ -92,35 +97,98 @@ class ModelLoss:
                     f"set its sparse to False"
                 )
         self.roots = [root for root in (model, criterion) if isinstance(root, nn.Module)]
-        self._weights = _checked(weights)
+        self.terms = Terms(criterion, weights)
+        self._scaled = scaled  # whether a sum and a mean differ for a single part, too
         self._fits = False  # until the first batch went through
         # batch statistics, dropout masks and given weights depend on the order and the batching
-        ordered |= mode == "train" or self._weights is not None
+        ordered |= mode == "train" or self.terms.given is not None
         self._source: Memory | Stream = source(data, ordered)
         self.replayable = self._source.replayable
         self.survey()
 
     def survey(self) -> None:
-        """One pass over the data: check the batches, count the terms."""
-        counts, self.size, index, total = [], 0, -1, 0.0
+        """One pass over the data: check the batches, count the terms as the criterion says."""
+        self.terms.way, self.terms.told_all, self.note = None, True, ""
+        self.size, index, counts, total = 0, -1, [], 0.0
         self._source.restart()
         with closing(self._chunks()) as chunks:
-            for number, weight, share, batch in chunks:
+            for number, weight, count, batch in chunks:
                 total += weight if number > index else 0.0
                 index = number
-                counts.append(weight * share)
+                counts.append(count)
                 self.size += size(batch)
         if not counts:
             raise ValueError("data is empty: it yielded no batch")
-        if isinstance(self._weights, list) and len(self._weights) != index + 1:
+        given = self.terms.given
+        if isinstance(given, list) and len(given) != index + 1:
             raise ValueError(
-                f"weights must have one entry per batch ({index + 1}), got {len(self._weights)}"
+                f"weights must have one entry per batch ({index + 1}), got {len(given)}"
             )
+        enough = len(counts) == 1 and total > 0 if given is None else self.terms.told_all
+        self.counted = self.terms.known or (enough and not self._scaled)
+        if self.counted or given is not None:
+            self._take(counts, total)
+
+    def _take(self, counts: Sequence[float], total: float) -> None:
         if total <= 0:
             raise ValueError("data holds no term of the loss: every target is ignored")
-        summed = self._weights is None and option(self.criterion, "reduction") == "sum"
-        self._total = 1.0 if summed else total
+        self._total = 1.0 if self.terms.summed and self.terms.given is None else total
         self.count = sum(count > 0 for count in counts)
+
+    def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
+        """Count the terms by the loss itself; see ``counting``.
+
+        Costs one evaluation of each part, and two gradients of each of a few batches. Gradients
+        that differ by no more than ``allowed``, relative, count as equal.
+        """
+        if self.terms.known:
+            return
+
+        def gradient(batch: Batch, moved: bool) -> Gradient:
+            pieces, found = self.gradient(batch, params, moved)
+            return pieces, keyed(batch, found)
+
+        trials = Trials(gradient, max(SHARP[self._dtype], allowed / 10), allowed)
+        with closing(self._chunks()) as chunks:
+            parts = (batch for *_, batch in chunks)
+            way = decide(parts, lambda i, batch: self.evaluate(Part(i, 1.0, batch, 0))[1], trials)
+        self.terms.way, self.note, self.counted = way, way.note, True
+        if way.words is None:
+            self._source.order()  # no other pass has the same batches
+        self._take(way.values, sum(way.values) if self.terms.given is None else self._total)
+
+    @property
+    def counted_at_a_point(self) -> bool:
+        """Whether the numbers of terms may depend on the parameters."""
+        return self.terms.way is not None and self.terms.way.words is None
+
+    def terms_of(self, part: Part, loss: Tensor) -> float:
+        """The number of terms of a part whose loss is this."""
+        return self.terms.number(part.batch, denominators(loss))
+
+    def gradient(
+        self, batch: Batch, params: Sequence[Tensor], moved: bool = False
+    ) -> tuple[Sequence[Tensor], list[float]]:
+        """The gradient of the loss of a batch, and its denominators.
+
+        In eval mode, since no two batches have the same dropout masks. Those ``moved`` are at
+        parameters a little off, where no gradient is 0 by chance.
+        """
+        with training(self.roots, "eval"), shifted(params, MOVED if moved else 0.0):
+            loss = self.evaluate(Part(0, 1.0, batch, 0))[1]
+            found = denominators(loss)  # before the graph is freed
+            pieces = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+            return pieces, found
+
+    def batches(self) -> Generator[tuple[int, Batch, list[Batch]], None, None]:
+        """(index, batch, its microbatches, or its halves), where there are two and a weight."""
+        with closing(self._source.one_pass()) as batches:
+            for index, batch in enumerate(batches):
+                chunks = list(cut(batch, self.microbatch or (samples(batch) + 1) // 2))
+                if len(chunks) > 1 and (
+                    self.terms.given is None or self.terms.weight(index, batch)
+                ):
+                    yield index, batch, chunks
 
     def entries(self, whole: bool) -> Iterator[Entry]:
         """What the loss depends on; see ``watch``."""
@@ -131,85 +199,34 @@ class ModelLoss:
         yield from self._source.entries(whole, seen)
         if whole:
             yield from reach("criterion", self.criterion, OTHER, seen)
-            if callable(self._weights):
-                yield from reach("weights", self._weights, OTHER, seen)
-
-    def padded(self) -> Iterator[tuple[str, int, bool]]:
-        """Embeddings with a ``padding_idx``, whose row torch leaves out of gradients.
-
-        (name, row, whether another module has the same weight).
-        """
-        uses = Counter(id(p) for m in self.model.modules() for p in m._parameters.values())
-        for name, module in self.model.named_modules():
-            if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-                row = module.padding_idx
-                if row is not None:
-                    yield name, row, uses[id(module.weight)] > 1
+            if callable(self.terms.given):
+                yield from reach("weights", self.terms.given, OTHER, seen)
 
     def named(self) -> dict[str, Tensor]:
         """The model's parameters now."""
         return dict(self.model.named_parameters())
 
-    def _weight(self, index: int, batch: Batch) -> float:
-        """The weight of a whole batch: its number of terms, or what the user says."""
-        if self._weights is None:
-            return terms(self.model, self.criterion, batch)
-        if isinstance(self._weights, list):
-            value = self._weights[index] if index < len(self._weights) else 0.0
-        else:
-            value = float(self._weights(batch))
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(
-                f"weights must be finite and not negative, got {value} for batch {index}"
-            )
-        return value
-
-    def _cut(self, batch: Batch, most: int | None) -> list[tuple[float, Batch]]:
-        """(share of the weight of the batch, microbatch): of a sum each has it all."""
-        chunks = list(cut(batch, most))
-        if len(chunks) == 1:
-            return [(1.0, batch)]
-        whole = terms(self.model, self.criterion, batch) or 1.0
-        return [(terms(self.model, self.criterion, chunk) / whole, chunk) for chunk in chunks]
-
     def _chunks(self) -> Generator[tuple[int, float, float, Batch], None, None]:
-        """(index and weight of the batch, share of it, microbatch), over one pass of the data."""
+        """(index of a batch, its weight, that of a microbatch, microbatch) over one pass."""
+        position = 0
         with closing(self._source.one_pass()) as batches:
             for index, batch in enumerate(batches):
                 check_batch(batch, self.criterion is not None)
-                weight = self._weight(index, batch)
-                for share, chunk in self._cut(batch, self.microbatch):
-                    yield index, weight, share, chunk
+                chunks = list(cut(batch, self.microbatch))
+                weight, counts = self.terms.of_chunks(index, batch, chunks, position)
+                position += len(chunks)
+                for count, chunk in zip(counts, chunks, strict=True):
+                    yield index, weight, count, chunk
 
     def parts(self) -> Generator[Part, None, None]:
         """One pass over the data; batches without a term of the loss are left out."""
         position, first = itertools.count(), 0
         with closing(self._chunks()) as chunks:
-            for _, whole, share, batch in chunks:
-                weight = whole * share / self._total
+            for _, _, count, batch in chunks:
+                weight = count / self._total
                 if weight > 0:
                     yield Part(next(position), weight, batch, size(batch), first)
                 first += samples(batch)
-
-    def coupling(self) -> float:
-        """Relative change of a batch's loss when it is cut into microbatches, or in two.
-
-        That of the first batch which can be cut; NaN if there is none.
-        """
-        with closing(self._source.one_pass()) as batches:
-            for index, batch in enumerate(batches):
-                most = self.microbatch or max(1, samples(batch) // 2)
-                chunks = self._cut(batch, most)
-                if len(chunks) == 1 or not self._weight(index, batch):
-                    continue
-
-                def loss_of(part: Batch) -> float:  # a model may differentiate inside
-                    return float(self.evaluate(Part(0, 1.0, part, 0))[1].detach())
-
-                whole = loss_of(batch)  # and the mean over no term at all is NaN
-                together = sum(share * loss_of(chunk) for share, chunk in chunks if share)
-                return abs(together - whole) / (abs(whole) or 1.0)
-        return math.nan
 
     def evaluate(
         self, part: Part, values: Mapping[str, Tensor] | None = None
@@ -249,59 +266,3 @@ class ModelLoss:
             raise ValueError(f"data does not fit the model and criterion: {error}") from error
         self._fits = True
         return outputs, scalar(loss, self.origin)
-
-
-class ClosureLoss:
-    """A loss given by a function without arguments: a single part."""
-
-    origin = "closure"
-    replayable = True
-    size = count = 1
-
-    def __init__(self, closure: Callable[[], Tensor], params: dict[str, Tensor]) -> None:
-        if not callable(closure):
-            raise TypeError(f"closure must be callable, got {type(closure).__name__}")
-        self._closure, self._params = closure, params
-        self.roots: list[nn.Module] = []
-
-    def survey(self) -> None:
-        """Nothing to count."""
-
-    def entries(self, whole: bool) -> Iterator[Entry]:
-        """The tensors given as ``params``, and what can be reached from the closure."""
-        for name, tensor in self._params.items():
-            yield f"parameter {name!r}", tensor, POINT
-        if whole:
-            seen = {id(tensor) for tensor in self._params.values()}
-            yield from reach("closure", self._closure, OTHER, seen)
-
-    def named(self) -> dict[str, Tensor]:
-        """The tensors given as ``params``."""
-        return self._params
-
-    def parts(self) -> Generator[Part, None, None]:
-        """The one part."""
-        yield Part(0, 1.0, None, 1)
-
-    def evaluate(
-        self, part: Part, values: Mapping[str, Tensor] | None = None
-    ) -> tuple[Any, Tensor]:
-        """No outputs, and the closure's loss with its graph."""
-        with seeded(part.position), acting():
-            return None, scalar(self._closure(), self.origin)
-
-
-def _checked(weights: Any) -> list[float] | Callable[[Batch], float] | None:
-    """None for "auto", or the weights in the form that was given."""
-    if isinstance(weights, str) and weights == "auto":
-        return None
-    if callable(weights):
-        checked: Callable[[Batch], float] = weights
-        return checked
-    try:
-        return [float(weight) for weight in weights]
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"weights must be 'auto', a sequence of numbers or a callable of a batch, "
-            f"got {weights!r:.80}"
-        ) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, cast
@@ -11,10 +12,11 @@ from torch import Tensor, nn
 
 from fasthessian.operators import layers
 from fasthessian.operators.checks import distances
+from fasthessian.operators.criteria import is_torchs
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.engines import Graph, difference
 from fasthessian.operators.layers import Layers
-from fasthessian.operators.likelihood import Categorical, categorical, is_slope
+from fasthessian.operators.likelihood import Categorical, categorical, is_slope, readings
 from fasthessian.operators.linearised import Linearised, Middle, along
 from fasthessian.operators.losses import ModelLoss, Part
 
@@ -27,7 +29,7 @@ class OuterCurvature(Curvature):
 
     def __init__(self, model: nn.Module, criterion: Any, data: Any, **options: Any) -> None:
         self._examined = False
-        self._own_loss_is_known: bool | None = None
+        self._readings: dict[int, int | None] = {}  # how each part is a cross-entropy, if it is
         super().__init__(model, criterion, data, **options)
         if not self._examined:  # no graph is kept
             with self._pass() as params, closing(self._loss.parts()) as parts:
@@ -35,7 +37,8 @@ class OuterCurvature(Curvature):
 
     def _survey(self) -> None:
         super()._survey()
-        self._examined, self._own_loss_is_known = False, None
+        self._examined = False
+        self._readings.clear()
 
     @property
     def _given(self) -> ModelLoss:
@@ -51,17 +54,25 @@ class OuterCurvature(Curvature):
         check_path(z, loss, params, type(self).__name__)
 
     def _categorical(self, part: Part, z: Tensor, loss: Tensor) -> Categorical | None:
-        """How the loss is a cross-entropy of z; a model's own loss is compared with it once."""
+        """How the loss is a cross-entropy of z.
+
+        A loss that is not torch's is compared once for each part with what it may be.
+        """
         criterion = self._given.criterion
-        found = categorical(self._given.model, criterion, part, z)
-        if found is None or criterion is not None:
+        found = categorical(criterion, part, z)
+        if found is not None or is_torchs(criterion):
             return found
-        if self._own_loss_is_known is None:
+        if part.position not in self._readings:
             (slopes,) = torch.autograd.grad(
                 loss, z, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            self._own_loss_is_known = is_slope(found, z, slopes)
-        return found if self._own_loss_is_known else None
+            ways = enumerate(readings(criterion, part.batch, z))
+            held = (number for number, way in ways if is_slope(way, z, slopes))
+            self._readings[part.position] = next(held, None)
+        number = self._readings[part.position]
+        if number is None:
+            return None
+        return next(itertools.islice(readings(criterion, part.batch, z), number, None), None)
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
         outputs, loss = self._evaluated(part)

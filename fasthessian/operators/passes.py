@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -16,11 +15,14 @@ from fasthessian.memory import out_of_memory
 from fasthessian.operators import hooks, parameters
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.checks import compared, precision_error
-from fasthessian.operators.engines import Graph, Task, examine, metered
+from fasthessian.operators.closures import ClosureLoss
+from fasthessian.operators.coupling import coupling
+from fasthessian.operators.engines import Graph, Task, coarsest, examine, metered, unused
 from fasthessian.operators.kept import KeptGraphs
 from fasthessian.operators.layers import Layers
-from fasthessian.operators.losses import REPEATED, ROUNDED, ClosureLoss, ModelLoss, Part
+from fasthessian.operators.losses import REPEATED, ROUNDED, ModelLoss, Part
 from fasthessian.operators.options import Options
+from fasthessian.operators.padding import Padding, check_untied, padding
 from fasthessian.operators.rewrite import Rewrite
 from fasthessian.operators.state import engaged, turn
 from fasthessian.operators.watched import Functions
@@ -40,28 +42,17 @@ class Passes(KeptGraphs):
         self, loss: ModelLoss | ClosureLoss, chosen: dict[str, Tensor], options: Options
     ) -> None:
         options.check(next(iter(chosen.values())).device, isinstance(loss, ClosureLoss))
-        if not options.keeps_graphs and isinstance(loss, ModelLoss):
-            for name, row, tied in loss.padded():
-                if tied and f"{name}.weight" in chosen:
-                    raise ValueError(
-                        f"engine must be 'retained' or 'recompute' for this model, got "
-                        f"{options.engine!r}: {name!r} is tied, and its row padding_idx={row} has "
-                        f"a gradient from one of its places only"
-                    )
-        self._options = options
+        self._options, self._mode = options, options.mode
         self._dtypes = {name: p.dtype for name, p in chosen.items()}
         self.layout = Layout(chosen, parameters.common_dtype(chosen))
         self._describe(self.layout.n, self.layout.dtype, self.layout.device)
         self._loss = loss
         self._keep_none()
         self._hooks = hooks.Lift()
+        self.coarsest = self.layout.dtype  # in which a part of the loss is computed
         self._needs = 0.0  # bytes of the graphs of all parts
-        self._padded: dict[int, int] = {}  # rows without gradient, by place of the parameter
-        if isinstance(loss, ModelLoss):
-            place = {name: i for i, name in enumerate(chosen)}
-            for name, row, tied in loss.padded():
-                if f"{name}.weight" in place and not tied:
-                    self._padded[place[f"{name}.weight"]] = row
+        self._padding: list[Padding] = []
+        self._unreached: list[int] = []  # places of parameters without gradient
         self._layered = False  # whether blocks of single layers were asked for
         self._functions = Functions()
         self._untrusted: list[str] = []  # nodes of the graph whose second derivative is unknown
@@ -76,12 +67,15 @@ class Passes(KeptGraphs):
             self._capacity, self.engine = self._options.choose(
                 self._needs, loss.count, loss.replayable, self.device
             )
+        if loss.note:
+            self.engine += f"; {loss.note}"
+        self._compare_slope(part)
         if self._options.microbatch:
-            change = self.coupling()
-            if change > (ROUNDED if self.rounded() else REPEATED):
+            change, index = self.coupling()
+            if change > self._repeated():
                 raise ValueError(
-                    f"microbatch={self._options.microbatch} changes the loss of the first batch by "
-                    f"{change:.1%}: the model or the criterion couples the samples of a batch; "
+                    f"microbatch={self._options.microbatch} changes the gradient of batch {index} "
+                    f"by {change:.1%}: the model or the criterion couples the samples of a batch; "
                     f"use microbatch=None"
                 )
         if self._capacity and loss.replayable:
@@ -92,6 +86,8 @@ class Passes(KeptGraphs):
         if self._untrusted:
             self.engine += compared(self, part, ", ".join(self._untrusted))
         self.engine += self._functions.words()
+        if self._unreached:
+            self.engine += f"; {self.unreached()}"
         if self._hooks.met:
             self.engine += "; hooks on gradients do not act"
 
@@ -118,7 +114,12 @@ class Passes(KeptGraphs):
     def _look(self, part: Part, params: list[Tensor]) -> float:
         """The loss of a part, examined for the derivatives that products take."""
         outputs, loss = self._evaluated(part)
-        examine(self._curved(outputs, loss), params, twice=self._options.keeps_graphs)
+        curved = self._curved(outputs, loss)
+        self._unreached = examine(curved, params, twice=self._options.keeps_graphs)
+        self.coarsest = coarsest(loss)
+        self._padding = list(padding(loss, params))
+        if not self._options.keeps_graphs:
+            check_untied(self._padding, self.layout.names, self._options.engine)
         self._untrusted = self._suspects(outputs, loss)
         return float(loss.detach())
 
@@ -135,6 +136,10 @@ class Passes(KeptGraphs):
 
     def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
         """Of a product of the part with v (1, n) from differences; see ``distances``."""
+        raise NotImplementedError
+
+    def _compare_slope(self, part: Part) -> None:
+        """Warn where the gradient of the first part is not the derivative of the loss."""
         raise NotImplementedError
 
     def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
@@ -164,18 +169,35 @@ class Passes(KeptGraphs):
             options = self._options
             precision = None if exact else options.precision
             with (
-                engaged(self._loss.roots, mode or options.mode, self.device, copies, precision),
-                Rewrite() if curved else contextlib.nullcontext(),
-                self._functions if curved and self._twice else contextlib.nullcontext(),
+                engaged(self._loss.roots, mode or self._mode, self.device, copies, precision),
                 hooks.lifted(self._hooks, list(now.values())),
             ):
-                yield list(now.values())
+                evaluates |= not self._loss.counted
+                self._count(list(now.values()))
+                with (
+                    Rewrite() if curved else contextlib.nullcontext(),
+                    self._functions if curved and self._twice else contextlib.nullcontext(),
+                ):
+                    yield list(now.values())
             if evaluates:
                 self._watch.settle()
 
+    def _count(self, params: list[Tensor], anyway: bool = False) -> None:
+        """Count the terms of the loss, if that is due or ``anyway``."""
+        if isinstance(self._loss, ModelLoss) and (anyway or not self._loss.counted):
+            with Rewrite(), self._functions if self._twice else contextlib.nullcontext():
+                self._loss.count_terms(params, self._repeated())
+
+    def _repeated(self) -> float:
+        """The relative distance of two evaluations of one loss that is accepted."""
+        return ROUNDED if self.rounded() else REPEATED
+
     def _made_graph(self, part: Part, params: list[Tensor]) -> Graph:
         graph = self._graph(part, params)
-        graph.padded = self._padded
+        graph.padded = {place: row for place, row, tied in self._padding if not tied}
+        if self._unreached and not self._options.keeps_graphs:  # which see through detach()
+            idle = unused(self._value(part), params, self._unreached)
+            graph.padded |= dict.fromkeys(idle, slice(None))
         return graph
 
     def _keep(self, graph: Graph, part: Part, params: list[Tensor]) -> None:
@@ -196,24 +218,19 @@ class Passes(KeptGraphs):
         """Factors of single layers; see ``layers``."""
         return None
 
-    def by_forward(self, v: Tensor) -> Tensor:
-        """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
-        options, out = self._options, torch.empty_like(v[None])
-        with turn():
-            self._options = dataclasses.replace(options, engine="forward")
-            try:
-                with self._pass() as params, closing(self._loss.parts()) as parts:
-                    for i, part in enumerate(parts):
-                        task = self._task(None, v[None], out)
-                        self._made_graph(part, params).products([task], first=i == 0, keep=False)
-            finally:
-                self._options = options
-        return out[0].add_(v, alpha=options.weight_decay)
+    def unreached(self) -> str:
+        """Which parameters have no gradient, and so zero rows; empty if none."""
+        if not self._unreached:
+            return ""
+        names = [self.layout.names[place] for place in self._unreached]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        when = "" if self._loss.count == 1 else " in the first batch"
+        return f"no gradient reaches {', '.join(names[:3])}{more}{when} (zero rows)"
 
     def rounded(self) -> bool:
         """Whether the loss is computed in 16 bits, wholly or in part."""
         low = any(dtype in parameters.LOW for dtype in self._dtypes.values())
-        return low or self._options.precision == "bf16"
+        return low or self.coarsest in parameters.LOW or self._options.precision == "bf16"
 
     def relative_error(self) -> float:
         """The relative error of a product, by the parameters' dtype, the precision, the engine."""
@@ -224,15 +241,15 @@ class Passes(KeptGraphs):
             errors.append(max(errors) ** (2 / 3))
         return max(errors)
 
-    def coupling(self) -> float:
-        """Relative change of the loss of a batch when it is cut; see ``ModelLoss``.
-
-        In eval mode, because the masks of dropout are drawn for each microbatch.
-        """
+    def coupling(self) -> tuple[float, int]:
+        """See ``coupling.coupling``; in eval mode, as masks of dropout differ by microbatch."""
         if not isinstance(self._loss, ModelLoss):
-            return math.nan
-        with self._pass(curved=False, mode="eval"):
-            return self._loss.coupling()
+            return math.nan, -1
+        with self._pass(mode="eval") as params:
+            if not callable(self._loss.terms.given):
+                with contextlib.suppress(ValueError):  # weights were given since none are right
+                    self._count(params, anyway=True)
+            return coupling(self._loss, params, self._repeated())
 
     def _value(self, part: Part) -> Tensor:
         """The loss of a part, checked to be finite."""

@@ -7,6 +7,7 @@ it sets belongs to the whole process, so threads take turns (``turn``).
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import random
 import sys
@@ -147,16 +148,18 @@ def _slow_attention() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _training(roots: Sequence[nn.Module], training: bool) -> Iterator[None]:
+def training(roots: Sequence[nn.Module], mode: str) -> Iterator[None]:
+    """Set the modules to "train" or "eval"; "own": to training but for torch's own modules."""
     # the flag itself: a user's train() may do more than set it (merge adapters, keep layers frozen)
     held = [(module, module.training) for root in roots for module in root.modules()]
     try:
         for module, _ in held:
-            module.training = training
+            torchs = type(module).__module__.startswith("torch.nn.")
+            module.training = mode == "train" or (mode == "own" and not torchs)
         yield
     finally:
-        for module, flag in held:
-            module.training = flag
+        for module, before in held:
+            module.training = before
 
 
 @contextlib.contextmanager
@@ -171,7 +174,8 @@ def engaged(
 
     Gradients on, autocast and TF32 off but for ``precision``, scaled dot-product attention under
     its math kernel (the fused ones have no second derivative), compiled code run eagerly, flags by
-    ``mode``, buffers and random states protected; ``copies`` as of ``own_buffers``.
+    ``mode`` ("own": train for modules that are not torch's), buffers and random states protected;
+    ``copies`` as of ``own_buffers``.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(turn())
@@ -194,5 +198,25 @@ def engaged(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(seeded(0))
         stack.enter_context(own_buffers(roots, copies))
-        stack.enter_context(_training(roots, mode == "train"))
+        stack.enter_context(training(roots, mode))
         yield
+
+
+@contextlib.contextmanager
+def shifted(params: Sequence[Tensor], step: float) -> Iterator[None]:
+    """Inside, the parameters are moved by ``step`` times their root mean square, at random."""
+    if not step:
+        yield
+        return
+    held = [p.data for p in params]
+    square = sum(float(p.double().square().sum()) for p in held)
+    step *= math.sqrt(square / sum(p.numel() for p in held)) or 1.0
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for p in params:
+            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
+            p.data = p.data + step * noise.to(p.device, p.dtype)
+        yield
+    finally:
+        for p, at in zip(params, held, strict=True):
+            p.data = at

@@ -89,6 +89,11 @@ class Functions:
                     self._errors[name] = max(known, kind.verdict.treatment.error)
         return kind.verdict
 
+    @property
+    def met(self) -> bool:
+        """Whether the loss applies custom functions."""
+        return bool(self._kinds)
+
     def replaces(self, function: Function) -> bool:
         """Whether some call of the function is replaced."""
         return any(kind.verdict.treatment for kind in self._kinds.get(function, {}).values())

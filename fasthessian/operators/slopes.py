@@ -1,0 +1,81 @@
+"""Is the gradient the derivative of the loss? Looked at by central differences of the loss.
+
+It is not where the loss detaches a part of itself: on purpose, or because a model differentiates
+inside and lets autograd record that in training only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fasthessian import kernels
+
+STEPS = (1.0, 3.0, 0.3)  # times eps^(1/3) of the size of the parameters; the first may suffice
+# What differences may leave: their rounding, and activations that switch sides within the step
+ALLOWED = {torch.float32: 5e-3, torch.float64: 1e-3}
+DIRECTIONS = 2  # one alone misses what happens to have no slope along it
+ROUNDING = 8.0  # times eps |loss| / h is what rounding may leave of a difference
+RESOLVED = 0.25  # by how much of what is found the steps may disagree
+
+
+def distance(
+    loss: Callable[[Tensor], float],
+    here: float,
+    gradient: Tensor,
+    theta: Tensor,
+    dtype: torch.dtype,
+) -> float:
+    """|G - g| / |g|, with g the ``gradient`` and G the derivative of the loss where g is not 0.
+
+    Estimated from differences along random signs u, since E (u'(G - g))^2 = |G - g|^2. Entries
+    where g is 0 stay as they are: padding rows, and layers that get no gradient.
+
+    Args:
+        loss: its value at theta + its argument (n,).
+        here: its value at theta.
+        gradient: g (n,).
+        theta: the parameters (n,).
+        dtype: in which the loss is computed, float32 or float64.
+
+    Returns:
+        Right if at most ``ALLOWED``. NaN where g is 0, or differences do not tell: steps disagree,
+        as they do at kinks and jumps of the loss, or rounding hides the slope.
+    """
+    used = gradient != 0
+    count, size = int(used.sum()), float(gradient.double().norm())
+    if not count or not math.isfinite(size):
+        return math.nan
+    eps = torch.finfo(dtype).eps
+    unit = float(eps ** (1 / 3)) * (float((theta * used).double().norm()) or 1.0) / math.sqrt(count)
+    signs: list[Tensor] = []
+    for seed in range(DIRECTIONS):
+        u = torch.empty_like(gradient)
+        kernels.select(gradient.device).signs_(u, seed, 0)
+        signs.append(u.mul_(used))
+    want = [float(u.double() @ gradient.double()) for u in signs]
+    found: list[list[float]] = []
+    best = math.inf
+    for step in STEPS:
+        h = step * unit
+        sides = [((loss(h * u) - here) / h, (here - loss(-h * u)) / h) for u in signs]
+        found.append([(up + down) / 2 for up, down in sides])
+        # with a kink within h on one side the other side has the slope of the gradient
+        misses = [max(min(side) - g, g - max(side), 0.0)
+                  for side, g in zip(sides, want, strict=True)]  # fmt: skip
+        if not all(map(math.isfinite, found[-1])):
+            continue
+        best = min(best, max(_size(misses) - ROUNDING * eps * abs(here) / h, 0.0) / size)
+        if best <= ALLOWED[dtype]:
+            return best
+    first, *others = found
+    apart = [_size([a - b for a, b in zip(first, other, strict=True)]) for other in others]
+    return best if all(gap <= RESOLVED * best * size for gap in apart) else math.nan
+
+
+def _size(x: Sequence[float]) -> float:
+    """The root mean square."""
+    return math.sqrt(sum(a * a for a in x) / len(x))
