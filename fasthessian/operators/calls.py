@@ -124,7 +124,7 @@ def arguments(model: nn.Module, criterion: Any, batch: Batch) -> Call:
             return args, named
     rule = ""
     if criterion is None:
-        rule = "; criterion is None, so it gets the whole batch"
+        rule = "; criterion is None, so the model gets the whole batch"
     elif is_sequence(batch):
         rule = "; the last entry is the targets"
     raise TypeError(
