@@ -276,6 +276,14 @@ def test_the_model_keeps_no_hook():
     assert not model._forward_hooks
 
 
+def test_a_loss_of_the_model_whose_parameters_have_other_names_is_told_of_them():
+    model, batch = net(), data()
+    with pytest.raises(TypeError, match=r"name its first parameter model: lambda model, batch:"):
+        fh.Hessian(model, lambda a, b: CE(a(b[0]), b[1]), batch)
+    A = fh.Hessian(model, lambda model, batch: CE(model(batch[0]), batch[1]), batch)
+    assert distance(A, dense(model, lambda m: loss(m, batch))) < 1e-12
+
+
 def test_an_error_of_the_users_own_loss_is_raised_as_it_is():
     class Strange(RuntimeError):
         pass

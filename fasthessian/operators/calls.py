@@ -227,6 +227,11 @@ def explained(error: Exception, batch: Batch, dtype: torch.dtype) -> Exception |
             f"data holds {', '.join(map(str, others))} but the parameters are {dtype}; "
             f"convert one of them ({words})"
         )
+    if isinstance(error, TypeError) and words == "'Tensor' object is not callable":
+        return TypeError(
+            "criterion calls its first argument, which is a tensor of outputs here; if it is a "
+            "loss of (model, batch), name its first parameter model: lambda model, batch: ..."
+        )
     if not _innermost(error.__traceback__).startswith(TORCH):
         return None
     kind = TypeError if isinstance(error, (TypeError, AttributeError)) else ValueError
