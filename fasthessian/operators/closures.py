@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fasthessian.operators.criteria import scalar
+from fasthessian.operators.calls import scalar
 from fasthessian.operators.hooks import acting
 from fasthessian.operators.losses import Part
 from fasthessian.operators.state import seeded

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fasthessian.operators.batches import Batch, samples
+from fasthessian.operators.batches import Batch, is_sequence, leaves, samples
 from fasthessian.operators.denominators import denominators
 from fasthessian.operators.trials import SAME, SAMPLES, SUM, Key, Numbers, Trials
 
@@ -87,6 +87,8 @@ def _tensors(batch: Batch, every: bool) -> Iterator[tuple[str, Tensor]]:
     if isinstance(batch, Mapping):
         named = sorted(batch.items(), key=lambda item: item[0] != "labels")
         every |= "labels" not in batch
+    elif not is_sequence(batch):
+        named, every = [("the batch", [*leaves(batch)])], True
     else:
         named = [("the targets", batch[-1])]
         named += [(f"input {i}", item) for i, item in enumerate(batch[:-1])]

@@ -1,15 +1,15 @@
-"""What a criterion is: its options, its number of terms in a batch, and the loss that it gives."""
+"""What a criterion is: its options, and its number of terms in a batch."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from fasthessian.operators.batches import Batch, samples
+from fasthessian.operators.batches import Batch, samples, targets
 
 IGNORED = -100  # what torch and Hugging Face leave out of a loss over tokens
 
@@ -48,70 +48,21 @@ def terms(criterion: Any, batch: Batch) -> float:
     reduction = None if criterion is None else option(criterion, "reduction")
     if reduction == "sum":
         return 1.0
-    targets = batch.get("labels") if isinstance(batch, Mapping) else batch[-1]
-    if not isinstance(targets, Tensor):
+    given = targets(batch)
+    if not isinstance(given, Tensor):
         return float(samples(batch))
     ignored = None if criterion is None else option(criterion, "ignore_index")
-    whole = not targets.is_floating_point() and not targets.is_complex()
+    whole = not given.is_floating_point() and not given.is_complex()
     if isinstance(batch, Mapping) and whole and ignored is None:
-        return float((targets != IGNORED).sum())
+        return float((given != IGNORED).sum())
     if ignored is not None and whole:
-        valid = targets[targets != ignored]
+        valid = given[given != ignored]
         weight = option(criterion, "weight")
         if reduction is None or not isinstance(weight, Tensor):
             return float(valid.numel())
         return float(weight.detach().double()[valid.to(weight.device)].sum())
-    if ignored is not None and targets.dim() > 0:  # class probabilities (C,) or (N, C, ...)
-        return float(targets.numel() // targets.shape[min(1, targets.dim() - 1)])
+    if ignored is not None and given.dim() > 0:  # class probabilities (C,) or (N, C, ...)
+        return float(given.numel() // given.shape[min(1, given.dim() - 1)])
     if reduction in (None, "batchmean"):
         return float(samples(batch))
-    return float(targets.numel())
-
-
-def call(model: Callable[..., Any], criterion: Any, batch: Batch) -> tuple[Any, Any]:
-    """Outputs and loss: forward pass and criterion, as the form of the batch asks."""
-    if isinstance(batch, Mapping):
-        outputs = model(**batch)
-        return outputs, _own_loss(outputs) if criterion is None else criterion(outputs, batch)
-    if criterion is None:
-        outputs = model(*batch)
-        return outputs, _own_loss(outputs)
-    inputs = batch[:-1]
-    if len(inputs) == 1 and isinstance(inputs[0], (tuple, list)):
-        inputs = inputs[0]
-    outputs = model(*inputs)
-    return outputs, criterion(outputs, batch[-1])
-
-
-def _own_loss(outputs: Any) -> Any:
-    if isinstance(outputs, Tensor):
-        return outputs
-    loss = getattr(outputs, "loss", None)
-    if loss is None and isinstance(outputs, Mapping):
-        loss = outputs.get("loss")
-    if loss is None:
-        raise ValueError(
-            f"criterion is None, but the model returned {type(outputs).__name__} without a loss; "
-            f"pass a criterion, or labels in data"
-        )
-    return loss
-
-
-def scalar(loss: Any, origin: str) -> Tensor:
-    """The loss as a 0-dimensional tensor.
-
-    Raises:
-        TypeError: not a real floating-point tensor.
-        ValueError: more than one number.
-    """
-    if not isinstance(loss, Tensor):
-        way = "; return the sum of its entries" if isinstance(loss, (Mapping, tuple, list)) else ""
-        raise TypeError(f"{origin} must return a tensor, got {type(loss).__name__}{way}")
-    if not loss.is_floating_point():
-        raise TypeError(f"{origin} must return a real floating-point loss, got {loss.dtype}")
-    if loss.numel() != 1:
-        raise ValueError(
-            f"{origin} must return a scalar loss, got shape {tuple(loss.shape)}; "
-            f"use reduction='mean' or 'sum'"
-        )
-    return loss.reshape(())
+    return float(given.numel())

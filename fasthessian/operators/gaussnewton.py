@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fasthessian.operators.batches import to_device
+from fasthessian.operators.batches import is_sequence, to_device
 from fasthessian.operators.checks import distances
 from fasthessian.operators.engines import gradient
 from fasthessian.operators.likelihood import Softmax
@@ -69,7 +68,7 @@ class GaussNewton(OuterCurvature):
             outputs, loss = self._evaluated(part)
             z = self._outputs(outputs)
             middle = self._middle(part, z, loss)
-            if outputs is not z or isinstance(part.batch, Mapping):
+            if outputs is not z or not is_sequence(part.batch) or self._given.whole:
                 raise RuntimeError(
                     f"GaussNewton cannot check the second derivative of {', '.join(self._behind)} "
                     f"in the loss; use Hessian, or a criterion of torch's operations"

@@ -26,12 +26,18 @@ class Hessian(Curvature):
     Args:
         model: a ``torch.nn.Module``. It is left as it was: parameters, buffers, ``.grad``,
             ``training`` flags and random states, also after an exception.
-        criterion: ``criterion(model(inputs), targets)`` -> scalar; with a mapping batch
-            ``criterion(outputs, batch)``; None when the model returns the loss, or an output with
-            ``.loss`` or ``["loss"]``.
+        criterion: a loss of ``(model, batch)`` -> scalar, told by its first parameter: that is
+            called model, net, network, module or m, or annotated as a module. Or of
+            ``(outputs, targets)``, as torch's are; with a mapping or an object as the batch, of
+            ``(outputs, batch)``. None when the model returns the loss: alone, as ``.loss`` or
+            ``["loss"]``, as the only scalar of a tuple, or as a dictionary of nothing but losses,
+            whose sum is taken.
         data: a batch, a list of batches, or a re-iterable such as a DataLoader, which must yield
-            the same samples at every pass (their order is free). A batch is ``(inputs, targets)``,
-            a tuple of more (the last are the targets), or a mapping (``model(**batch)``).
+            the same samples at every pass (their order is free). A loss of (model, batch) takes
+            any batch. A criterion takes ``(inputs, targets)``, a tuple of more (the last are the
+            targets), a mapping, or an object with ``.to``. The model is called as its ``forward``
+            takes them: ``inputs`` in a tuple or list as several arguments, or else as one; a
+            mapping by keywords, or else as one; an object as one.
         params: None for all that require gradients, or an iterable of names or parameters.
         engine: ``"retained"`` keeps the first-order graphs; ``"recompute"`` builds them at each
             product; ``"auto"`` is retained for what fits ``memory_budget`` and recompute for the

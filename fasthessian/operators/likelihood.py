@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fasthessian import kernels
-from fasthessian.operators.batches import Batch, samples
+from fasthessian.operators.batches import Batch, is_sequence, leaves, samples
+from fasthessian.operators.batches import targets as given_targets
 from fasthessian.operators.criteria import IGNORED, option, plain, terms
 from fasthessian.operators.losses import Part
 
@@ -51,7 +52,7 @@ def categorical(criterion: Any, part: Part, z: Tensor) -> Categorical | None:
         return None
     kind = plain(criterion)
     derived = isinstance(criterion, (nn.CrossEntropyLoss, nn.NLLLoss))
-    if isinstance(part.batch, Mapping) or not (derived or kind in (F.cross_entropy, F.nll_loss)):
+    if not is_sequence(part.batch) or not (derived or kind in (F.cross_entropy, F.nll_loss)):
         return None
     if targets.shape != (*z.shape[:1], *z.shape[2:]):
         return None
@@ -85,7 +86,9 @@ def readings(criterion: Any, batch: Batch, z: Tensor) -> Iterator[Categorical]:
     By every tensor of indices that fits z, at its places or, as in language models, at those of the
     next ones; negative indices are ignored; as a mean or a sum.
     """
-    entries = batch.values() if isinstance(batch, Mapping) else reversed(batch)
+    entries: Iterable[Any] = batch.values() if isinstance(batch, Mapping) else ()
+    if not isinstance(batch, Mapping):
+        entries = reversed(batch) if is_sequence(batch) else leaves(batch)
     for targets in entries:
         if not isinstance(targets, Tensor) or targets.dtype != torch.int64 or targets.dim() < 1:
             continue
@@ -104,7 +107,7 @@ def readings(criterion: Any, batch: Batch, z: Tensor) -> Iterator[Categorical]:
 
 
 def _targets(batch: Batch) -> Tensor | None:
-    found = batch.get("labels") if isinstance(batch, Mapping) else batch[-1]
+    found = given_targets(batch)
     return found if isinstance(found, Tensor) else None
 
 
@@ -195,7 +198,7 @@ def sampled_scores(
     reduction = option(criterion, "reduction")
     dims = tuple(range(1, z.dim()))
     targets = _targets(part.batch)
-    if reduction not in ("mean", "sum") or targets is None or isinstance(part.batch, Mapping):
+    if reduction not in ("mean", "sum") or targets is None or not is_sequence(part.batch):
         return None
     root = 1.0 if reduction == "sum" else math.sqrt(1 / max(z.numel(), 1))
     if plain(criterion) in (nn.MSELoss, MSE):

@@ -7,32 +7,29 @@ batch is its number of terms over the total, so ragged batches give what one bat
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasthessian.memory import out_of_memory
 from fasthessian.operators.batches import (
     Batch,
-    Memory,
-    Stream,
     check_batch,
     cut,
-    leaves,
     samples,
     size,
-    source,
     to_device,
+    uncuttable,
 )
+from fasthessian.operators.calls import call, call_whole, explained, scalar, summed, takes_model
 from fasthessian.operators.counting import decide, keyed
-from fasthessian.operators.criteria import call, scalar
 from fasthessian.operators.denominators import denominators
 from fasthessian.operators.hooks import acting
+from fasthessian.operators.sources import Memory, Stream, source
 from fasthessian.operators.state import own_buffers, seeded, shifted, training
 from fasthessian.operators.terms import Terms
 from fasthessian.operators.trials import SHARP, Gradient, Trials
@@ -75,6 +72,8 @@ class ModelLoss:
         if criterion is None:
             self.origin = "model"
         self.model, self.criterion = model, criterion
+        self.whole = takes_model(criterion)  # criterion is a loss of (model, batch)
+        self._form = ""  # how the loss is made of the outputs, if that is a guess
         self.microbatch = microbatch
         self._device, self._dtype = like.device, like.dtype
         for name, module in model.named_modules():
@@ -102,13 +101,13 @@ class ModelLoss:
         self._fits = False  # until the first batch went through
         # batch statistics, dropout masks and given weights depend on the order and the batching
         ordered |= mode == "train" or self.terms.given is not None
-        self._source: Memory | Stream = source(data, ordered)
+        self._source: Memory | Stream = source(data, ordered, self.whole)
         self.replayable = self._source.replayable
         self.survey()
 
     def survey(self) -> None:
         """One pass over the data: check the batches, count the terms as the criterion says."""
-        self.terms.way, self.terms.told_all, self.note = None, True, ""
+        self.terms.way, self.terms.told_all = None, True
         self.size, index, counts, total = 0, -1, [], 0.0
         self._source.restart()
         with closing(self._chunks()) as chunks:
@@ -152,10 +151,16 @@ class ModelLoss:
         with closing(self._chunks()) as chunks:
             parts = (batch for *_, batch in chunks)
             way = decide(parts, lambda i, batch: self.evaluate(Part(i, 1.0, batch, 0))[1], trials)
-        self.terms.way, self.note, self.counted = way, way.note, True
+        self.terms.way, self.counted = way, True
         if way.words is None:
             self._source.order()  # no other pass has the same batches
         self._take(way.values, sum(way.values) if self.terms.given is None else self._total)
+
+    @property
+    def note(self) -> str:
+        """What is guessed."""
+        way = self.terms.way
+        return "; ".join(filter(None, (self._form, way.note if way else "")))
 
     @property
     def counted_at_a_point(self) -> bool:
@@ -184,6 +189,8 @@ class ModelLoss:
         """(index, batch, its microbatches, or its halves), where there are two and a weight."""
         with closing(self._source.one_pass()) as batches:
             for index, batch in enumerate(batches):
+                if uncuttable(batch):
+                    continue
                 chunks = list(cut(batch, self.microbatch or (samples(batch) + 1) // 2))
                 if len(chunks) > 1 and (
                     self.terms.given is None or self.terms.weight(index, batch)
@@ -211,7 +218,8 @@ class ModelLoss:
         position = 0
         with closing(self._source.one_pass()) as batches:
             for index, batch in enumerate(batches):
-                check_batch(batch, self.criterion is not None)
+                if not self.whole:
+                    check_batch(batch, self.criterion is not None)
                 chunks = list(cut(batch, self.microbatch))
                 weight, counts = self.terms.of_chunks(index, batch, chunks, position)
                 position += len(chunks)
@@ -236,33 +244,17 @@ class ModelLoss:
         ``values`` take the place of the parameters of these names.
         """
         batch = to_device(part.batch, self._device)
-        model: Callable[..., Any] = self.model
-        if values is not None:
-            replaced = dict(values)
-
-            def model(*inputs: Any, **named: Any) -> Any:
-                return functional_call(self.model, replaced, inputs, named)
-
+        called = call_whole if self.whole else call
         try:
             with seeded(part.position), own_buffers(self.roots), acting():
-                outputs, loss = call(model, self.criterion, batch)
-        except TypeError as error:
-            if self.criterion is None:
-                error = TypeError(f"{error}; criterion is None, so the model gets the whole batch")
-            raise TypeError(f"data does not fit the model and criterion: {error}") from error
-        except RuntimeError as error:
-            held = {t.dtype for t in leaves(batch) if t.is_floating_point()}
-            if "type" in str(error) and held - {self._dtype}:
-                raise TypeError(
-                    f"data holds {', '.join(map(str, held))} but the parameters are "
-                    f"{self._dtype}; convert one of them ({str(error).splitlines()[0]})"
-                ) from error
-            if self._fits or out_of_memory(error):
+                outputs, loss = called(self.model, self.criterion, batch, values)
+        except Exception as error:
+            memory = isinstance(error, RuntimeError) and out_of_memory(error)
+            better = None if self._fits or memory else explained(error, batch, self._dtype)
+            if better is None:
                 raise
-            raise ValueError(
-                f"data does not fit the model and criterion: {str(error).splitlines()[0]}"
-            ) from error
-        except IndexError as error:
-            raise ValueError(f"data does not fit the model and criterion: {error}") from error
+            raise better from error
+        if not self._fits and self.criterion is None and (names := summed(outputs)):
+            self._form = f"the loss is the sum of {', '.join(map(repr, names))}"
         self._fits = True
         return outputs, scalar(loss, self.origin)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthessian.operators import layers
+from fasthessian.operators.calls import logits
 from fasthessian.operators.checks import distances
 from fasthessian.operators.criteria import is_torchs
 from fasthessian.operators.curvature import Curvature
@@ -131,19 +132,20 @@ class OuterCurvature(Curvature):
         return layers.build(model, params, outputs, middle, room, through=False)
 
     def _outputs(self, outputs: Any) -> Tensor:
-        if isinstance(outputs, Mapping) and not hasattr(outputs, "logits"):
-            z = outputs.get("logits", outputs)
-        else:
-            z = getattr(outputs, "logits", outputs)
+        z = logits(outputs)
+        if self._given.criterion is None and isinstance(z, (tuple, list)):  # (outputs, loss)
+            several = [each for each in z if isinstance(each, Tensor) and each.dim()]
+            z = several[0] if len(several) == 1 else z
         if z is outputs and self._given.criterion is None:
             raise TypeError(
                 f"criterion must be given: {type(self).__name__} needs the loss as a function of "
                 f"the outputs; for a model that returns its loss alone use Hessian"
             )
         if not isinstance(z, Tensor):
+            got = "no call of it" if outputs is None else type(outputs).__name__
             raise TypeError(
                 f"the model must return a tensor or an output with .logits for "
-                f"{type(self).__name__}, got {type(outputs).__name__}"
+                f"{type(self).__name__}, got {got}; use Hessian"
             )
         return z
 

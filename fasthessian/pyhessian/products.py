@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.criteria import call, scalar
+from fasthessian.operators.calls import call, scalar
 from fasthessian.operators.engines import examine
 from fasthessian.operators.state import engaged, own_buffers
 from fasthessian.vectors import Layout
