@@ -87,7 +87,8 @@ def uncuttable(batch: Batch) -> str:
 def cut(batch: Batch, most: int | None) -> Iterator[Batch]:
     """Chunks of at most ``most`` samples; None leaves the batch whole.
 
-    Tensors as long as the batch are cut along their first dimension, others go into every chunk.
+    Tensors as long as the batch are cut along their first dimension, lists of one entry a sample
+    likewise; others go into every chunk.
 
     Raises:
         ValueError: the batch holds an object that cannot be cut.
@@ -108,11 +109,29 @@ def cut(batch: Batch, most: int | None) -> Iterator[Batch]:
             long = isinstance(item, Tensor) and item.dim() > 0 and len(item) == count
             return item[start:stop] if long else item
 
-        yield mapped(batch, window)
+        def entry(item: Any, start: int = start, stop: int = stop) -> Any:
+            each = isinstance(item, (tuple, list)) and len(item) == count
+            return item[start:stop] if each else item
+
+        if not listed(batch):
+            yield mapped(batch, window)
+        elif isinstance(batch, Mapping):
+            yield {key: entry(window(item)) for key, item in batch.items()}
+        else:
+            yield type(batch)(entry(window(item)) for item in batch)
+
+
+def listed(batch: Batch) -> int:
+    """How many targets there are where each is a mapping, as of detectors; 0 for other batches."""
+    found = targets(batch)
+    each = isinstance(found, (tuple, list)) and all(isinstance(item, Mapping) for item in found)
+    return len(found) if each else 0
 
 
 def samples(batch: Batch) -> int:
     """The first dimension of the targets, or else of the first tensor that has one."""
+    if count := listed(batch):
+        return count
     last = targets(batch) if is_sequence(batch) else None
     if isinstance(last, Tensor) and last.dim() == 0:
         return 1

@@ -55,14 +55,14 @@ def takes_model(criterion: Any) -> bool:
 def call(
     model: nn.Module, criterion: Any, batch: Batch, values: Values | None = None
 ) -> tuple[Any, Any]:
-    """Outputs and loss: forward pass and criterion, as the form of the batch asks."""
+    """Outputs, and what the criterion returns, or without one the outputs again."""
     args, named = arguments(model, criterion, batch)
     if values is None:
         outputs = model(*args, **named)
     else:
         outputs = functional_call(model, dict(values), args, named)
     if criterion is None:
-        return outputs, own_loss(outputs)
+        return outputs, outputs
     if is_torchs(criterion) and not isinstance(outputs, Tensor):
         return outputs, criterion(logits(outputs), _given(batch))
     return outputs, criterion(outputs, _given(batch))
@@ -74,7 +74,7 @@ def call_whole(
     batch: Batch,
     values: Values | None = None,
 ) -> tuple[Any, Any]:
-    """The last outputs of the model, and the loss, of a loss(model, batch)."""
+    """The last outputs of the model in a loss(model, batch), and what that returns."""
     found: list[Any] = []
     handle = model.register_forward_hook(lambda module, inputs, outputs: found.append(outputs))
     try:
@@ -159,34 +159,40 @@ def logits(outputs: Any) -> Any:
     return getattr(outputs, "logits", outputs)
 
 
-def own_loss(outputs: Any) -> Any:
-    """The loss that a model returns: alone, as ``loss``, the only scalar, or a sum of losses."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    loss = getattr(outputs, "loss", None)
-    if loss is None and isinstance(outputs, Mapping):
-        loss = outputs.get("loss")
-    if loss is not None:
-        return loss
-    if names := summed(outputs):
-        return sum(outputs[name] for name in names)
-    if isinstance(outputs, (tuple, list)):
-        scalars = [each for each in outputs if _is_scalar(each)]
+def loss_of(returned: Any, alone: bool) -> tuple[Any, list[str]]:
+    """The loss in what a criterion (``alone``), a model or a loss of (model, batch) returned.
+
+    All of it, its ``loss``; unless ``alone``, the only scalar of a tuple, or the sum of a
+    dictionary of nothing but losses, whose names come second. None if there is none.
+    """
+    if isinstance(returned, Tensor):
+        return returned, []
+    loss = getattr(returned, "loss", None)
+    if loss is None and isinstance(returned, Mapping):
+        loss = returned.get("loss")
+    if loss is not None or alone:
+        return returned if loss is None else loss, []
+    if isinstance(returned, Mapping):
+        losses = {str(name): x for name, x in returned.items() if "loss" in str(name)}
+        if losses and len(losses) == len(returned) and all(map(_is_scalar, losses.values())):
+            return sum(losses.values()), [*losses]
+    elif isinstance(returned, (tuple, list)):
+        scalars = [each for each in returned if _is_scalar(each)]
         if len(scalars) == 1:
-            return scalars[0]
-    raise ValueError(
-        f"criterion is None, but the model returned {type(outputs).__name__} without a loss; pass "
-        f"a criterion, or labels in data; or one that makes it from the outputs, as "
-        f"lambda model, batch: sum(model(*batch).values())"
+            return scalars[0], []
+    return None, []
+
+
+def without_loss(returned: Any, whole: bool) -> str:
+    """What to do where a model or a loss of (model, batch) returned no loss."""
+    kind = type(returned).__name__
+    if whole:
+        return f"criterion(model, batch) returned {kind} without a loss; return the scalar alone"
+    return (
+        f"criterion is None, but the model returned {kind} without a loss; pass a criterion, or "
+        f"labels in data, or mode='train' if it returns losses in training only; or a function "
+        f"of both, as lambda model, batch: sum(model(*batch).values())"
     )
-
-
-def summed(outputs: Any) -> list[str]:
-    """The names of the losses of a dictionary that holds nothing else."""
-    if not isinstance(outputs, Mapping) or "loss" in outputs:
-        return []
-    alike = all(_is_scalar(each) and "loss" in str(name) for name, each in outputs.items())
-    return [*outputs] if alike else []
 
 
 def scalar(loss: Any, origin: str) -> Tensor:
@@ -198,10 +204,8 @@ def scalar(loss: Any, origin: str) -> Tensor:
     """
     if not isinstance(loss, Tensor):
         way = ""
-        if isinstance(loss, (tuple, list)):
+        if isinstance(loss, (Mapping, tuple, list)):
             way = "; return the loss alone, or the sum of its entries"
-        elif isinstance(loss, Mapping):
-            way = "; return the sum of its entries"
         elif loss is None:
             way = "; a model that returns its loss where it gets the targets needs criterion=None"
         raise TypeError(f"{origin} must return a tensor, got {type(loss).__name__}{way}")

@@ -25,7 +25,15 @@ from fasthessian.operators.batches import (
     to_device,
     uncuttable,
 )
-from fasthessian.operators.calls import call, call_whole, explained, scalar, summed, takes_model
+from fasthessian.operators.calls import (
+    call,
+    call_whole,
+    explained,
+    loss_of,
+    scalar,
+    takes_model,
+    without_loss,
+)
 from fasthessian.operators.counting import decide, keyed
 from fasthessian.operators.denominators import denominators
 from fasthessian.operators.hooks import acting
@@ -75,7 +83,7 @@ class ModelLoss:
         self.whole = takes_model(criterion)  # criterion is a loss of (model, batch)
         self._form = ""  # how the loss is made of the outputs, if that is a guess
         self.microbatch = microbatch
-        self._device, self._dtype = like.device, like.dtype
+        self._device, self._dtype, self._mode = like.device, like.dtype, mode
         for name, module in model.named_modules():
             coupling = mode == "train" or getattr(module, "running_mean", None) is None
             if microbatch is not None and isinstance(module, _BatchNorm) and coupling:
@@ -176,10 +184,21 @@ class ModelLoss:
     ) -> tuple[Sequence[Tensor], list[float]]:
         """The gradient of the loss of a batch, and its denominators.
 
-        In eval mode, since no two batches have the same dropout masks. Those ``moved`` are at
-        parameters a little off, where no gradient is 0 by chance.
+        In eval mode, since no two batches have the same dropout masks; where a model has no loss
+        then, as detectors, with its own modules in training. Those ``moved`` are at parameters a
+        little off, where no gradient is 0 by chance.
         """
-        with training(self.roots, "eval"), shifted(params, MOVED if moved else 0.0):
+        try:
+            return self._gradient(batch, params, moved, "eval")
+        except (TypeError, ValueError, AttributeError, KeyError):
+            if self._mode == "eval":
+                raise
+        return self._gradient(batch, params, moved, "own")
+
+    def _gradient(
+        self, batch: Batch, params: Sequence[Tensor], moved: bool, mode: str
+    ) -> tuple[Sequence[Tensor], list[float]]:
+        with training(self.roots, mode), shifted(params, MOVED if moved else 0.0):
             loss = self.evaluate(Part(0, 1.0, batch, 0))[1]
             found = denominators(loss)  # before the graph is freed
             pieces = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
@@ -247,14 +266,17 @@ class ModelLoss:
         called = call_whole if self.whole else call
         try:
             with seeded(part.position), own_buffers(self.roots), acting():
-                outputs, loss = called(self.model, self.criterion, batch, values)
+                outputs, returned = called(self.model, self.criterion, batch, values)
         except Exception as error:
             memory = isinstance(error, RuntimeError) and out_of_memory(error)
             better = None if self._fits or memory else explained(error, batch, self._dtype)
             if better is None:
                 raise
             raise better from error
-        if not self._fits and self.criterion is None and (names := summed(outputs)):
-            self._form = f"the loss is the sum of {', '.join(map(repr, names))}"
+        alone = self.criterion is not None and not self.whole
+        loss, names = loss_of(returned, alone)
+        if loss is None and not alone:
+            raise ValueError(without_loss(returned, self.whole))
+        self._form = f"the loss is the sum of {', '.join(map(repr, names))}" if names else ""
         self._fits = True
         return outputs, scalar(loss, self.origin)

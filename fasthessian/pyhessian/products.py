@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.calls import call, scalar
+from fasthessian.operators.calls import call, loss_of, scalar
 from fasthessian.operators.engines import examine
 from fasthessian.operators.state import engaged, own_buffers
 from fasthessian.vectors import Layout
@@ -27,7 +27,8 @@ def gradients(model: Any, criterion: Any, batch: Any, params: list[Tensor]) -> l
     """The gradients of one batch's loss with their graph; zeros for unused parameters."""
     modules = [x for x in (model, criterion) if isinstance(x, nn.Module)]
     with engaged(modules, "eval", params[0].device):
-        loss = scalar(call(model, criterion, batch)[1], "criterion")
+        returned = call(model, criterion, batch)[1]
+        loss = scalar(loss_of(returned, criterion is not None)[0], "criterion")
         examine(loss, params)
         return list(
             torch.autograd.grad(
