@@ -9,15 +9,28 @@ SOURCES := $(shell find csrc tests/cudasim tests/simulated.cpp -type f)
 .PHONY: demo test lint format bench gpu tune clean
 .DEFAULT_GOAL := test
 
-# Rebuilt when the native sources or the dependencies change.
-.venv/.ready: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[cli,test,lint]'
-	$(BIN)/fasthessian doctor
-	touch $@
+SAY := @printf '\n==> %s\n'
+PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
 
-demo: .venv/.ready
+# The demo needs the package and the command line; all else adds the tools of tests and lint.
+# Both are made again when the native sources or the dependencies change.
+.venv/.demo: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+	$(SAY) 'environment: .venv'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(SAY) 'packages: torch and what the command line needs; then the C++ kernels (1 to 5 minutes)'
+	$(PIP) --progress-bar on -e '.[cli]'
+	$(SAY) 'which kernels serve here'
+	$(BIN)/fasthessian doctor
+	@touch $@
+
+.venv/.ready: .venv/.demo
+	$(SAY) 'packages: the tools of tests and lint'
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(PIP) --quiet --group test --group lint
+	@touch $@
+
+demo: .venv/.demo
+	$(SAY) 'demo: ResNet-20 on images of digits'
 	$(BIN)/fasthessian analyze resnet20 --out $(OUT) --overwrite $(if $(DATA),--data $(DATA))
 
 test: .venv/.ready

@@ -1,7 +1,8 @@
 """Native build: C++ units per instruction set behind pybind11, CUDA optional, torch never needed.
 
-FASTHESSIAN_CUDA=auto|1|0      auto (default) skips CUDA with a message when nvcc is absent; 1 makes
-                               its absence, and that of a C++ compiler, an error
+FASTHESSIAN_CUDA=auto|1|0      auto (default) builds CUDA where the machine has a GPU and nvcc, and
+                               says why not elsewhere; 1 builds it without a GPU, too, and makes
+                               the absence of nvcc or of a C++ compiler an error
 FASTHESSIAN_CUDA_ARCHS=80;90   compute capabilities, default 80;90;100 (PTX of the highest is added)
 """
 
@@ -71,13 +72,15 @@ class BuildExt(build_ext):
         extension = self.extensions[0]
         if CUDA != "0":
             try:
+                if CUDA == "auto" and not Path("/proc/driver/nvidia/version").exists():
+                    raise RuntimeError("this machine has no NVIDIA GPU")
                 self.add_cuda(extension)
             except (RuntimeError, ValueError, subprocess.CalledProcessError) as error:
                 if CUDA == "1":
                     raise SystemExit(
                         f"FASTHESSIAN_CUDA=1, but CUDA cannot be built: {error}"
                     ) from None
-                log(f"CUDA skipped: {error}. FASTHESSIAN_CUDA=1 makes this an error.")
+                log(f"CUDA skipped: {error}. FASTHESSIAN_CUDA=1 builds it or fails.")
         super().build_extensions()
 
     def add_cuda(self, extension: Pybind11Extension) -> None:

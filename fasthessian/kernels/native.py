@@ -55,7 +55,7 @@ def _version(number: int) -> str:
 @functools.cache
 def _no_cuda() -> str | None:
     if not hasattr(_native, "cuda"):
-        return "built without CUDA; put nvcc on PATH, then reinstall fasthessian"
+        return "built without CUDA; reinstall with FASTHESSIAN_CUDA=1 and nvcc on PATH"
     devices, runtime, driver, reason = _native.cuda_state()
     if driver == 0:
         return "no NVIDIA driver"
