@@ -85,8 +85,10 @@ class _Watch:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.seen: dict[nn.Module, list[Call]] = {}
+        # before the user's hooks, which may return or write something else
         self._handles = [
-            module.register_forward_hook(self._note, with_kwargs=True) for module in modules
+            module.register_forward_hook(self._note, prepend=True, with_kwargs=True)
+            for module in modules
         ]
 
     def _note(
@@ -133,6 +135,8 @@ def build(
         return None
     once = {module: seen[0] for module, seen in watch.seen.items() if len(seen) == 1}
     edges = {module: call.edge for module, call in once.items() if call.edge is not None}
+    if not edges:  # no layer of the usual kinds is called once on the way to the loss
+        return None
     if through and not (_only_way(loss, z) and _piecewise_linear(z, list(edges.values()))):
         return None
     own: dict[nn.Module, tuple[Tensor, ...]] = {}
