@@ -18,17 +18,20 @@ Batch = Any  # a Mapping, or a tuple or list (inputs..., targets)
 FORMS = "a batch (inputs, targets), a mapping, a list of batches, or a DataLoader"
 
 
+def items(batch: Batch) -> Iterator[Any]:
+    """Everything inside a batch that is no container, in a fixed order."""
+    if isinstance(batch, (Mapping, tuple, list)):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from items(item)
+    else:
+        yield batch
+
+
 def leaves(batch: Batch) -> Iterator[Tensor]:
     """Every dense tensor inside a batch, in a fixed order."""
-    if isinstance(batch, Tensor):
-        if batch.layout is torch.strided:
-            yield batch
-    elif isinstance(batch, Mapping):
-        for key in batch:
-            yield from leaves(batch[key])
-    elif isinstance(batch, (tuple, list)):
-        for item in batch:
-            yield from leaves(item)
+    for item in items(batch):
+        if isinstance(item, Tensor) and item.layout is torch.strided:
+            yield item
 
 
 def mapped(batch: Batch, change: Callable[[Any], Any]) -> Batch:
@@ -62,13 +65,34 @@ def cut(batch: Batch, most: int | None) -> Iterator[Batch]:
     count = samples(batch)
     if most is None or count <= most:
         yield batch
-        return
+    else:
+        yield from _windows(batch, count, most, 0)
+
+
+def halves(batch: Batch, dim: int = 0) -> Iterator[Batch]:
+    """Two halves of a batch, or none where it cannot be cut.
+
+    With ``dim`` 1 they are cut along the second dimension, vectors along their only one.
+    """
+    sizes = [samples(batch)] if dim == 0 else [t.shape[1] for t in leaves(batch) if t.dim() > 1]
+    if sizes and sizes[0] > 1:
+        yield from _windows(batch, sizes[0], (sizes[0] + 1) // 2, dim)
+
+
+def _windows(batch: Batch, count: int, most: int, dim: int) -> Iterator[Batch]:
     for start in range(0, count, most):
         stop = min(start + most, count)
 
         def window(item: Any, start: int = start, stop: int = stop) -> Any:
-            long = isinstance(item, Tensor) and item.dim() > 0 and len(item) == count
-            return item[start:stop] if long else item
+            along = min(dim, item.dim() - 1) if isinstance(item, Tensor) else -1
+            if along < 0 or item.shape[along] != count:
+                return item
+            if item.layout is not torch.strided:
+                raise ValueError(
+                    f"data holds a {item.layout} tensor of shape {tuple(item.shape)}, which cannot "
+                    f"be cut (microbatch must be None)"
+                )
+            return item.narrow(along, start, stop - start)
 
         yield mapped(batch, window)
 

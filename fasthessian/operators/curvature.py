@@ -265,7 +265,9 @@ class Curvature(Passes):
         Symmetry of the matrix, repetition of a product, the gradient against central differences
         of the loss along random signs, a product against those of gradients (for the Hessian; where
         kinks as of ReLU spoil those, against forward mode), and the weights of batches: whether the
-        gradient of each is that of its parts. What is computed in 16 bits has no differences.
+        gradient of each is that of its halves, unless half of a batch is no batch of this model
+        (graphs, time in the first dimension). A row says where it does not apply, and why. What is
+        computed in 16 bits has no differences.
         Parameters that no gradient reaches are named. Costs three products, nine gradients and five
         evaluations of the loss, or thirteen where the first do not suffice; ``print(A.check())``
         shows a line each.

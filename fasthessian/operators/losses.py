@@ -180,15 +180,12 @@ class ModelLoss:
             pieces = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
             return pieces, found
 
-    def batches(self) -> Generator[tuple[int, Batch, list[Batch]], None, None]:
-        """(index, batch, its microbatches, or its halves), where there are two and a weight."""
+    def batches(self) -> Generator[tuple[int, Batch], None, None]:
+        """(index, batch) of those that have a weight."""
         with closing(self._source.one_pass()) as batches:
             for index, batch in enumerate(batches):
-                chunks = list(cut(batch, self.microbatch or (samples(batch) + 1) // 2))
-                if len(chunks) > 1 and (
-                    self.terms.given is None or self.terms.weight(index, batch)
-                ):
-                    yield index, batch, chunks
+                if self.terms.given is None or self.terms.weight(index, batch):
+                    yield index, batch
 
     def entries(self, whole: bool) -> Iterator[Entry]:
         """What the loss depends on; see ``watch``."""

@@ -16,7 +16,7 @@ from fasthessian.operators import hooks, parameters
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.checks import compared, precision_error
 from fasthessian.operators.closures import ClosureLoss
-from fasthessian.operators.coupling import coupling
+from fasthessian.operators.coupling import Coupling, coupling
 from fasthessian.operators.engines import Graph, Task, coarsest, examine, metered, unused
 from fasthessian.operators.kept import KeptGraphs
 from fasthessian.operators.layers import Layers
@@ -71,7 +71,7 @@ class Passes(KeptGraphs):
             self.engine += f"; {loss.note}"
         self._compare_slope(part)
         if self._options.microbatch:
-            change, index = self.coupling()
+            change, index, _ = self.coupling()
             if change > self._repeated():
                 raise ValueError(
                     f"microbatch={self._options.microbatch} changes the gradient of batch {index} "
@@ -241,10 +241,10 @@ class Passes(KeptGraphs):
             errors.append(max(errors) ** (2 / 3))
         return max(errors)
 
-    def coupling(self) -> tuple[float, int]:
+    def coupling(self) -> Coupling:
         """See ``coupling.coupling``; in eval mode, as masks of dropout differ by microbatch."""
         if not isinstance(self._loss, ModelLoss):
-            return math.nan, -1
+            return Coupling(math.nan, -1, "a closure has no batches")
         with self._pass(mode="eval") as params:
             if not callable(self._loss.terms.given):
                 with contextlib.suppress(ValueError):  # weights were given since none are right
