@@ -171,6 +171,8 @@ def _forward(A: Curvature, v: Tensor, Av: Tensor) -> float:
     """The distance of A v from forward mode; NaN where that cannot be made."""
     try:
         found = A.by_forward(v)
+    except MemoryError:
+        raise
     except Exception:  # whatever a model raises under torch.func
         return math.nan
     return float((found.double() - Av.double()).norm()) / (float(Av.double().norm()) or 1.0)

@@ -39,18 +39,36 @@ def coupling(loss: ModelLoss, params: Sequence[Tensor], allowed: float) -> Coupl
     with closing(loss.batches()) as batches:
         for index, batch in batches:
             if loss.microbatch:
-                change, reason = _smaller(loss, batch, cut(batch, loss.microbatch), params, allowed)
-                if reason:
-                    raise ValueError(
-                        f"microbatch={loss.microbatch} does not serve, a part of batch {index} "
-                        f"is no batch of this model: {reason}; use microbatch=None"
-                    )
+                change, reason = _of_microbatches(loss, index, batch, params, allowed)
             else:
                 change, reason = _of_halves(loss, batch, params, allowed)
             why = why or reason
             if change > largest or math.isnan(largest):
                 largest, which = change, index
     return Coupling(largest, which, why)
+
+
+def _of_microbatches(
+    loss: ModelLoss, index: int, batch: Batch, params: Sequence[Tensor], allowed: float
+) -> tuple[float, str]:
+    """The change of a batch, or of as much of it as fits, or NaN and why that does not tell."""
+    most, whole = loss.microbatch, batch
+    while True:
+        try:
+            change, reason = _smaller(loss, batch, cut(batch, most), params, allowed)
+            break
+        except RuntimeError as error:
+            if not (out_of_memory(error) and most and samples(batch) > most):
+                raise
+        batch = next(halves(batch))  # outside of the handler, which holds what was allocated
+    if reason:
+        raise ValueError(
+            f"microbatch={most} does not serve, a part of batch {index} is no batch of this model: "
+            f"{reason}; use microbatch=None"
+        )
+    if math.isnan(change) and batch is not whole:
+        return change, f"more than microbatch={most} does not fit, so samples may couple unseen"
+    return change, ""
 
 
 def _of_halves(

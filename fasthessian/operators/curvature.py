@@ -130,35 +130,50 @@ class Curvature(Passes):
         return self.flatten([named[name].detach().to(self.dtype) for name in self.layout.names])
 
     def gradient(self, offset: Tensor | None = None) -> Tensor:
-        """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,)."""
+        """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
+
+        Raises:
+            MemoryError: it does not fit; what it needs and which option would help.
+        """
         if offset is not None:
             self._accepts("offset", offset, (1,))
         decay, at, parts = self._options.weight_decay, self._at, self._loss.parts
-        out = torch.zeros(self.n, dtype=self.dtype, device=self.device)
         pack_ = kernels.select(self.device).pack_
-        with self._pass() as params, at(params, offset), closing(parts()) as every:
-            for part in every:
-                pieces = gradient(self._value(part), params)
-                pack_(out, [p.to(self.dtype) for p in pieces], alpha=part.weight, beta=1.0)
-            return out.add_(self.theta(), alpha=decay) if decay else out
+
+        def made() -> Tensor:
+            out = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+            with self._pass() as params, at(params, offset), closing(parts()) as every:
+                for part in every:
+                    pieces = gradient(self._value(part), params)
+                    pack_(out, [p.to(self.dtype) for p in pieces], alpha=part.weight, beta=1.0)
+                return out.add_(self.theta(), alpha=decay) if decay else out
+
+        return self._roomy(made, "the gradient")
 
     def loss(self, offset: Tensor | None = None) -> float:
         """The loss at theta, or at theta + ``offset`` (n,), summed over the data in float64.
 
         The parameters are replaced for the time of the call, not written. The value may be
         infinite or NaN far from theta.
+
+        Raises:
+            MemoryError: as of ``gradient``.
         """
         if offset is not None:
             self._accepts("offset", offset, (1,))
-        total = 0.0
-        at, parts = self._at, self._loss.parts
-        with self._pass(curved=False) as params, at(params, offset), closing(parts()) as every:
-            for part in every:
-                total += part.weight * float(self._loss.evaluate(part)[1].detach())
-            if self._options.weight_decay:
-                squares = sum(float(p.detach().double().square().sum()) for p in params)
-                total += self._options.weight_decay / 2 * squares
-        return total
+        decay, at, parts = self._options.weight_decay, self._at, self._loss.parts
+
+        def summed() -> float:
+            total = 0.0
+            with self._pass(curved=False) as params, at(params, offset), closing(parts()) as every:
+                for part in every:
+                    total += part.weight * float(self._loss.evaluate(part)[1].detach())
+                if decay:
+                    squares = sum(float(p.detach().double().square().sum()) for p in params)
+                    total += decay / 2 * squares
+            return total
+
+        return self._roomy(summed, "the loss")
 
     def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
         self.mask_(v[0])
@@ -248,7 +263,8 @@ class Curvature(Passes):
     def by_forward(self, v: Tensor) -> Tensor:
         """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
         options, out = self._options, torch.empty_like(v[None])
-        with turn():
+
+        def made() -> None:
             self._options = dataclasses.replace(options, engine="forward")
             try:
                 with self._pass() as params, closing(self._loss.parts()) as parts:
@@ -257,6 +273,9 @@ class Curvature(Passes):
                         self._made_graph(part, params).products([task], first=i == 0, keep=False)
             finally:
                 self._options = options
+
+        with turn():
+            self._roomy(made)
         return out[0].add_(v, alpha=options.weight_decay)
 
     def check(self) -> Check:

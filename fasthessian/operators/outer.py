@@ -32,8 +32,12 @@ class OuterCurvature(Curvature):
         self._readings: dict[int, int | None] = {}  # how each part is a cross-entropy, if it is
         super().__init__(model, criterion, data, **options)
         if not self._examined:  # no graph is kept
-            with self._pass() as params, closing(self._loss.parts()) as parts:
-                self._graph(next(parts), params)
+
+            def examine() -> None:
+                with self._pass() as params, closing(self._loss.parts()) as parts:
+                    self._graph(next(parts), params)
+
+            self._roomy(examine, f"a product of {type(self).__name__}")
 
     def _survey(self) -> None:
         super()._survey()
