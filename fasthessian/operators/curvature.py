@@ -24,6 +24,7 @@ from fasthessian.operators.options import Options
 from fasthessian.operators.passes import Passes
 from fasthessian.operators.slopes import ALLOWED, distance
 from fasthessian.operators.state import turn
+from fasthessian.vectors import like, real
 
 
 class Curvature(Passes):
@@ -127,7 +128,7 @@ class Curvature(Passes):
     def theta(self) -> Tensor:
         """The parameters as they are now, one vector (n,)."""
         named = self._loss.named()
-        return self.flatten([named[name].detach().to(self.dtype) for name in self.layout.names])
+        return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
 
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
@@ -145,7 +146,9 @@ class Curvature(Passes):
             with self._pass() as params, at(params, offset), closing(parts()) as every:
                 for part in every:
                     pieces = gradient(self._value(part), params)
-                    pack_(out, [p.to(self.dtype) for p in pieces], alpha=part.weight, beta=1.0)
+                    pack_(
+                        out, [real(p).to(self.dtype) for p in pieces], alpha=part.weight, beta=1.0
+                    )
                 return out.add_(self.theta(), alpha=decay) if decay else out
 
         return self._roomy(made, "the gradient")
@@ -169,7 +172,7 @@ class Curvature(Passes):
                 for part in every:
                     total += part.weight * float(self._loss.evaluate(part)[1].detach())
                 if decay:
-                    squares = sum(float(p.detach().double().square().sum()) for p in params)
+                    squares = sum(float(real(p.detach()).double().square().sum()) for p in params)
                     total += decay / 2 * squares
             return total
 
@@ -244,7 +247,7 @@ class Curvature(Passes):
         try:
             if offset is not None:
                 for p, at, shift in zip(params, held, self.layout.views(offset), strict=True):
-                    p.data = at + shift.to(at.dtype)
+                    p.data = at + like(shift, at)
             yield
         finally:
             for p, at in zip(params, held, strict=True):
@@ -297,9 +300,15 @@ class Curvature(Passes):
         return check(self, self._exact)
 
     def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
-        """A vector (n,) from tensors by parameter name, or in the order of the parameters."""
+        """A vector (n,) from tensors by parameter name, or in the order of the parameters.
+
+        Those of complex parameters may be complex, or real as of ``unflatten``.
+        """
         return self.layout.flatten(tensors)
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
-        """Views of v (n,) by parameter name, in the parameters' shapes."""
+        """Views of v (n,) by parameter name, in the parameters' shapes.
+
+        That of a complex parameter is real with a last dimension of 2, as of ``view_as_real``.
+        """
         return self.layout.unflatten(v)

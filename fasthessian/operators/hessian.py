@@ -32,7 +32,8 @@ class Hessian(Curvature):
         data: a batch, a list of batches, or a re-iterable such as a DataLoader, which must yield
             the same samples at every pass (their order is free). A batch is ``(inputs, targets)``,
             a tuple of more (the last are the targets), or a mapping (``model(**batch)``).
-        params: None for all that require gradients, or an iterable of names or parameters.
+        params: None for all that require gradients, or an iterable of names or parameters. Complex
+            ones count as 2n real numbers, those of ``torch.view_as_real``, as ``layout`` says.
         engine: ``"retained"`` keeps the first-order graphs; ``"recompute"`` builds them at each
             product; ``"auto"`` is retained for what fits ``memory_budget`` and recompute for the
             rest. ``"forward"`` differentiates the gradient in forward mode, ``"difference"`` takes

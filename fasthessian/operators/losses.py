@@ -37,6 +37,7 @@ from fasthessian.operators.state import own_buffers, seeded, shifted, training
 from fasthessian.operators.terms import Terms
 from fasthessian.operators.trials import SHARP, Gradient, Trials
 from fasthessian.operators.watch import DATA, OTHER, POINT, Entry, of_module, reach
+from fasthessian.vectors import real
 
 REPEATED = 1e-3  # relative; two evaluations of one loss differ by rounding only
 ROUNDED = 2e-2  # the same for a loss that is computed in 16 bits
@@ -76,7 +77,7 @@ class ModelLoss:
             self.origin = "model"
         self.model, self.criterion = model, criterion
         self.microbatch = microbatch
-        self._device, self._dtype = like.device, like.dtype
+        self._device, self._dtype = like.device, like.dtype.to_real()
         for name, module in model.named_modules():
             coupling = mode == "train" or getattr(module, "running_mean", None) is None
             if microbatch is not None and isinstance(module, _BatchNorm) and coupling:
@@ -178,7 +179,7 @@ class ModelLoss:
             loss = self.evaluate(Part(0, 1.0, batch, 0))[1]
             found = denominators(loss)  # before the graph is freed
             pieces = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-            return pieces, found
+            return [real(piece) for piece in pieces], found
 
     def batches(self) -> Generator[tuple[int, Batch], None, None]:
         """(index, batch) of those that have a weight."""
