@@ -201,12 +201,12 @@ def _named(forward: bool) -> Iterator[None]:
         if forward and any(words in str(error) for words in NOT_FORWARD):
             raise RuntimeError(
                 f"torch cannot differentiate the gradient in forward mode: {first}; "
-                f"use engine='retained' or 'recompute'"
+                f"use engine='retained' or 'recompute', or 'difference' if they fail too"
             ) from error
         if any(words in str(error) for words in NOT_TWICE):
             raise RuntimeError(
                 f"the loss has no second derivative in torch: {first}; "
-                f"engine='difference' needs first ones only"
+                f"engine='difference' needs first ones only, and no kinks such as ReLU's"
             ) from error
         raise
 

@@ -16,6 +16,8 @@ _own_mse_loss = F.mse_loss
 _own_weight_norm: Any = getattr(torch, "_weight_norm", None)
 _own_hardsigmoid = torch._C._nn.hardsigmoid
 _own_hardsigmoid_ = torch._C._nn.hardsigmoid_
+_own_embedding_bag = torch.embedding_bag
+_own_cdist: Any = torch._VF.cdist  # type: ignore[attr-defined]
 
 
 @functools.wraps(_own_mse_loss)
@@ -59,6 +61,61 @@ def _hardsigmoid_(input: Tensor) -> Tensor:
     return input.copy_(_hardsigmoid(input.clone()))
 
 
+def _embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> tuple[Tensor, ...]:
+    """Rows of weight (m, d) in bags, reduced: sum, mean or max by ``mode`` 0, 1, 2.
+
+    torch's own has no second derivative. Bags are padded to the longest, so that no sum depends on
+    the order of threads. ``torch.nn.functional`` reads the first of the results alone.
+    """
+    if not torch.is_grad_enabled() or scale_grad_by_freq or sparse or indices.numel() == 0:
+        own: tuple[Tensor, ...] = _own_embedding_bag(
+            weight, indices, offsets, scale_grad_by_freq, mode, sparse, per_sample_weights,
+            include_last_offset, padding_idx,
+        )  # fmt: skip
+        return own
+    if not include_last_offset:
+        offsets = torch.cat([offsets, offsets.new_tensor([len(indices)])])
+    count = offsets.diff()
+    steps = torch.arange(int(count.max()), device=indices.device)
+    at = (offsets[:-1, None] + steps).clamp(max=len(indices) - 1)  # (bags, longest)
+    valid = steps < count[:, None]
+    if padding_idx is not None:
+        valid = valid & (indices[at] != padding_idx)
+    rows = F.embedding(indices[at], weight)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights[at][..., None]
+    if mode == 2:
+        out = rows.masked_fill(~valid[..., None], -torch.inf).max(1).values
+        out = out.masked_fill(~valid.any(1)[:, None], 0.0)
+    else:
+        out = rows.masked_fill(~valid[..., None], 0.0).sum(1)
+        out = out / valid.sum(1).clamp(min=1)[:, None] if mode == 1 else out
+    return out, count.new_empty(0), valid.sum(1), count.new_empty(0)
+
+
+def _cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
+    """Euclidean distances (..., m, n) of x (..., m, d) and y (..., n, d), of slope 0 at 0.
+
+    torch's own has no second derivative. Other ``p`` are left to it.
+    """
+    if p != 2 or not torch.is_grad_enabled() or x.dtype != y.dtype:
+        distances: Tensor = _own_cdist(x, y, p, compute_mode)
+        return distances
+    square = (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
+    zero = square == 0
+    return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
+
+
 # (where, name, what was there, what is put there)
 PLACES: list[tuple[Any, str, Any, Any]] = [
     (F, "mse_loss", _own_mse_loss, _mse_loss),
@@ -67,6 +124,8 @@ PLACES: list[tuple[Any, str, Any, Any]] = [
         for place in (torch, importlib.import_module("torch.nn.utils.weight_norm"))
         if hasattr(place, "_weight_norm")
     ),
+    (torch, "embedding_bag", _own_embedding_bag, _embedding_bag),
+    (torch._VF, "cdist", _own_cdist, _cdist),
     (torch._C._nn, "hardsigmoid", _own_hardsigmoid, _hardsigmoid),
     (torch._C._nn, "hardsigmoid_", _own_hardsigmoid_, _hardsigmoid_),
     *(  # as graphs of torch.export and torch.fx call them
