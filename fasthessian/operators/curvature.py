@@ -24,6 +24,7 @@ from fasthessian.operators.options import Options
 from fasthessian.operators.passes import Passes
 from fasthessian.operators.slopes import ALLOWED, distance
 from fasthessian.operators.state import turn
+from fasthessian.vectors import like, real
 
 
 class Curvature(Passes):
@@ -127,38 +128,55 @@ class Curvature(Passes):
     def theta(self) -> Tensor:
         """The parameters as they are now, one vector (n,)."""
         named = self._loss.named()
-        return self.flatten([named[name].detach().to(self.dtype) for name in self.layout.names])
+        return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
 
     def gradient(self, offset: Tensor | None = None) -> Tensor:
-        """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,)."""
+        """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
+
+        Raises:
+            MemoryError: it does not fit; what it needs and which option would help.
+        """
         if offset is not None:
             self._accepts("offset", offset, (1,))
         decay, at, parts = self._options.weight_decay, self._at, self._loss.parts
-        out = torch.zeros(self.n, dtype=self.dtype, device=self.device)
         pack_ = kernels.select(self.device).pack_
-        with self._pass() as params, at(params, offset), closing(parts()) as every:
-            for part in every:
-                pieces = gradient(self._value(part), params)
-                pack_(out, [p.to(self.dtype) for p in pieces], alpha=part.weight, beta=1.0)
-            return out.add_(self.theta(), alpha=decay) if decay else out
+
+        def made() -> Tensor:
+            out = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+            with self._pass() as params, at(params, offset), closing(parts()) as every:
+                for part in every:
+                    pieces = gradient(self._value(part), params)
+                    pack_(
+                        out, [real(p).to(self.dtype) for p in pieces], alpha=part.weight, beta=1.0
+                    )
+                return out.add_(self.theta(), alpha=decay) if decay else out
+
+        return self._roomy(made, "the gradient")
 
     def loss(self, offset: Tensor | None = None) -> float:
         """The loss at theta, or at theta + ``offset`` (n,), summed over the data in float64.
 
         The parameters are replaced for the time of the call, not written. The value may be
         infinite or NaN far from theta.
+
+        Raises:
+            MemoryError: as of ``gradient``.
         """
         if offset is not None:
             self._accepts("offset", offset, (1,))
-        total = 0.0
-        at, parts = self._at, self._loss.parts
-        with self._pass(curved=False) as params, at(params, offset), closing(parts()) as every:
-            for part in every:
-                total += part.weight * float(self._loss.evaluate(part)[1].detach())
-            if self._options.weight_decay:
-                squares = sum(float(p.detach().double().square().sum()) for p in params)
-                total += self._options.weight_decay / 2 * squares
-        return total
+        decay, at, parts = self._options.weight_decay, self._at, self._loss.parts
+
+        def summed() -> float:
+            total = 0.0
+            with self._pass(curved=False) as params, at(params, offset), closing(parts()) as every:
+                for part in every:
+                    total += part.weight * float(self._loss.evaluate(part)[1].detach())
+                if decay:
+                    squares = sum(float(real(p.detach()).double().square().sum()) for p in params)
+                    total += decay / 2 * squares
+            return total
+
+        return self._roomy(summed, "the loss")
 
     def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
         self.mask_(v[0])
@@ -229,7 +247,7 @@ class Curvature(Passes):
         try:
             if offset is not None:
                 for p, at, shift in zip(params, held, self.layout.views(offset), strict=True):
-                    p.data = at + shift.to(at.dtype)
+                    p.data = at + like(shift, at)
             yield
         finally:
             for p, at in zip(params, held, strict=True):
@@ -248,7 +266,8 @@ class Curvature(Passes):
     def by_forward(self, v: Tensor) -> Tensor:
         """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
         options, out = self._options, torch.empty_like(v[None])
-        with turn():
+
+        def made() -> None:
             self._options = dataclasses.replace(options, engine="forward")
             try:
                 with self._pass() as params, closing(self._loss.parts()) as parts:
@@ -257,6 +276,9 @@ class Curvature(Passes):
                         self._made_graph(part, params).products([task], first=i == 0, keep=False)
             finally:
                 self._options = options
+
+        with turn():
+            self._roomy(made)
         return out[0].add_(v, alpha=options.weight_decay)
 
     def check(self) -> Check:
@@ -265,7 +287,9 @@ class Curvature(Passes):
         Symmetry of the matrix, repetition of a product, the gradient against central differences
         of the loss along random signs, a product against those of gradients (for the Hessian; where
         kinks as of ReLU spoil those, against forward mode), and the weights of batches: whether the
-        gradient of each is that of its parts. What is computed in 16 bits has no differences.
+        gradient of each is that of its halves, unless half of a batch is no batch of this model
+        (graphs, time in the first dimension). A row says where it does not apply, and why. What is
+        computed in 16 bits has no differences.
         Parameters that no gradient reaches are named. Costs three products, nine gradients and five
         evaluations of the loss, or thirteen where the first do not suffice; ``print(A.check())``
         shows a line each.
@@ -276,9 +300,15 @@ class Curvature(Passes):
         return check(self, self._exact)
 
     def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
-        """A vector (n,) from tensors by parameter name, or in the order of the parameters."""
+        """A vector (n,) from tensors by parameter name, or in the order of the parameters.
+
+        Those of complex parameters may be complex, or real as of ``unflatten``.
+        """
         return self.layout.flatten(tensors)
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
-        """Views of v (n,) by parameter name, in the parameters' shapes."""
+        """Views of v (n,) by parameter name, in the parameters' shapes.
+
+        That of a complex parameter is real with a last dimension of 2, as of ``view_as_real``.
+        """
         return self.layout.unflatten(v)

@@ -13,6 +13,7 @@ from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 from fasthessian import kernels
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.linearised import along
+from fasthessian.vectors import like, real
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
 # What torch says of an operation that it cannot differentiate twice, and forward over reverse.
@@ -54,7 +55,7 @@ class Graph:
             params = [self._params[i] for i in task.places]
             for views, row in zip(task.rows, task.out, strict=True):
                 last -= 1
-                tangents = [v.to(p.dtype) for v, p in zip(views, params, strict=True)]
+                tangents = [like(v, p) for v, p in zip(views, params, strict=True)]
                 for i, place in enumerate(task.places):
                     if place in self.padded:
                         tangents[i] = tangents[i].clone()
@@ -66,7 +67,7 @@ class Graph:
                     else:
                         pieces = self._pieces(task.places, tangents, keep or last > 0)
                 if pieces is not None:
-                    pieces = [piece.to(row.dtype) for piece in pieces]
+                    pieces = [real(piece).to(row.dtype) for piece in pieces]
                     pack_(row, pieces, alpha=self._weight, beta=0.0 if first else 1.0)
                 elif first:
                     row.zero_()
@@ -186,7 +187,8 @@ def difference(
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.detach().double().square().sum() for t in tensors]).sum().sqrt())
+    squares = [real(t.detach()).double().square().sum() for t in tensors]
+    return float(torch.stack(squares).sum().sqrt())
 
 
 @contextlib.contextmanager
@@ -199,12 +201,12 @@ def _named(forward: bool) -> Iterator[None]:
         if forward and any(words in str(error) for words in NOT_FORWARD):
             raise RuntimeError(
                 f"torch cannot differentiate the gradient in forward mode: {first}; "
-                f"use engine='retained' or 'recompute'"
+                f"use engine='retained' or 'recompute', or 'difference' if they fail too"
             ) from error
         if any(words in str(error) for words in NOT_TWICE):
             raise RuntimeError(
                 f"the loss has no second derivative in torch: {first}; "
-                f"engine='difference' needs first ones only"
+                f"engine='difference' needs first ones only, and no kinks such as ReLU's"
             ) from error
         raise
 

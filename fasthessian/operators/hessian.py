@@ -38,7 +38,8 @@ class Hessian(Curvature):
             targets), a mapping, or an object with ``.to``. The model is called as its ``forward``
             takes them: ``inputs`` in a tuple or list as several arguments, or else as one; a
             mapping by keywords, or else as one; an object as one.
-        params: None for all that require gradients, or an iterable of names or parameters.
+        params: None for all that require gradients, or an iterable of names or parameters. Complex
+            ones count as 2n real numbers, those of ``torch.view_as_real``, as ``layout`` says.
         engine: ``"retained"`` keeps the first-order graphs; ``"recompute"`` builds them at each
             product; ``"auto"`` is retained for what fits ``memory_budget`` and recompute for the
             rest. ``"forward"`` differentiates the gradient in forward mode, ``"difference"`` takes

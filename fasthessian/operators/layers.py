@@ -85,8 +85,10 @@ class _Watch:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self.seen: dict[nn.Module, list[Call]] = {}
+        # before the user's hooks, which may return or write something else
         self._handles = [
-            module.register_forward_hook(self._note, with_kwargs=True) for module in modules
+            module.register_forward_hook(self._note, prepend=True, with_kwargs=True)
+            for module in modules
         ]
 
     def _note(
@@ -129,10 +131,12 @@ def build(
     found = _candidates(model, params)
     with unfolded(), _Watch(list(found)) as watch:
         z, loss = outputs()
-    if not isinstance(z, Tensor) or z.dim() != 2 or not 0 < z.shape[1] <= MOST:
+    if not isinstance(z, Tensor) or z.is_complex() or z.dim() != 2 or not 0 < z.shape[1] <= MOST:
         return None
     once = {module: seen[0] for module, seen in watch.seen.items() if len(seen) == 1}
     edges = {module: call.edge for module, call in once.items() if call.edge is not None}
+    if not edges:  # no layer of the usual kinds is called once on the way to the loss
+        return None
     if through and not (_only_way(loss, z) and _piecewise_linear(z, list(edges.values()))):
         return None
     own: dict[nn.Module, tuple[Tensor, ...]] = {}
@@ -256,4 +260,5 @@ def _piecewise_linear(z: Tensor, edges: Sequence[GradientEdge]) -> bool:
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
+    dtype = torch.complex128 if like.is_complex() else torch.float64
+    return torch.randn(like.shape, generator=generator, dtype=dtype, device="cpu").to(like)

@@ -6,7 +6,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from fasthessian.operators import hooks, parameters
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.checks import compared, precision_error
 from fasthessian.operators.closures import ClosureLoss
-from fasthessian.operators.coupling import coupling
+from fasthessian.operators.coupling import Coupling, coupling
 from fasthessian.operators.engines import Graph, Task, coarsest, examine, metered, unused
 from fasthessian.operators.kept import KeptGraphs
 from fasthessian.operators.layers import Layers
@@ -27,6 +27,8 @@ from fasthessian.operators.rewrite import Rewrite
 from fasthessian.operators.state import engaged, turn
 from fasthessian.operators.watched import Functions
 from fasthessian.vectors import Layout
+
+Result = TypeVar("Result")
 
 
 class Passes(KeptGraphs):
@@ -56,7 +58,7 @@ class Passes(KeptGraphs):
         self._layered = False  # whether blocks of single layers were asked for
         self._functions = Functions()
         self._untrusted: list[str] = []  # nodes of the graph whose second derivative is unknown
-        self._roomy(self._open)
+        self._roomy(self._open, f"a product of {type(self).__name__}")
 
     def _open(self) -> None:
         """Check the loss, choose the engine, keep the first graph."""
@@ -71,13 +73,15 @@ class Passes(KeptGraphs):
             self.engine += f"; {loss.note}"
         self._compare_slope(part)
         if self._options.microbatch:
-            change, index = self.coupling()
+            change, index, unseen = self.coupling()
             if change > self._repeated():
                 raise ValueError(
                     f"microbatch={self._options.microbatch} changes the gradient of batch {index} "
                     f"by {change:.1%}: the model or the criterion couples the samples of a batch; "
                     f"use microbatch=None"
                 )
+            if unseen:
+                self.engine += f"; {unseen}"
         if self._capacity and loss.replayable:
             with self._pass() as params:
                 self._keep(self._made_graph(part, params), part, params)
@@ -241,15 +245,20 @@ class Passes(KeptGraphs):
             errors.append(max(errors) ** (2 / 3))
         return max(errors)
 
-    def coupling(self) -> tuple[float, int]:
+    def coupling(self) -> Coupling:
         """See ``coupling.coupling``; in eval mode, as masks of dropout differ by microbatch."""
-        if not isinstance(self._loss, ModelLoss):
-            return math.nan, -1
-        with self._pass(mode="eval") as params:
-            if not callable(self._loss.terms.given):
-                with contextlib.suppress(ValueError):  # weights were given since none are right
-                    self._count(params, anyway=True)
-            return coupling(self._loss, params, self._repeated())
+        loss = self._loss
+        if not isinstance(loss, ModelLoss):
+            return Coupling(math.nan, -1, "a closure has no batches")
+
+        def found() -> Coupling:
+            with self._pass(mode="eval") as params:
+                if not callable(loss.terms.given):
+                    with contextlib.suppress(ValueError):  # weights were given since none are right
+                        self._count(params, anyway=True)
+                return coupling(loss, params, self._repeated())
+
+        return self._roomy(found, "the gradient of a batch")
 
     def _value(self, part: Part) -> Tensor:
         """The loss of a part, checked to be finite."""
@@ -293,16 +302,16 @@ class Passes(KeptGraphs):
                 self._forget()
                 raise
 
-    def _roomy(self, job: Callable[[], None]) -> None:
+    def _roomy(self, job: Callable[[], Result], what: str = "the product") -> Result:
         """Do the job; a MemoryError that says the way out where memory does not suffice."""
         try:
-            job()
-            return
+            return job()
         except RuntimeError as error:
             words = str(error)
             if not out_of_memory(error):
                 raise
         # outside of the handler: its traceback holds what was allocated so far
-        self._forget()
+        with turn():
+            self._forget()
         cuttable = isinstance(self._loss, ModelLoss)
-        raise MemoryError(self._options.shortage(words, self._needs, self.device, cuttable))
+        raise MemoryError(self._options.shortage(what, words, self._needs, self.device, cuttable))

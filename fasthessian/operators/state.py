@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fasthessian.vectors import like, real
+
 _turn = threading.RLock()
 
 
@@ -209,13 +211,13 @@ def shifted(params: Sequence[Tensor], step: float) -> Iterator[None]:
         yield
         return
     held = [p.data for p in params]
-    square = sum(float(p.double().square().sum()) for p in held)
-    step *= math.sqrt(square / sum(p.numel() for p in held)) or 1.0
+    square = sum(float(real(p).double().square().sum()) for p in held)
+    step *= math.sqrt(square / sum(real(p).numel() for p in held)) or 1.0
     generator = torch.Generator().manual_seed(0)
     try:
         for p in params:
-            noise = torch.randn(p.shape, generator=generator, dtype=torch.float32)
-            p.data = p.data + step * noise.to(p.device, p.dtype)
+            noise = torch.randn(real(p.data).shape, generator=generator, dtype=torch.float32)
+            p.data = p.data + step * like(noise.to(p.device), p)
         yield
     finally:
         for p, at in zip(params, held, strict=True):

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import function as autograd
 
+from fasthessian.operators.formulas import functorch_level
 from fasthessian.operators.functioncheck import RIGHT, Verdict, judge
 from fasthessian.operators.functions import Call, Function, Local, alone, is_alone
 from fasthessian.operators.linearloss import FORMULAS
-from fasthessian.operators.rewrite import functorch_level
 
 PLAIN = (Tensor, nn.Parameter)  # a subclass of tensors has rules of its own
 OWN = "fasthessian."
