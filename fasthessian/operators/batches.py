@@ -106,6 +106,10 @@ def check_batch(batch: Batch, has_criterion: bool) -> None:
         raise TypeError(f"data holds a batch of {len(batch)} entries; at least {form} is needed")
 
 
+class DataChanged(RuntimeError):
+    """A loader yielded other samples than at its first pass."""
+
+
 class Memory:
     """One batch or the user's list of batches; they come in the same order at every pass."""
 
@@ -148,7 +152,7 @@ class Stream:
         """Yield every batch, then compare the pass with the first one.
 
         Raises:
-            RuntimeError: the samples differ from those of the first pass.
+            DataChanged: the samples differ from those of the first pass.
         """
         self._passes += 1
         seen = Fingerprint()
@@ -161,7 +165,7 @@ class Stream:
         if self._first is None:
             self._first = seen
         elif not seen.matches(self._first, self._ordered):
-            raise RuntimeError(
+            raise DataChanged(
                 f"data yields different batches at each pass (random augmentation, sampling or "
                 f"padding{', or their order' if self._ordered else ''}); use a loader without "
                 f"randomness, or fix one pass: data=list(loader)"
