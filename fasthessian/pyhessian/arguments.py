@@ -92,12 +92,20 @@ def explained() -> Iterator[None]:
         yield
     except (TypeError, ValueError, RuntimeError, MemoryError) as error:
         option = _OPTIONS.search(str(error))
-        if option is None:
+        if option is None or not _ours(error):
             raise
         raise type(error)(
             f"{error} ({option.group(1)} is an option of fasthessian.Hessian(model, criterion, "
             f"data), which fasthessian.eigsh, trace and density take)"
         ) from error
+
+
+def _ours(error: Exception) -> bool:
+    """Whether this package raised it, not the user's model or criterion."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and at.tb_frame.f_globals["__name__"].startswith("fasthessian.")
 
 
 def one_pass(loader: Iterable[Batch]) -> list[Batch]:
