@@ -218,6 +218,18 @@ def test_errors_of_the_users_code_arrive_as_they_were_raised(kind, culprit):
     assert caught.value.args == ("mode= is mine",)
 
 
+@pytest.mark.parametrize("kind", [ValueError, RuntimeError])
+def test_errors_of_an_override_arrive_as_they_were_raised(kind):
+    def fail(v):
+        raise kind("mode= is mine")
+
+    h = hessian(mlp(), cross_entropy, dataloader=batches(), cuda=False)
+    h.dataloader_hv_product = fail
+    with pytest.raises(kind) as caught:
+        h.eigenvalues()
+    assert caught.value.args == ("mode= is mine",)
+
+
 def test_single_tensors_generators_and_missing_gradients_in_products():
     model, (data,) = mlp(), batches()
     h = hessian(model, cross_entropy, data=data, cuda=False)
