@@ -21,6 +21,10 @@ FORMS = (
 )
 
 
+class DataChanged(RuntimeError):
+    """A loader yielded other samples than at its first pass."""
+
+
 class Memory:
     """One batch or the user's list of batches; they come in the same order at every pass."""
 
@@ -63,7 +67,7 @@ class Stream:
         """Yield every batch, then compare the pass with the first one.
 
         Raises:
-            RuntimeError: the samples differ from those of the first pass.
+            DataChanged: the samples differ from those of the first pass.
         """
         self._passes += 1
         seen = Fingerprint()
@@ -76,7 +80,7 @@ class Stream:
         if self._first is None:
             self._first = seen
         elif not seen.matches(self._first, self._ordered):
-            raise RuntimeError(
+            raise DataChanged(
                 f"data yields different batches at each pass (random augmentation, sampling or "
                 f"padding{', or their order' if self._ordered else ''}); use a loader without "
                 f"randomness, or fix one pass: data=list(loader)"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthessian.memory import out_of_memory
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.calls import call, loss_of, scalar
 from fasthessian.operators.engines import examine
@@ -23,18 +24,36 @@ def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
-def gradients(model: Any, criterion: Any, batch: Any, params: list[Tensor]) -> list[Tensor]:
-    """The gradients of one batch's loss with their graph; zeros for unused parameters."""
+def gradients(
+    model: Any, criterion: Any, batch: Any, params: Sequence[Tensor], curved: bool = True
+) -> list[Tensor | None]:
+    """The gradients of one batch's loss with their graph; None for unused parameters.
+
+    With ``curved`` a loss without second derivatives is refused: RuntimeError. MemoryError says
+    that the graph does not fit.
+    """
     modules = [x for x in (model, criterion) if isinstance(x, nn.Module)]
     with engaged(modules, "eval", params[0].device):
-        returned = call(model, criterion, batch)[1]
-        loss = scalar(loss_of(returned, criterion is not None)[0], "criterion")
-        examine(loss, params)
-        return list(
-            torch.autograd.grad(
-                loss, params, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-        )
+        try:
+            returned = call(model, criterion, batch)[1]
+            loss = scalar(loss_of(returned, criterion is not None)[0], "criterion")
+            if curved:
+                examine(loss, params)
+            return list(torch.autograd.grad(loss, params, create_graph=True, allow_unused=True))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryError(
+                f"the graph of the gradients does not fit the memory of {params[0].device}; pass "
+                "the batch in parts: dataloader=list(zip(inputs.split(16), targets.split(16)))"
+            ) from error
+
+
+def leave(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Put copies of the gradients, with their graph, into ``.grad``, whatever was there."""
+    with torch.inference_mode(False), torch.enable_grad():
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = None if grad is None else grad.clone()
 
 
 def operator(product: Product, params: Sequence[Tensor]) -> tuple[SymmetricOperator, Layout]:
