@@ -283,6 +283,21 @@ def test_a_forward_hook_that_changes_the_output(kind, change, monkeypatch):
     assert worst(kind(*made), whole, "layer") < 1e-12
 
 
+def test_a_global_forward_hook_that_changes_outputs():
+    made = problem(lambda: two(plain))
+
+    def doubled(module, inputs, output):
+        return 2 * output if isinstance(module, nn.Linear) else None
+
+    handle = nn.modules.module.register_module_forward_hook(doubled)
+    try:
+        for kind in KINDS:
+            whole = columns(kind(*made, engine="recompute"))
+            assert worst(kind(*made), whole, "layer") < 1e-12
+    finally:
+        handle.remove()
+
+
 @pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, spectral])
 def test_training_mode_leaves_the_vectors_of_spectral_norm(wrap):
     model, criterion, data = problem(lambda: two(wrap, plain))

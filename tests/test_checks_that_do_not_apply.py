@@ -143,6 +143,9 @@ SKIPPED = {  # model, criterion, data, what the row says
     "one batch size": (
         lambda: nn.Linear(3, 2), for_four, lambda: (normal(4, 3), classes(4)), "FixedSizeError",
     ),
+    "one sample": (
+        lambda: nn.Linear(3, 2), CE, lambda: (normal(1, 3), classes(1)), "a batch of one sample",
+    ),
     "one long sequence": (
         lambda: TimeFirst(False), CE, lambda: (normal(8, 3), classes(8)), "lstm has batch_first",
     ),

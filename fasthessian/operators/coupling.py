@@ -75,6 +75,8 @@ def _of_halves(
     loss: ModelLoss, batch: Batch, params: Sequence[Tensor], allowed: float
 ) -> tuple[float, str]:
     """The change of a batch that is cut in two, or NaN and why that does not tell."""
+    if samples(batch) < 2:
+        return math.nan, "a batch of one sample cannot be cut"
     change, reason = _smaller(loss, batch, halves(batch), params, allowed)
     if change <= allowed:
         return change, ""

@@ -204,6 +204,8 @@ def _candidates(model: nn.Module, params: Sequence[Tensor]) -> dict[nn.Module, t
     place = {id(p): i for i, p in enumerate(params)}
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found: dict[nn.Module, tuple[int, ...]] = {}
+    if getattr(nn.modules.module, "_global_forward_hooks", None):
+        return found  # these act before those of a module, and may change its output
     for module in model.modules():
         named = {name: id(p) for name, p in module._parameters.items() if p is not None}
         own = [each for each in named.values() if each in place]
