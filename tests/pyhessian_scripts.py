@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
 import pytest
 import torch
 from pyhessian_cases import batches, mean_loss_hessian, mlp
@@ -52,3 +53,10 @@ def units(params):
 
 def near(value, expected, rel=0.02):
     assert float(value) == pytest.approx(float(expected), rel=rel)
+
+
+def about(samples, expected):
+    """The mean of the samples is the expected value, to five standard errors."""
+    samples = np.array(samples)
+    assert len(samples) >= 200
+    assert abs(samples.mean() - float(expected)) < 5 * samples.std() / len(samples) ** 0.5

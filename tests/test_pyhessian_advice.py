@@ -103,6 +103,7 @@ def test_no_module_and_nothing_to_train():
         ({}, "pass cuda=False", {"cuda": False}),
         ({"device": "cuda"}, "device='cpu' where device was given", {"device": "cpu"}),
         ({"cuda": False, "device": torch.device("cuda:0")}, "device='cpu'", {"device": "cpu"}),
+        ({"device": 0}, "device='cpu'", {"device": torch.device("mps")}),
     ],
 )
 def test_cuda_where_there_is_none(monkeypatch, given, advice, taken):
@@ -268,6 +269,7 @@ def test_models_that_differentiate_inside_in_training_only():
     words = explained("mode")
     h = hessian(Inside(), cross_entropy, dataloader=data)
     refused(words, h.eigenvalues)
+    refused(words, lambda: hessian(Inside(), cross_entropy, data=data[0]), ValueError)
     A = fh.Hessian(Inside(), cross_entropy, data, mode="train")
     assert float(fh.eigsh(A).values) != 0
     assert fh.trace(A, rtol=0.9).samples.numel()

@@ -140,7 +140,9 @@ def one_pass(loader: Iterable[Batch]) -> list[Batch]:
 
 def asks_cuda(cuda: Any, device: Any) -> bool:
     """Whether CUDA is meant: by ``device``, which PyHessian's forks take, or by ``cuda``."""
-    return bool(cuda) if device is None else "cpu" not in str(device)
+    if device is None:
+        return bool(cuda)
+    return isinstance(device, int) or str(device).startswith("cuda")
 
 
 def device_name(device: torch.device, wanted: bool) -> str:

@@ -22,6 +22,7 @@ from fasthessian.pyhessian.arguments import (
     check_model,
     check_source,
     device_name,
+    explained,
     numbers,
     quiet,
     split_batch,
@@ -123,11 +124,15 @@ class hessian(State):
             return
         self.data = data
         self.inputs, self.targets = split_batch(to_device(data, self.params[0].device))
-        try:
-            grads = self._differentiated(self.params)
-            self._keep(self.params, grads)
-        except (RuntimeError, ValueError):  # perhaps for want of second derivatives, not needed yet
-            grads = self._differentiated(self.params, curved=False)
+        with explained():
+            try:
+                grads = self._differentiated(self.params)
+                self._keep(self.params, grads)
+            except (RuntimeError, ValueError) as error:
+                try:  # perhaps for want of second derivatives, which are not needed yet
+                    grads = self._differentiated(self.params, curved=False)
+                except RuntimeError:
+                    raise error from None
         leave(self.params, grads)
 
     def eigenvalues(
