@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from fasthessian.plots import shown
+
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c2430; background: #f4f6f9; margin: 0; }
 main { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -128,7 +130,7 @@ def summary(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     if blocks is not None:
         order = sorted(range(len(blocks["names"])), key=lambda i: -abs(blocks["values"][i] or 0))
         lines = [
-            f"{blocks['names'][i]}: λ {number(blocks['values'][i])}, trace "
+            f"{shown(blocks['names'][i])}: λ {number(blocks['values'][i])}, trace "
             f"{number(blocks['traces'][i])} ± {number(blocks['errors'][i], 2)}"
             for i in order[:LISTED]
         ]
