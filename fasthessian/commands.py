@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shlex
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,11 +152,88 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
     stages.say(f"engine {result.engine}")
     if words := page.steps(content):
         stages.say(f"Lanczos steps {words}")
+    unfinished = deliver(content, out, options["as_json"], options["overwrite"])
+    where = None if out is None or unfinished else str(Path(out) / "report.html")
+    show_summary(console, content, where)
+    if unfinished is not None:
+        raise unfinished
+
+
+class Unfinished(click.ClickException):
+    """The work is done and its numbers are kept, but something failed after it."""
+
+
+class Interrupted(Unfinished):
+    """The same by Ctrl-C."""
+
+    exit_code = 130
+
+
+def deliver(
+    content: Mapping[str, Any], out: str | None, as_json: bool, overwrite: bool
+) -> Unfinished | None:
+    """Print and write a result, the numbers before anything is drawn.
+
+    Numbers that find no place there go to a file for temporary files, or to standard output.
+
+    Returns:
+        What failed, where the numbers are and how to draw them; None if nothing failed.
+    """
+    from fasthessian import report
+
+    numbers = report.encode(content)
+    failed: list[BaseException] = []
+
+    def attempt(job: Callable[[], None]) -> bool:
+        try:
+            job()
+        except (Exception, KeyboardInterrupt) as error:
+            failed.append(error)
+            return False
+        return True
+
+    def show() -> None:
+        try:
+            sys.stdout.write(numbers.decode())
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = io.StringIO()  # what it still holds would fail once more at the end
+            raise
+
+    printed = as_json and attempt(show)
+    kept: str | None = None
     if out is not None:
-        report.write(out, report.files(content), overwrite=options["overwrite"])
-    if options["as_json"]:
-        sys.stdout.write(report.encode(content).decode())
-    show_summary(console, content, None if out is None else str(Path(out) / "report.html"))
+        first = {"result.json": numbers}
+        if attempt(lambda: report.write(out, first, overwrite=overwrite)):
+            kept = str(Path(out) / "result.json")
+            if not any(isinstance(error, KeyboardInterrupt) for error in failed):
+                attempt(lambda: report.write(out, report.files(content), overwrite=True))
+    if not failed:
+        return None
+    if kept is None and not printed:
+
+        def keep() -> None:
+            nonlocal kept
+            handle, name = tempfile.mkstemp(prefix="fasthessian-", suffix=".json")
+            try:
+                with os.fdopen(handle, "wb") as stream:
+                    stream.write(numbers)
+            except BaseException:
+                os.unlink(name)
+                raise
+            kept = name
+
+        printed = not attempt(keep) and not as_json and attempt(show)
+    stopped = isinstance(failed[0], KeyboardInterrupt)
+    what = "interrupted" if stopped else str(failed[0]) or type(failed[0]).__name__
+    place = "the numbers could not be kept"
+    if kept or printed:
+        source = kept or "the JSON on standard output, to be saved as result.json"
+        draw = f"fasthessian plot {shlex.quote(kept or 'result.json')} --out DIR"
+        place = f"the numbers are in {source}; draw them with: {draw}"
+    return (Interrupted if stopped else Unfinished)(
+        f"the work is done, but its report is not complete ({what}); {place}"
+    )
 
 
 @cli.command()
