@@ -44,7 +44,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
         if not deliberate(error):
             raise
-        fail(2, str(error))
+        from fasthessian.study.advice import as_options
+
+        fail(2, as_options(str(error)))
     sys.exit(code if isinstance(code, int) else 0)
 
 

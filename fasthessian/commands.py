@@ -17,6 +17,8 @@ from click.core import ParameterSource
 
 from fasthessian.__about__ import __version__
 from fasthessian.basis import FORMATS
+from fasthessian.operators.engines import ENGINES
+from fasthessian.operators.options import PRECISIONS
 from fasthessian.study.problems import BUILTIN, Settings, load
 
 PROBLEMS = "\n".join(f"  {name:<16} {recipe.about}" for name, recipe in BUILTIN.items())
@@ -28,6 +30,7 @@ Examples:
   fasthessian analyze mlp-digits --top 10 --no-landscape --json > spectrum.json
   fasthessian analyze my_script:problem --steps 100 --probes 4
   fasthessian analyze resnet20 --blocks layer --no-density --no-landscape
+  fasthessian analyze my_script:problem --matrix ggn --params "^head" --microbatch 32
 """
 
 
@@ -66,11 +69,48 @@ same seed gives the same numbers.
 @click.option("--data", metavar="FOLDER", help="CIFAR-10 or CIFAR-100, unpacked; else digits.")
 @click.option("--epochs", type=click.IntRange(0), help="Passes over the training images.")
 @click.option("--train-images", type=click.IntRange(1), help="At most so many images an epoch.")
+@click.option("--lr", type=float, help="Learning rate of the training.")
 @click.option("--samples", type=click.IntRange(1), help="Training images in the analysed loss.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a batch of the analysis.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Same seed, same numbers."
 )
+@click.option(
+    "--matrix",
+    type=click.Choice(["hessian", "ggn", "fisher"]),
+    default="hessian",
+    help="Second derivative of the loss; its Gauss-Newton part, which has no negative eigenvalue "
+    "where the criterion is convex; or the Fisher matrix, by one target drawn for each of the "
+    "model's predictions.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="auto",
+    help="How products are made: retained keeps graphs in memory, recompute builds them each time, "
+    "auto takes what fits. forward is for models that torch differentiates forward. difference "
+    "needs first derivatives only: good to 1e-4, useless for ReLU networks.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["eval", "train"]),
+    default="eval",
+    help="Of the model: dropout off and running statistics, or as in training.",
+)
+@click.option(
+    "--params",
+    metavar="REGEX",
+    help="Only the parameters in whose name this is found, such as ^head; else all trainable ones.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Faster products of fewer digits; else in the model's dtype.",
+)
+@click.option(
+    "--microbatch", type=click.IntRange(1), help="Samples at a time, to save memory; else a batch."
+)
+@click.option("--weight-decay", type=float, default=0.0, help="Adds this multiple of the identity.")
 @click.option("--top", type=click.IntRange(0), default=5, help="Largest eigenvalues to find.")
 @click.option("--bottom", type=click.IntRange(0), default=2, help="Smallest eigenvalues to find.")
 @click.option(
@@ -130,6 +170,7 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
             "top", "bottom", "max_products", "trace", "trace_rtol", "density", "steps", "probes"
         ),
         **pick("basis", "landscape", "points", "span", "seed", "check", "blocks"),
+        **pick("matrix", "engine", "mode", "params", "precision", "microbatch", "weight_decay"),
     )
     quiet = options["as_json"] and ctx.get_parameter_source("out") is ParameterSource.DEFAULT
     out = None if quiet else options["out"]
@@ -138,7 +179,9 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
         report.check_folder(out, overwrite=options["overwrite"])
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
-    settings = Settings(**pick("data", "epochs", "train_images", "samples", "batch_size", "seed"))
+    settings = Settings(
+        **pick("data", "epochs", "train_images", "lr", "samples", "batch_size", "seed")
+    )
     console = stderr()
     with Stages(console) as stages:
         start = time.perf_counter()

@@ -196,13 +196,21 @@ def figures(content: Mapping[str, Any]) -> dict[str, bytes]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a font without a name's letters, and overflow
-                drawn[name] = png(draw())
+                drawn[name] = png(_named(draw(), page.matrix(content)))
         except ImportError:
             raise
         except Exception as error:
             words = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"{name} cannot be drawn ({words:.300})") from error
     return drawn
+
+
+def _named(fig: Figure, matrix: str) -> Figure:
+    """The figure with the name of the matrix, which a record does not know."""
+    for ax in fig.axes:
+        for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+            text.set_text(text.get_text().replace("Hessian", matrix))
+    return fig
 
 
 def _drawings(parts: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
