@@ -145,6 +145,46 @@ def test_the_advice_of_a_note_works(capsys):
     assert code == 0 and "note: " not in err and report.read("report/result.json")["notes"] == []
 
 
+def words_of(capsys, *args):
+    """Exit code and the last line of stderr of ``analyze``."""
+    with pytest.raises(SystemExit) as info:
+        cli.main(["analyze", *args])
+    return info.value.code, capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_advice_of_a_plan_works(capsys):
+    none = ["mine:problem", "--top", "0", "--bottom", "0", "--no-trace", "--no-density", "--json"]
+    code, err = words_of(capsys, *none, "--no-landscape")
+    assert code == 2 and "ask for --top, --bottom, --trace or --density" in err
+    for option in ("--top=1", "--bottom=1", "--trace", "--density"):
+        assert words_of(capsys, *none, "--no-landscape", option)[0] == 0, option
+    code, err = words_of(capsys, *none, "--trace")
+    assert code == 2 and "give --top 1 or more, or --no-landscape" in err
+    assert words_of(capsys, *none, "--trace", "--top", "1")[0] == 0
+
+
+def test_the_advice_about_a_problem_works(capsys):
+    for spec in ("./mine.py:problem", "mine.py:problem"):
+        code, err = words_of(capsys, spec)
+        told = re.search(r"; from its folder write (\S+)", err)
+        assert code == 2 and told is not None, err
+        assert words_of(capsys, told.group(1), *SMALL, "--json")[0] == 0
+    code, err = words_of(capsys, "mlp", "--json")
+    assert code == 2 and "use resnet20, mlp-digits" in err
+    assert words_of(capsys, "mlp-digits", *SMALL, "--epochs", "1", "--json")[0] == 0
+
+
+def test_the_advice_about_a_folder_works(capsys):
+    assert words_of(capsys, "mine:problem", *SMALL)[0] == 0
+    code, err = words_of(capsys, "mine:problem", *SMALL)
+    assert code == 2 and "use --overwrite or another --out" in err
+    assert words_of(capsys, "mine:problem", *SMALL, "--out", "other")[0] == 0
+    assert words_of(capsys, "mine:problem", *SMALL, "--overwrite")[0] == 0
+    code, err = words_of(capsys, "mine:problem", *SMALL, "--out", "mine.py")
+    assert code == 2 and "choose another --out" in err
+    assert words_of(capsys, "mine:problem", *SMALL, "--out", "third")[0] == 0
+
+
 def test_options_reach_the_operator_and_are_told(capsys):
     options = ("--matrix", "ggn", "--params", "^2", "--weight-decay", "0.5", "--microbatch", "7",
                "--engine", "recompute", "--mode", "train", "--blocks", "layer")  # fmt: skip

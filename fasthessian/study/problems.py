@@ -209,8 +209,10 @@ def own(spec: str, settings: Settings) -> Problem:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
                 raise  # the user's module exists, and one that it imports is missing
+            stem = module_name.removesuffix(".py")
+            way = "" if stem == module_name else f"; from its folder write {stem}:{name}"
             raise ValueError(
-                f"no module {module_name!r} here ({os.getcwd()}) or on the Python path"
+                f"no module {module_name!r} here ({os.getcwd()}) or on the Python path{way}"
             ) from error
         function = getattr(module, name, None)
         if not callable(function):
