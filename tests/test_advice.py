@@ -44,7 +44,7 @@ TAKEN = {
     "; pip install 'fasthessian[cli]'": INSTALLED,
     "figures need matplotlib; pip install matplotlib": INSTALLED,
     "which is missing; pip install scikit-learn": INSTALLED,
-    "put nvcc on PATH, then reinstall fasthessian": INSTALLED,
+    "nvcc on PATH": INSTALLED,
     "install a C++17 compiler, then reinstall ": INSTALLED,
     "Triton is not installed; pip install triton": INSTALLED,
     "; pip install -U triton": "test_machines.py::test_the_version_of_triton",
