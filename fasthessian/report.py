@@ -121,18 +121,17 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: the file is no such document, or a part is damaged; one line.
         OSError: it cannot be read.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; give {Path(path) / 'result.json'}")
     try:
         content: dict[str, Any] = parse(Path(path).read_bytes().decode(), finite=True)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
     form = content.get("format") if isinstance(content, dict) else None
     if form != FORMAT:
-        newer = isinstance(form, str) and re.fullmatch(r"fasthessian result \d+", form)
-        why = (
-            f"a newer version wrote {form!r}, update fasthessian"
-            if newer
-            else f"found {form!r:.60}"
-        )
+        why = f"found {form!r:.60}"
+        if isinstance(form, str) and re.fullmatch(r"fasthessian result \d+", form):
+            why = f"a newer version wrote {form!r}, update fasthessian"
         raise ValueError(
             f"{path} is not a result of this version; expected format {FORMAT!r}, {why}"
         )

@@ -52,6 +52,7 @@ TAKEN = {
     "and finds none; put gcc on PATH": "test_machines.py::test_triton_needs_a_c_compiler",
     "serves CPU tensors only; unset it": "test_advice.py::test_an_interpreter_that_is_unset",
     ", update fasthessian": "test_files.py::test_the_pattern_of_these_results_is_drawn",
+    " is a folder; give ": "test_files.py::test_a_folder_is_no_result_but_may_hold_one",
     "draw them with: ": "test_delivery.py::test_numbers_are_written_before_anything_is_drawn",
     "use another engine": "test_advice_taken.py::test_a_check_that_advises_another_engine",
     "try another engine": "test_advice_taken.py::test_a_check_that_advises_another_engine",

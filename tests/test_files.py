@@ -347,6 +347,12 @@ def test_texts_that_are_no_result(tmp_path, text, words):
     refused(report.read, path, words)
 
 
+def test_a_folder_is_no_result_but_may_hold_one(tmp_path):
+    result(tmp_path / "result.json")
+    message = refused(report.read, tmp_path, " is a folder; give ")
+    assert report.read(message.partition("; give ")[2])["format"] == report.FORMAT
+
+
 def test_a_figure_that_cannot_be_drawn_is_named(monkeypatch):
     def fail(*args):
         raise ArithmeticError("a bug\nof two lines")
