@@ -4,9 +4,11 @@ One case per piece of advice: words of the message, the error, what makes it, an
 advice, in as many ways as it names. See test_advice.py for the list of all advice.
 """
 
+import itertools
 import re
 import warnings
 from collections import UserDict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -172,6 +174,19 @@ CASES = {
         lambda: H().blocks({"all": "."})),
     "make one of them narrower": (ValueError, lambda: H().blocks({"a": "0", "b": "weight"}),
         lambda: H().blocks({"a": "0", "b": "3.weight|2.weight"})),
+    # operators.calls, operators.sources
+    "as lambda model, batch: loss(model(batch[0]), batch[1])": (Exception,
+        lambda: H(Named(), CE, (X, Y)),
+        lambda: H(Named(), lambda model, batch: CE(model(batch[0]).scores, batch[1]), (X, Y))),
+    "without a loss; return the scalar alone": (Exception,
+        lambda: H(criterion=lambda model, batch: {"a": CE(model(batch[0]), batch[1])}),
+        lambda: H(criterion=lambda model, batch: CE(model(batch[0]), batch[1]))),
+    "which has no end; pass a list of batches": (Exception,
+        lambda: H(data=itertools.cycle(HALVES)),
+        lambda: H(data=list(itertools.islice(itertools.cycle(HALVES), 2)))),
+    "or an output with .logits for ": (Exception,
+        lambda: H(Pair(), lambda z, y: CE(z[0], y), (X, Y), kind=fh.GaussNewton),
+        lambda: H(Pair(), lambda z, y: CE(z[0], y), (X, Y))),
     # operators.counting, operators.passes
     "pass all data as one batch; or check the parameters": (ValueError,
         lambda: H(criterion=per_positive, data=[(X[:4], Y[:4]), (X[4:], Y[4:] * 0)]),
@@ -252,7 +267,7 @@ CASES = {
         lambda: from_closure(lambda w: w), lambda: from_closure(lambda w: [w])),
     "pass the tensors that the loss depends on": (ValueError,
         lambda: from_closure(lambda w: []), lambda: from_closure(lambda w: [w])),
-    "bfloat16 and float16; use .float() or .double()": ((TypeError, ValueError),
+    "complex64 and complex128; use ": ((TypeError, ValueError),
         lambda: from_closure(lambda w: [torch.ones(2, dtype=torch.float8_e5m2)]),
         lambda: from_closure(lambda w: [w])),
     "parameters mix dtypes": ((TypeError, ValueError), lambda: H(mixed()),
@@ -290,6 +305,20 @@ class Hugging(nn.Module):
         return UserDict(
             logits=z, **({} if labels is None else {"loss": F.cross_entropy(z, labels)})
         )
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x):
+        return SimpleNamespace(scores=self.inner(x))
+
+
+class Pair(Named):
+    def forward(self, x):
+        return self.inner(x), x
 
 
 class Loss(nn.Module):
