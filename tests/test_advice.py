@@ -35,6 +35,8 @@ MEMORY = "test_advice_of_results.py::test_a_basis_that_does_not_fit"
 FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
 INSTALLED = "test_advice.py::test_what_messages_ask_to_install_serves"
 TAKEN = {
+    "engine='difference' needs first ones only":
+        "test_formulas.py::test_what_has_no_formula_names_an_engine_that_serves",
     "; pass smaller batches":
         "test_checks_that_do_not_apply.py::test_a_batch_that_cannot_be_cut_into_microbatches_is_refused",
     "does not serve, a part of batch":
