@@ -13,6 +13,8 @@ from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 from fasthessian import kernels
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.linearised import along
+from fasthessian.operators.scopes import Undo, scope
+from fasthessian.operators.state import keep_values
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
 # What torch says of an operation that it cannot differentiate twice, and forward over reverse.
@@ -172,17 +174,17 @@ def difference(
         return None
     eps = max(torch.finfo(p.dtype).eps for p in params)
     h = eps ** (1 / 3) * (_norm(params) or 1.0) / size
-    held = [p.data for p in params]
     ends = []
-    try:
-        for step in (h, -h):
-            for p, at, v in zip(params, held, tangents, strict=True):
-                p.data = torch.add(at, v, alpha=step)
+    for step in (h, -h):
+        with _moved(params, tangents, step):
             ends.append([end.detach() for end in function()])
-    finally:
-        for p, at in zip(params, held, strict=True):
-            p.data = at
     return [(a - b).div_(2 * h) for a, b in zip(*ends, strict=True)]
+
+
+@scope
+def _moved(undo: Undo, params: Sequence[Tensor], tangents: Sequence[Tensor], step: float) -> None:
+    for p, at, v in zip(params, keep_values(undo, params), tangents, strict=True):
+        p.data = torch.add(at, v, alpha=step)
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

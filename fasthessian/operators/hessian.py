@@ -14,6 +14,7 @@ from fasthessian.operators.layers import Layers
 from fasthessian.operators.linearised import second_derivative
 from fasthessian.operators.losses import Part
 from fasthessian.operators.options import Options
+from fasthessian.operators.state import in_turn
 
 
 class Hessian(Curvature):
@@ -105,6 +106,7 @@ class Hessian(Curvature):
     _exact = True
 
     @classmethod
+    @in_turn
     def from_closure(
         cls,
         closure: Callable[[], Tensor],

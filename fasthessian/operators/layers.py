@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fasthessian.operators.linearised import Linearised, Middle
 from fasthessian.operators.rewrite import unfolded
+from fasthessian.operators.scopes import Undo, scope
 
 MOST = 64  # classes: above, reading J costs more than running through the layers
 LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
@@ -83,13 +84,10 @@ class Call(NamedTuple):
 class _Watch:
     """Notes the calls of modules, by forward hooks."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self) -> None:
         self.seen: dict[nn.Module, list[Call]] = {}
-        self._handles = [
-            module.register_forward_hook(self._note, with_kwargs=True) for module in modules
-        ]
 
-    def _note(
+    def note(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
         real = isinstance(output, Tensor) and output.requires_grad and not named
@@ -99,12 +97,20 @@ class _Watch:
         )
         self.seen.setdefault(module, []).append(Call(inputs, nodes, edge))
 
-    def __enter__(self) -> _Watch:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+@scope
+def _watching(undo: Undo, modules: Sequence[nn.Module]) -> _Watch:
+    watch = _Watch()
+    for module in modules:
+        for table in (module._forward_hooks, module._forward_hooks_with_kwargs):
+            undo(_put_table, table, dict(table))
+        module.register_forward_hook(watch.note, with_kwargs=True)
+    return watch
+
+
+def _put_table(table: dict[int, Any], before: dict[int, Any]) -> None:
+    table.clear()
+    table.update(before)
 
 
 def build(
@@ -127,7 +133,7 @@ def build(
             is piecewise linear in each layer's output.
     """
     found = _candidates(model, params)
-    with unfolded(), _Watch(list(found)) as watch:
+    with unfolded(), _watching(list(found)) as watch:
         z, loss = outputs()
     if not isinstance(z, Tensor) or z.dim() != 2 or not 0 < z.shape[1] <= MOST:
         return None

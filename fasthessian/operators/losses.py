@@ -152,10 +152,11 @@ class ModelLoss:
         with closing(self._chunks()) as chunks:
             parts = (batch for *_, batch in chunks)
             way = decide(parts, lambda i, batch: self.evaluate(Part(i, 1.0, batch, 0))[1], trials)
-        self.terms.way, self.note, self.counted = way, way.note, True
+        self.terms.way, self.note = way, way.note
         if way.words is None:
             self._source.order()  # no other pass has the same batches
         self._take(way.values, sum(way.values) if self.terms.given is None else self._total)
+        self.counted = True  # last: an interrupted count is made anew
 
     @property
     def counted_at_a_point(self) -> bool:

@@ -19,6 +19,7 @@ from fasthessian.operators.layers import Layers
 from fasthessian.operators.likelihood import Categorical, categorical, is_slope, readings
 from fasthessian.operators.linearised import Linearised, Middle, along
 from fasthessian.operators.losses import ModelLoss, Part
+from fasthessian.operators.state import in_turn
 
 OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
 Tangent = Callable[[Sequence[int], Sequence[Tensor]], "Tensor | None"]  # J v for one block
@@ -32,8 +33,12 @@ class OuterCurvature(Curvature):
         self._readings: dict[int, int | None] = {}  # how each part is a cross-entropy, if it is
         super().__init__(model, criterion, data, **options)
         if not self._examined:  # no graph is kept
-            with self._pass() as params, closing(self._loss.parts()) as parts:
-                self._graph(next(parts), params)
+            self._first_graph()
+
+    @in_turn
+    def _first_graph(self) -> None:
+        with self._pass() as params, closing(self._loss.parts()) as parts:
+            self._graph(next(parts), params)
 
     def _survey(self) -> None:
         super()._survey()

@@ -18,6 +18,7 @@ from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.batches import leaves, to_device
 from fasthessian.operators.hessian import Hessian
 from fasthessian.operators.snapshot import Snapshot
+from fasthessian.operators.state import turn
 from fasthessian.pyhessian.arguments import check_source, device_name, quiet, split_batch, tolerance
 from fasthessian.pyhessian.products import gradients, operator, same, surroundings
 from fasthessian.pyhessian.utils import hessian_vector_product
@@ -272,7 +273,7 @@ class hessian:
     def _overridden(self, v: list[Tensor]) -> Sequence[Tensor | None]:
         """The product of a subclass, in the surroundings that PyHessian gave it."""
         model = getattr(self, "model", None)
-        with surroundings(model, self.params, force_eval=self._initialised):
+        with turn(), surroundings(model, self.params, force_eval=self._initialised):
             return self.dataloader_hv_product(v)[1]
 
     def _seed(self) -> int:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.criteria import call, scalar
 from fasthessian.operators.engines import examine
-from fasthessian.operators.state import engaged, own_buffers
+from fasthessian.operators.scopes import Undo, scope
+from fasthessian.operators.state import engaged, in_turn, own_buffers
 from fasthessian.vectors import Layout
 
 Product = Callable[[list[Tensor]], Sequence[Tensor | None]]
@@ -23,6 +23,7 @@ def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
+@in_turn
 def gradients(model: Any, criterion: Any, batch: Any, params: list[Tensor]) -> list[Tensor]:
     """The gradients of one batch's loss with their graph; zeros for unused parameters."""
     modules = [x for x in (model, criterion) if isinstance(x, nn.Module)]
@@ -55,18 +56,16 @@ def operator(product: Product, params: Sequence[Tensor]) -> tuple[SymmetricOpera
     return A, layout
 
 
-@contextlib.contextmanager
-def surroundings(model: Any, params: Sequence[Tensor], force_eval: bool) -> Iterator[None]:
-    """What PyHessian's callers found: no ``.grad`` from before, eval mode; all put back after."""
+@scope
+def surroundings(undo: Undo, model: Any, params: Sequence[Tensor], force_eval: bool) -> None:
+    """What PyHessian's callers found: no ``.grad`` from before, eval mode; all put back after.
+
+    The caller holds the turn.
+    """
     modules = [model] if isinstance(model, nn.Module) else []
+    undo.enter(engaged(modules if force_eval else [], "eval", params[0].device))
+    undo.enter(own_buffers(modules))
     tensors = [*params, *(p for module in modules for p in module.parameters())]
-    held = [(p, p.grad) for p in {id(p): p for p in tensors if p.is_leaf}.values()]
-    flagged = modules if force_eval else []
-    with engaged(flagged, "eval", params[0].device), own_buffers(modules):
-        try:
-            for p, _ in held:
-                p.grad = None
-            yield
-        finally:
-            for p, grad in held:
-                p.grad = grad
+    for p in {id(p): p for p in tensors if p.is_leaf}.values():
+        undo(setattr, p, "grad", p.grad)
+        p.grad = None
