@@ -198,6 +198,8 @@ def _named(forward: bool) -> Iterator[None]:
         yield
     except RuntimeError as error:  # NotImplementedError is one
         first = str(error).splitlines()[0]
+        if "RuntimeError: KeyboardInterrupt" in str(error):  # a Ctrl-C inside TorchScript
+            raise KeyboardInterrupt from error
         if forward and any(words in str(error) for words in NOT_FORWARD):
             raise RuntimeError(
                 f"torch cannot differentiate the gradient in forward mode: {first}; "
