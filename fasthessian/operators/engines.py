@@ -228,10 +228,11 @@ def unused(loss: Tensor, params: Sequence[Tensor], places: Sequence[int]) -> lis
     return [i for i, grad in zip(places, grads, strict=True) if grad is None]
 
 
-def examine(loss: Tensor, params: Sequence[Tensor], twice: bool = True) -> list[int]:
+def examine(loss: Tensor, params: Sequence[Tensor], freed: str, twice: bool = True) -> list[int]:
     """Check that the loss depends on the parameters and can be differentiated (``twice``).
 
-    Returns the places of the parameters that no gradient reaches.
+    Returns the places of the parameters that no gradient reaches. ``freed`` is said of a loss whose
+    graph is gone.
 
     torch gives zeros, without a word, where the second derivative runs into a custom function
     marked ``once_differentiable``: its error node hangs off the way to the parameters. A seed that
@@ -245,10 +246,7 @@ def examine(loss: Tensor, params: Sequence[Tensor], twice: bool = True) -> list[
         except RuntimeError as error:
             if "graph a second time" not in str(error):
                 raise
-            raise RuntimeError(
-                "the model frees its graph where it differentiates inside; if it keeps it in "
-                "training (create_graph=self.training) use mode='train', else let it create_graph"
-            ) from error
+            raise RuntimeError(freed) from error
     if all(grad is None for grad in grads):
         raise ValueError(
             f"the loss does not depend on any of the {len(params)} parameters; "

@@ -57,6 +57,10 @@ class ModelLoss:
     """The loss of a model over data."""
 
     origin = "criterion"
+    freed = (
+        "the model frees its graph where it differentiates inside; if it keeps it in "
+        "training (create_graph=self.training) use mode='train', else let it create_graph"
+    )
 
     def __init__(
         self,

@@ -116,7 +116,9 @@ class Passes(KeptGraphs):
         """The loss of a part, examined for the derivatives that products take."""
         outputs, loss = self._evaluated(part)
         curved = self._curved(outputs, loss)
-        self._unreached = examine(curved, params, twice=self._options.keeps_graphs)
+        self._unreached = examine(
+            curved, params, self._loss.freed, twice=self._options.keeps_graphs
+        )
         self.coarsest = coarsest(loss)
         self._padding = list(padding(loss, params))
         if not self._options.keeps_graphs:
@@ -171,6 +173,8 @@ class Passes(KeptGraphs):
             if evaluates or not self._complete or not self._loss.counted:
                 undo.after.append(self._watch.settle)
             undo.enter(engaged(self._loss.roots, mode, self.device, copies, precision))
+            if isinstance(self._loss, ClosureLoss):
+                undo.enter(self._loss.engaged())
             undo.enter(hooks.lifted(self._hooks, params))
             self._count(params)
             if curved:

@@ -82,7 +82,7 @@ def own_buffers(undo: Undo, roots: Iterable[nn.Module], copies: Copies | None = 
     Returns what is put back at the end; see ``copy_buffers``.
     """
     held: Buffers = []
-    undo(_put_buffers, held)
+    undo(put_buffers, held)
     copies = {} if copies is None else copies
     for root in roots:
         copy_buffers(root.modules(), held, copies)
@@ -101,7 +101,8 @@ def copy_buffers(modules: Iterable[nn.Module], held: Buffers, copies: Copies) ->
                 module._buffers[name] = copies[id(buffer)][1]
 
 
-def _put_buffers(held: Buffers) -> None:
+def put_buffers(held: Buffers) -> None:
+    """Give modules the buffers that they had before."""
     for module, buffers in reversed(held):
         for name in set(module._buffers) - set(buffers):  # made by the forward pass
             del module._buffers[name]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.criteria import call, scalar
 from fasthessian.operators.engines import examine
+from fasthessian.operators.losses import ModelLoss
 from fasthessian.operators.scopes import Undo, scope
 from fasthessian.operators.state import engaged, in_turn, own_buffers
 from fasthessian.vectors import Layout
@@ -29,7 +30,7 @@ def gradients(model: Any, criterion: Any, batch: Any, params: list[Tensor]) -> l
     modules = [x for x in (model, criterion) if isinstance(x, nn.Module)]
     with engaged(modules, "eval", params[0].device):
         loss = scalar(call(model, criterion, batch)[1], "criterion")
-        examine(loss, params)
+        examine(loss, params, ModelLoss.freed)
         return list(
             torch.autograd.grad(
                 loss, params, create_graph=True, allow_unused=True, materialize_grads=True
