@@ -21,7 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fasthessian.operators.linearised import Linearised, Middle
 from fasthessian.operators.rewrite import unfolded
-from fasthessian.operators.scopes import Undo, scope
+from fasthessian.operators.scopes import Undo, put_table, scope
 
 MOST = 64  # classes: above, reading J costs more than running through the layers
 LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
@@ -103,14 +103,9 @@ def _watching(undo: Undo, modules: Sequence[nn.Module]) -> _Watch:
     watch = _Watch()
     for module in modules:
         for table in (module._forward_hooks, module._forward_hooks_with_kwargs):
-            undo(_put_table, table, dict(table))
+            undo(put_table, table, dict(table))
         module.register_forward_hook(watch.note, with_kwargs=True)
     return watch
-
-
-def _put_table(table: dict[int, Any], before: dict[int, Any]) -> None:
-    table.clear()
-    table.update(before)
 
 
 def build(

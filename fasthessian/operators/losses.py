@@ -33,7 +33,7 @@ from fasthessian.operators.counting import decide, keyed
 from fasthessian.operators.criteria import call, scalar
 from fasthessian.operators.denominators import denominators
 from fasthessian.operators.hooks import acting
-from fasthessian.operators.state import own_buffers, seeded, shifted, training
+from fasthessian.operators.state import own_buffers, own_parameters, seeded, shifted, training
 from fasthessian.operators.terms import Terms
 from fasthessian.operators.trials import SHARP, Gradient, Trials
 from fasthessian.operators.watch import DATA, OTHER, POINT, Entry, of_module, reach
@@ -246,7 +246,8 @@ class ModelLoss:
             replaced = dict(values)
 
             def model(*inputs: Any, **named: Any) -> Any:
-                return functional_call(self.model, replaced, inputs, named)
+                with own_parameters(self.roots):
+                    return functional_call(self.model, replaced, inputs, named)
 
         try:
             with seeded(part.position), own_buffers(self.roots), acting():

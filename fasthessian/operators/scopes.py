@@ -167,6 +167,12 @@ def set_to(undo: Undo, owner: Any, name: str, value: Any) -> None:
     setattr(owner, name, value)
 
 
+def put_table(table: dict[Any, Any], before: dict[Any, Any]) -> None:
+    """Give a dictionary the entries that it had before."""
+    table.clear()
+    table.update(before)
+
+
 @scope
 def grad_mode(undo: Undo, enabled: bool) -> None:
     """Inside, gradients are recorded or not."""

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthessian.operators.scopes import P, R, Undo, grad_mode, ordinary, restored, scope
+from fasthessian.operators.scopes import P, R, Undo, grad_mode, ordinary, put_table, restored, scope
 
 _turn = threading.RLock()
 # The backends of scaled dot-product attention, of which this version of torch may have fewer.
@@ -108,6 +108,14 @@ def put_buffers(held: Buffers) -> None:
             del module._buffers[name]
         for name, buffer in buffers.items():
             module._buffers[name] = buffer
+
+
+@scope
+def own_parameters(undo: Undo, roots: Iterable[nn.Module]) -> None:
+    """Inside, others may take the places of the modules' parameters: functional_call does."""
+    for root in roots:
+        for module in root.modules():
+            undo(put_table, module._parameters, dict(module._parameters))
 
 
 def _float32(undo: Undo, tf32: bool) -> None:
