@@ -80,11 +80,11 @@ CALLS: dict[str, tuple[Callable[[Any], object], int]] = {
     "loss": (lambda H: H.loss(torch.ones(H.n)), 59),
     "gradient": (lambda H: H.gradient(torch.ones(H.n)), 61),
     "check": (lambda H: H.check(), 1499),
-    "eigsh": (lambda H: fh.eigsh(H, max_matvecs=3, tol=10.0), 293),
-    "trace": (lambda H: fh.trace(H, max_matvecs=3, rtol=0.5), 293),
-    "density": (lambda H: fh.density(H, steps=3), 293),
+    "eigsh": (lambda H: fh.eigsh(H, max_matvecs=3, tol=10.0), 83),
+    "trace": (lambda H: fh.trace(H, max_matvecs=3, rtol=0.5), 29),
+    "density": (lambda H: fh.density(H, steps=3), 97),
     "landscape": (lambda H: fh.landscape(H, torch.ones(H.n), 0.1, 3), 293),
-    "blocks": (lambda H: fh.trace(H.blocks("layer"), max_matvecs=3, rtol=0.5), 293),
+    "blocks": (lambda H: fh.trace(H.blocks("layer"), max_matvecs=3, rtol=0.5), 83),
 }
 
 
@@ -145,14 +145,16 @@ def test_an_interrupted_check_of_a_function_is_made_again() -> None:
 
     late = [False]
     w = torch.tensor([1.0, 2.0], requires_grad=True)
-    for at in range(40, 800, 131):
+    places = set()
+    for at in range(300, 1200, 37):
         late[0] = False
         H = fh.Hessian.from_closure(
             lambda: Cube.apply(w).sum() if late[0] else w.pow(3).sum(), [w], engine="recompute"
         )
         late[0] = True
-        assert interrupted(lambda: H @ torch.ones(2), at)  # noqa: B023
+        places.add(interrupted(lambda: H @ torch.ones(2), at).partition(":")[0])  # noqa: B023
         torch.testing.assert_close(H @ torch.ones(2), torch.tensor([6.0, 12.0]), rtol=1e-3, atol=0)
+    assert "functioncheck.py" in places
 
 
 def test_the_turn_is_given_back_to_other_threads() -> None:
