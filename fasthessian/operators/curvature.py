@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -22,8 +22,9 @@ from fasthessian.operators.engines import gradient
 from fasthessian.operators.losses import ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.passes import Passes
+from fasthessian.operators.scopes import Scope, Undo, set_to
 from fasthessian.operators.slopes import ALLOWED, distance
-from fasthessian.operators.state import turn
+from fasthessian.operators.state import in_turn, keep_values
 from fasthessian.vectors import like, real
 
 
@@ -42,6 +43,7 @@ class Curvature(Passes):
     _scaled = False  # whether the matrix of one batch depends on whether the loss is a sum
     _exact = False  # whether the matrix is the derivative of the gradient
 
+    @in_turn
     def __init__(
         self,
         model: nn.Module,
@@ -73,6 +75,7 @@ class Curvature(Passes):
     def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
         self.advance([(None, V, out)], trusted)
 
+    @in_turn
     def advance(self, work: Sequence[tuple[Block | None, Tensor, Tensor]], trusted: bool) -> None:
         """Products (block or None for the whole, V, out) in one pass over the data.
 
@@ -80,12 +83,11 @@ class Curvature(Passes):
             MemoryError: a product does not fit; what it needs and which option would help.
         """
         blocks = [block.positions for block, _, _ in work if block is not None]
-        with turn():
-            if not self._layered and any(map(self._of_one_layer, blocks)):
-                self._layered = True
-                self._forget()  # from now on factors of the layers are kept beside the graphs
-            tasks = [self._task(*each) for each in work]
-            self._roomy(lambda: self._make(tasks, trusted))
+        if not self._layered and any(map(self._of_one_layer, blocks)):
+            self._forget()  # from now on factors of the layers are kept beside the graphs
+            self._layered = True
+        tasks = [self._task(*each) for each in work]
+        self._roomy(lambda: self._make(tasks, trusted))
         if self._options.weight_decay:
             for _, V, out in work:
                 out.add_(V, alpha=self._options.weight_decay)
@@ -130,6 +132,7 @@ class Curvature(Passes):
         named = self._loss.named()
         return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
 
+    @in_turn
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
 
@@ -153,6 +156,7 @@ class Curvature(Passes):
 
         return self._roomy(made, "the gradient")
 
+    @in_turn
     def loss(self, offset: Tensor | None = None) -> float:
         """The loss at theta, or at theta + ``offset`` (n,), summed over the data in float64.
 
@@ -225,7 +229,7 @@ class Curvature(Passes):
             f"the gradient differs by {off:.0%} from the derivative of {self._loss.origin}, which "
             f"detaches a part of itself; {type(self).__name__} is made from that gradient: right "
             f"if that is meant, else let autograd record all of it (create_graph=True)",
-            stacklevel=6,
+            stacklevel=8,
         )
 
     def _slope(self, part: Part) -> tuple[float, float]:
@@ -241,17 +245,16 @@ class Curvature(Passes):
             here = float(value.detach())
             return here, distance(loss, here, g, self.theta(), self.coarsest)
 
-    @contextlib.contextmanager
-    def _at(self, params: list[Tensor], offset: Tensor | None) -> Iterator[None]:
-        held = [p.data for p in params]
-        try:
+    def _at(self, params: list[Tensor], offset: Tensor | None) -> Scope[None]:
+        """Inside, the parameters are moved by the offset (n,)."""
+
+        def move(undo: Undo) -> None:
+            held = keep_values(undo, params)
             if offset is not None:
                 for p, at, shift in zip(params, held, self.layout.views(offset), strict=True):
                     p.data = at + like(shift, at)
-            yield
-        finally:
-            for p, at in zip(params, held, strict=True):
-                p.data = at
+
+        return Scope(move)
 
     def mask_(self, v: Tensor) -> Tensor:
         """Set v to 0 where gradients do not reach: padding rows of embeddings, detached layers."""
@@ -263,24 +266,26 @@ class Curvature(Passes):
             views[place].zero_()
         return v
 
+    @in_turn
     def by_forward(self, v: Tensor) -> Tensor:
         """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
         options, out = self._options, torch.empty_like(v[None])
 
         def made() -> None:
-            self._options = dataclasses.replace(options, engine="forward")
-            try:
-                with self._pass() as params, closing(self._loss.parts()) as parts:
-                    for i, part in enumerate(parts):
-                        task = self._task(None, v[None], out)
-                        self._made_graph(part, params).products([task], first=i == 0, keep=False)
-            finally:
-                self._options = options
+            forward = dataclasses.replace(options, engine="forward")
+            with (
+                set_to(self, "_options", forward),
+                self._pass() as params,
+                closing(self._loss.parts()) as parts,
+            ):
+                for i, part in enumerate(parts):
+                    task = self._task(None, v[None], out)
+                    self._made_graph(part, params).products([task], first=i == 0, keep=False)
 
-        with turn():
-            self._roomy(made)
+        self._roomy(made)
         return out[0].add_(v, alpha=options.weight_decay)
 
+    @in_turn
     def check(self) -> Check:
         """Measure what could silently be wrong: on this model, these data and this engine.
 

@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fasthessian.operators.linearised import Linearised, Middle
 from fasthessian.operators.rewrite import unfolded
+from fasthessian.operators.scopes import Undo, put_table, scope
 
 MOST = 64  # classes: above, reading J costs more than running through the layers
 LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
@@ -83,15 +84,10 @@ class Call(NamedTuple):
 class _Watch:
     """Notes the calls of modules, by forward hooks."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self) -> None:
         self.seen: dict[nn.Module, list[Call]] = {}
-        # before the user's hooks, which may return or write something else
-        self._handles = [
-            module.register_forward_hook(self._note, prepend=True, with_kwargs=True)
-            for module in modules
-        ]
 
-    def _note(
+    def note(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
         real = isinstance(output, Tensor) and output.requires_grad and not named
@@ -101,12 +97,16 @@ class _Watch:
         )
         self.seen.setdefault(module, []).append(Call(inputs, nodes, edge))
 
-    def __enter__(self) -> _Watch:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+@scope
+def _watching(undo: Undo, modules: Sequence[nn.Module]) -> _Watch:
+    watch = _Watch()
+    for module in modules:
+        for table in (module._forward_hooks, module._forward_hooks_with_kwargs):
+            undo(put_table, table, dict(table))
+        # before the user's hooks, which may return or write something else
+        module.register_forward_hook(watch.note, prepend=True, with_kwargs=True)
+    return watch
 
 
 def build(
@@ -129,7 +129,7 @@ def build(
             is piecewise linear in each layer's output.
     """
     found = _candidates(model, params)
-    with unfolded(), _Watch(list(found)) as watch:
+    with unfolded(), _watching(list(found)) as watch:
         z, loss = outputs()
     if not isinstance(z, Tensor) or z.is_complex() or z.dim() != 2 or not 0 < z.shape[1] <= MOST:
         return None

@@ -62,6 +62,10 @@ class ModelLoss:
     """The loss of a model over data."""
 
     origin = "criterion"
+    freed = (
+        "the model frees its graph where it differentiates inside; if it keeps it in "
+        "training (create_graph=self.training) use mode='train', else let it create_graph"
+    )
 
     def __init__(
         self,
@@ -159,10 +163,11 @@ class ModelLoss:
         with closing(self._chunks()) as chunks:
             parts = (batch for *_, batch in chunks)
             way = decide(parts, lambda i, batch: self.evaluate(Part(i, 1.0, batch, 0))[1], trials)
-        self.terms.way, self.counted = way, True
+        self.terms.way = way
         if way.words is None:
             self._source.order()  # no other pass has the same batches
         self._take(way.values, sum(way.values) if self.terms.given is None else self._total)
+        self.counted = True  # last: an interrupted count is made anew
 
     @property
     def note(self) -> str:

@@ -20,6 +20,7 @@ from fasthessian.operators.layers import Layers
 from fasthessian.operators.likelihood import Categorical, categorical, is_slope, readings
 from fasthessian.operators.linearised import Linearised, Middle, along
 from fasthessian.operators.losses import ModelLoss, Part
+from fasthessian.operators.state import in_turn
 from fasthessian.vectors import real
 
 OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
@@ -39,7 +40,7 @@ class OuterCurvature(Curvature):
                 with self._pass() as params, closing(self._loss.parts()) as parts:
                     self._graph(next(parts), params)
 
-            self._roomy(examine, f"a product of {type(self).__name__}")
+            in_turn(self._roomy)(examine, f"a product of {type(self).__name__}")
 
     def _survey(self) -> None:
         super()._survey()

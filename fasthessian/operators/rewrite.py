@@ -12,10 +12,9 @@ Measured on ResNet-20, batch 64, CPU: the product falls from 2.5 to 1.7 gradient
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,10 +23,10 @@ from torch import Tensor
 
 from fasthessian.operators import formulas, hooks
 from fasthessian.operators.formulas import functorch_level
+from fasthessian.operators.scopes import Undo, saving_hooks, scope
 
 aten = torch.ops.aten
 # Private names of torch; where one is missing the rewrite stays off.
-_saving_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 _will_run = getattr(torch._C, "_will_engine_execute_node", None)
 Optional = Tensor | None
 
@@ -151,37 +150,45 @@ class Rewrite:
     Where hooks on gradients enter the graph they are lifted too; see ``hooks``.
 
     The names are replaced for all threads, once however many contexts are open: checkpointed
-    layers are run again in backward threads and must do there what they did before.
+    layers are run again in backward threads and must do there what they did before. ``__exit__``
+    may be called again, and after an ``__enter__`` that did not end.
     """
 
     _lock = threading.Lock()
-    _open = 0
+    _users: set[Rewrite] = set()  # noqa: RUF012
+    _found: list[Any] = []  # noqa: RUF012  what was at the places, which others may have replaced
     _last = threading.local()  # .call: the convolution this thread made last
 
     def __enter__(self) -> None:
         with Rewrite._lock:
-            if Rewrite._open == 0:
-                for place, name, _, own in PLACES:
-                    setattr(place, name, own)
-            Rewrite._open += 1
+            if not Rewrite._users:
+                Rewrite._found = [getattr(place, name) for place, name, *_ in PLACES]
+            Rewrite._users.add(self)
+            for place, name, _, own in PLACES:
+                setattr(place, name, own)
 
     def __exit__(self, *exception: object) -> None:
         Rewrite._last.call = None
         with Rewrite._lock:
-            Rewrite._open -= 1
-            if Rewrite._open == 0:
-                for place, name, original, _ in PLACES:
-                    setattr(place, name, original)
+            Rewrite._users.discard(self)
+            if not Rewrite._users:
+                for (place, name, *_), found in zip(PLACES, Rewrite._found, strict=True):
+                    setattr(place, name, found)
 
 
-@contextlib.contextmanager
-def unfolded() -> Iterator[None]:
+@scope
+def rewritten(undo: Undo) -> None:
+    """The rewrites, which an enclosing scope takes back too."""
+    rewrite = Rewrite()
+    undo(rewrite.__exit__)
+    rewrite.__enter__()
+
+
+@scope
+def unfolded(undo: Undo) -> None:
     """Inside, this thread folds nothing: each layer's output is on the way to the loss."""
+    undo(setattr, Rewrite._last, "apart", False)
     Rewrite._last.apart = True
-    try:
-        yield
-    finally:
-        Rewrite._last.apart = False
 
 
 def _convolution(name: str, dims: int) -> Callable[..., Tensor]:
@@ -269,7 +276,7 @@ def _foldable(call: _Call, input: Tensor) -> bool:
         return False
     if call.y is not input or _versions(call) != call.versions or input._backward_hooks:
         return False
-    return _saving_hooks is not None and _saving_hooks(True) is None
+    return saving_hooks is not None and saving_hooks(True) is None
 
 
 def _spread(dims: int, value: Any) -> list[int] | None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ from fasthessian.memory import out_of_memory
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.calls import call, loss_of, scalar
 from fasthessian.operators.engines import examine
-from fasthessian.operators.state import engaged, own_buffers
+from fasthessian.operators.losses import ModelLoss
+from fasthessian.operators.scopes import Undo, grad_mode, ordinary, scope
+from fasthessian.operators.state import engaged, in_turn, own_buffers
 from fasthessian.vectors import Layout
 
 Product = Callable[[list[Tensor]], Sequence[Tensor | None]]
@@ -24,6 +25,7 @@ def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
+@in_turn
 def gradients(
     model: Any, criterion: Any, batch: Any, params: Sequence[Tensor], curved: bool = True
 ) -> list[Tensor | None]:
@@ -38,7 +40,7 @@ def gradients(
             returned = call(model, criterion, batch)[1]
             loss = scalar(loss_of(returned, criterion is not None)[0], "criterion")
             if curved:
-                examine(loss, params)
+                examine(loss, params, ModelLoss.freed)
             return list(torch.autograd.grad(loss, params, create_graph=True, allow_unused=True))
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -51,7 +53,7 @@ def gradients(
 
 def leave(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Put copies of the gradients, with their graph, into ``.grad``, whatever was there."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with ordinary(), grad_mode(True):
         for p, grad in zip(params, grads, strict=True):
             p.grad = None if grad is None else grad.clone()
 
@@ -75,18 +77,16 @@ def operator(product: Product, params: Sequence[Tensor]) -> tuple[SymmetricOpera
     return A, layout
 
 
-@contextlib.contextmanager
-def surroundings(model: Any, params: Sequence[Tensor], force_eval: bool) -> Iterator[None]:
-    """What PyHessian's callers found: no ``.grad`` from before, eval mode; all put back after."""
+@scope
+def surroundings(undo: Undo, model: Any, params: Sequence[Tensor], force_eval: bool) -> None:
+    """What PyHessian's callers found: no ``.grad`` from before, eval mode; all put back after.
+
+    The caller holds the turn.
+    """
     modules = [model] if isinstance(model, nn.Module) else []
+    undo.enter(engaged(modules if force_eval else [], "eval", params[0].device))
+    undo.enter(own_buffers(modules))
     tensors = [*params, *(p for module in modules for p in module.parameters())]
-    held = [(p, p.grad) for p in {id(p): p for p in tensors if p.is_leaf}.values()]
-    flagged = modules if force_eval else []
-    with engaged(flagged, "eval", params[0].device), own_buffers(modules):
-        try:
-            for p, _ in held:
-                p.grad = None
-            yield
-        finally:
-            for p, grad in held:
-                p.grad = grad
+    for p in {id(p): p for p in tensors if p.is_leaf}.values():
+        undo(setattr, p, "grad", p.grad)
+        p.grad = None

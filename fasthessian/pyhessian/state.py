@@ -13,6 +13,7 @@ from fasthessian.operators.batches import leaves
 from fasthessian.operators.hessian import Hessian
 from fasthessian.operators.snapshot import Snapshot
 from fasthessian.operators.sources import DataChanged
+from fasthessian.operators.state import turn
 from fasthessian.pyhessian.arguments import Number, explained, one_pass
 from fasthessian.pyhessian.products import gradients, operator, same, surroundings
 from fasthessian.pyhessian.utils import hessian_vector_product
@@ -196,5 +197,5 @@ class State:
     def _overridden(self, v: list[Tensor]) -> Sequence[Tensor | None]:
         """The product of a subclass, in the surroundings that PyHessian gave it."""
         model = getattr(self, "model", None)
-        with surroundings(model, self.params, force_eval=self._initialised):
+        with turn(), surroundings(model, self.params, force_eval=self._initialised):
             return self.dataloader_hv_product(v)[1]
