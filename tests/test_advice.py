@@ -35,6 +35,10 @@ MEMORY = "test_advice_of_results.py::test_a_basis_that_does_not_fit"
 FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
 INSTALLED = "test_advice.py::test_what_messages_ask_to_install_serves"
 TAKEN = {
+    "closure frees its graph":
+        "test_closure_accidents.py::test_an_optimizers_closure_leaves_gradients",
+    "closure writes into ":
+        "test_closure_accidents.py::test_a_tensor_that_is_no_buffer_is_named_and_the_advice_works",
     "engine='difference' needs first ones only":
         "test_formulas.py::test_what_has_no_formula_names_an_engine_that_serves",
     "; pass smaller batches":

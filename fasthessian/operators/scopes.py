@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -24,6 +25,7 @@ _thread = threading.local()  # .steps: of this thread, the latest last
 saving_hooks: Callable[[bool], Any] | None = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", None
 )
+_CALL = operator.methodcaller("__call__")
 # Managers of contextlib whose ``__exit__`` may be interrupted before it does anything.
 _UNFINISHED: dict[Any, Callable[[Any], object]] = {
     contextlib._GeneratorContextManager.__exit__.__code__: lambda manager: manager.gen.close(),
@@ -126,8 +128,11 @@ def _modes(undo: Undo) -> None:
     """What contexts of torch set, which an interrupt inside torch may leave."""
     undo(torch._C._set_grad_enabled, torch.is_grad_enabled())
     undo(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
-    undo(_nest, torch.autocast_increment_nesting() - 1)
-    torch.autocast_decrement_nesting()
+    # up and down at once, in C: no interrupt comes in between
+    undo(
+        _nest,
+        max(map(_CALL, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))) - 1,
+    )
     if saving_hooks is not None:
         undo(_unhook, saving_hooks, saving_hooks(True))
 

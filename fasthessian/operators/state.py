@@ -18,7 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthessian.operators.scopes import P, R, Undo, grad_mode, ordinary, put_table, restored, scope
+from fasthessian.operators.scopes import (
+    P,
+    R,
+    Undo,
+    grad_mode,
+    ordinary,
+    put_table,
+    restored,
+    scope,
+    set_to,
+)
 from fasthessian.vectors import like, real
 
 _turn = threading.RLock()
@@ -119,6 +129,7 @@ def own_parameters(undo: Undo, roots: Iterable[nn.Module]) -> None:
             undo(put_table, module._parameters, dict(module._parameters))
 
 
+@scope
 def _float32(undo: Undo, tf32: bool) -> None:
     """TF32 or not: 11 bits instead of 24, which cuDNN's convolutions use unless told otherwise."""
     cudnn: Any = torch.backends.cudnn
@@ -140,6 +151,11 @@ def _put_switch(switch: Any, value: str) -> None:
     switch.fp32_precision = "none"  # as the switch above it says: may be all there was
     if switch.fp32_precision != value:
         switch.fp32_precision = value
+
+
+@scope
+def _no_cudnn(undo: Undo) -> None:
+    undo.enter(set_to(torch.backends.cudnn, "enabled", False))
 
 
 def _math_attention(undo: Undo) -> None:
@@ -203,12 +219,11 @@ def engaged(
     _autocast(undo, device.type, precision == "bf16")
     _math_attention(undo)
     if device.type == "cuda":
-        _float32(undo, tf32=precision == "tf32")
+        undo.enter(_float32(tf32=precision == "tf32"))
     if device.type == "cuda" and any(
         isinstance(module, nn.RNNBase) for root in roots for module in root.modules()
     ):  # cuDNN's recurrent layers have no second derivative
-        undo(setattr, torch.backends.cudnn, "enabled", torch.backends.cudnn.enabled)
-        torch.backends.cudnn.enabled = False
+        undo.enter(_no_cudnn())
     if "torch._dynamo" in sys.modules:
         compiler = sys.modules["torch._dynamo.eval_frame"]
         undo(compiler._set_stance, compiler._stance)
