@@ -106,6 +106,7 @@ class Record:
                     raise ValueError(f"it holds no record that is known here, but {found!r:.60}")
                 record = None
                 if found == name:
+                    cls._scalars("", header)
                     if odd := set(archive.infos) - {npz.TEXT, *cls._members()}:
                         raise ValueError(f"another version's fields: {', '.join(sorted(odd))}")
                     record = cls._unpacked("", header, archive)
@@ -128,15 +129,23 @@ class Record:
                 yield from field.kind._members(f"{prefix}{name}.")
 
     @classmethod
+    def _scalars(cls, prefix: str, header: Any) -> dict[str, Any]:
+        """The scalars of a record, if it and those within are of their classes."""
+        known = header if isinstance(header, dict) else {}
+        found, given = known.get("record"), known.get("scalars")
+        if found != cls.__name__ or not isinstance(given, dict):
+            other = isinstance(found, str) and found != cls.__name__
+            kind = f"a {found:.40}" if other else f"{header!r:.40}"
+            raise ValueError(f"{prefix.rstrip('.')} is {kind}, not a {cls.__name__}")
+        for name, field in fields_of(cls).items():
+            if isinstance(field.kind, type) and issubclass(field.kind, Record) and name in given:
+                field.kind._scalars(f"{prefix}{name}.", given[name])
+        return given
+
+    @classmethod
     def _unpacked(cls: type[R], prefix: str, header: Any, archive: npz.Archive) -> R:
         """The record whose arrays have names that begin with ``prefix``."""
-        found, given = (
-            (header.get("record"), header.get("scalars"))
-            if isinstance(header, dict)
-            else (None,) * 2
-        )
-        if found != cls.__name__ or not isinstance(given, dict):
-            raise ValueError(f"{prefix.rstrip('.')} is not a {cls.__name__}, but {found!r:.60}")
+        given = cls._scalars(prefix, header)
         values, arrays, sizes = defaults(cls), [], dict[str, int]()
         for name, field in fields_of(cls).items():
             where = prefix + name

@@ -138,7 +138,7 @@ def test_rules_hold_within_a_record_of_records(tmp_path):
     for part in (3, None, {"record": "Estimate", "scalars": {}}, {"record": "Eigenpairs"}):
         header["scalars"]["top"] = part
         text = json.dumps(header)
-        refused(kind.load, saved(tmp_path / "b", kind, {}, arrays, text=text), "top is not a")
+        refused(kind.load, saved(tmp_path / "b", kind, {}, arrays, text=text), "not a Eigenpairs")
 
 
 @pytest.mark.parametrize(

@@ -19,10 +19,7 @@ from fasthessian.operators.watch import DATA, OTHER, Entry, reach
 FORMS = (
     "a batch (inputs, targets), a mapping, an object with .to, a list of batches, or a DataLoader"
 )
-
-
-class DataChanged(RuntimeError):
-    """A loader yielded other samples than at its first pass."""
+CHANGED = "data yields different batches at each pass"  # the first words of that error
 
 
 class Memory:
@@ -67,7 +64,7 @@ class Stream:
         """Yield every batch, then compare the pass with the first one.
 
         Raises:
-            DataChanged: the samples differ from those of the first pass.
+            RuntimeError: the samples differ from those of the first pass.
         """
         self._passes += 1
         seen = Fingerprint()
@@ -80,8 +77,8 @@ class Stream:
         if self._first is None:
             self._first = seen
         elif not seen.matches(self._first, self._ordered):
-            raise DataChanged(
-                f"data yields different batches at each pass (random augmentation, sampling or "
+            raise RuntimeError(
+                f"{CHANGED} (random augmentation, sampling or "
                 f"padding{', or their order' if self._ordered else ''}); use a loader without "
                 f"randomness, or fix one pass: data=list(loader)"
             )

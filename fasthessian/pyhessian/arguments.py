@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fasthessian.algorithms.arguments import ConvergenceWarning
 from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.batches import Batch, leaves
-from fasthessian.operators.sources import DataChanged, Stream
+from fasthessian.operators.sources import Stream
 
 # `torch.load` refuses what it does not know: scripts save the results and load them again
 torch.serialization.add_safe_globals([float])
@@ -113,7 +113,7 @@ def one_pass(loader: Iterable[Batch]) -> list[Batch]:
     """The batches of the first pass over a loader that yields others at each.
 
     Raises:
-        DataChanged: they take more than half of the free memory.
+        RuntimeError: they take more than half of the free memory.
     """
     room = available_bytes(torch.device("cpu")) // 2
     batches, held = [], 0
@@ -121,7 +121,7 @@ def one_pass(loader: Iterable[Batch]) -> list[Batch]:
         for batch in stream:
             held += sum(tensor.nbytes for tensor in leaves(batch))
             if held > room:
-                raise DataChanged(
+                raise RuntimeError(
                     "dataloader yields different batches at each pass, and those of one pass take "
                     f"more than half of the free memory, {readable(room)}; pass some of them, as "
                     "dataloader=list(itertools.islice(dataloader, 10)), or a loader without "

@@ -12,7 +12,7 @@ from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.batches import leaves
 from fasthessian.operators.hessian import Hessian
 from fasthessian.operators.snapshot import Snapshot
-from fasthessian.operators.sources import DataChanged
+from fasthessian.operators.sources import CHANGED
 from fasthessian.operators.state import turn
 from fasthessian.pyhessian.arguments import Number, explained, one_pass
 from fasthessian.pyhessian.products import gradients, operator, same, surroundings
@@ -116,13 +116,15 @@ class State:
         """What ``work`` returns: of a loader that turns out to change, on one pass of it.
 
         Raises:
-            DataChanged: products were made of the batches that the loader yielded before.
+            RuntimeError: products were made of the batches that the loader yielded before.
         """
         try:
             return work()
-        except DataChanged:
+        except RuntimeError as error:
+            if not str(error).startswith(CHANGED):
+                raise
             if self._held is not None and self._held[1].matvecs:
-                raise DataChanged(
+                raise RuntimeError(
                     "dataloader yields other batches than at the products before; "
                     "pass dataloader=list(dataloader)"
                 ) from None
