@@ -16,8 +16,9 @@ RAISE = dis.opmap["RAISE_VARARGS"]
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command in ``args`` (default: ``sys.argv``) and leave with its exit code.
 
-    0: done. 1: an extra package is missing. 2: bad input, with one line ``error: ...`` on stderr.
-    130: interrupted. Errors that are not about the input keep their traceback.
+    0: done. 1: an extra package is missing, or the work is done and its report failed. 2: bad
+    input. 130: interrupted. Each but 0 with one line ``error: ...`` on stderr; errors that are not
+    about the input keep their traceback.
     """
     try:
         import click
@@ -34,7 +35,7 @@ def main(args: Sequence[str] | None = None) -> None:
         print(error.format_message())
         sys.exit(0)
     except click.ClickException as error:
-        fail(2, error.format_message())
+        fail(error.exit_code, error.format_message())
     except click.Abort:  # what click makes of Ctrl-C
         fail(130, "interrupted; nothing was written")
     except OSError as error:
@@ -43,7 +44,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except (ValueError, TypeError, RuntimeError, MemoryError, ImportError) as error:
         if not deliberate(error):
             raise
-        fail(2, str(error))
+        from fasthessian.study.advice import as_options
+
+        fail(2, as_options(str(error)))
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
+import shlex
 import sys
+import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,8 @@ from click.core import ParameterSource
 
 from fasthessian.__about__ import __version__
 from fasthessian.basis import FORMATS
+from fasthessian.operators.engines import ENGINES
+from fasthessian.operators.options import PRECISIONS
 from fasthessian.study.problems import BUILTIN, Settings, load
 
 PROBLEMS = "\n".join(f"  {name:<16} {recipe.about}" for name, recipe in BUILTIN.items())
@@ -23,6 +30,7 @@ Examples:
   fasthessian analyze mlp-digits --top 10 --no-landscape --json > spectrum.json
   fasthessian analyze my_script:problem --steps 100 --probes 4
   fasthessian analyze resnet20 --blocks layer --no-density --no-landscape
+  fasthessian analyze my_script:problem --matrix ggn --params "^head" --microbatch 32
 """
 
 
@@ -61,11 +69,48 @@ same seed gives the same numbers.
 @click.option("--data", metavar="FOLDER", help="CIFAR-10 or CIFAR-100, unpacked; else digits.")
 @click.option("--epochs", type=click.IntRange(0), help="Passes over the training images.")
 @click.option("--train-images", type=click.IntRange(1), help="At most so many images an epoch.")
+@click.option("--lr", type=float, help="Learning rate of the training.")
 @click.option("--samples", type=click.IntRange(1), help="Training images in the analysed loss.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images a batch of the analysis.")
 @click.option(
     "--seed", type=click.IntRange(0, 2**63 - 1), default=0, help="Same seed, same numbers."
 )
+@click.option(
+    "--matrix",
+    type=click.Choice(["hessian", "ggn", "fisher"]),
+    default="hessian",
+    help="Second derivative of the loss; its Gauss-Newton part, which has no negative eigenvalue "
+    "where the criterion is convex; or the Fisher matrix, by one target drawn for each of the "
+    "model's predictions.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINES),
+    default="auto",
+    help="How products are made: retained keeps graphs in memory, recompute builds them each time, "
+    "auto takes what fits. forward is for models that torch differentiates forward. difference "
+    "needs first derivatives only: good to 1e-4, useless for ReLU networks.",
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["eval", "train"]),
+    default="eval",
+    help="Of the model: dropout off and running statistics, or as in training.",
+)
+@click.option(
+    "--params",
+    metavar="REGEX",
+    help="Only the parameters in whose name this is found, such as ^head; else all trainable ones.",
+)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help="Faster products of fewer digits; else in the model's dtype.",
+)
+@click.option(
+    "--microbatch", type=click.IntRange(1), help="Samples at a time, to save memory; else a batch."
+)
+@click.option("--weight-decay", type=float, default=0.0, help="Adds this multiple of the identity.")
 @click.option("--top", type=click.IntRange(0), default=5, help="Largest eigenvalues to find.")
 @click.option("--bottom", type=click.IntRange(0), default=2, help="Smallest eigenvalues to find.")
 @click.option(
@@ -125,6 +170,7 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
             "top", "bottom", "max_products", "trace", "trace_rtol", "density", "steps", "probes"
         ),
         **pick("basis", "landscape", "points", "span", "seed", "check", "blocks"),
+        **pick("matrix", "engine", "mode", "params", "precision", "microbatch", "weight_decay"),
     )
     quiet = options["as_json"] and ctx.get_parameter_source("out") is ParameterSource.DEFAULT
     out = None if quiet else options["out"]
@@ -133,7 +179,9 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
         report.check_folder(out, overwrite=options["overwrite"])
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])
-    settings = Settings(**pick("data", "epochs", "train_images", "samples", "batch_size", "seed"))
+    settings = Settings(
+        **pick("data", "epochs", "train_images", "lr", "samples", "batch_size", "seed")
+    )
     console = stderr()
     with Stages(console) as stages:
         start = time.perf_counter()
@@ -147,11 +195,88 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
     stages.say(f"engine {result.engine}")
     if words := page.steps(content):
         stages.say(f"Lanczos steps {words}")
+    unfinished = deliver(content, out, options["as_json"], options["overwrite"])
+    where = None if out is None or unfinished else str(Path(out) / "report.html")
+    show_summary(console, content, where)
+    if unfinished is not None:
+        raise unfinished
+
+
+class Unfinished(click.ClickException):
+    """The work is done and its numbers are kept, but something failed after it."""
+
+
+class Interrupted(Unfinished):
+    """The same by Ctrl-C."""
+
+    exit_code = 130
+
+
+def deliver(
+    content: Mapping[str, Any], out: str | None, as_json: bool, overwrite: bool
+) -> Unfinished | None:
+    """Print and write a result, the numbers before anything is drawn.
+
+    Numbers that find no place there go to a file for temporary files, or to standard output.
+
+    Returns:
+        What failed, where the numbers are and how to draw them; None if nothing failed.
+    """
+    from fasthessian import report
+
+    numbers = report.encode(content)
+    failed: list[BaseException] = []
+
+    def attempt(job: Callable[[], None]) -> bool:
+        try:
+            job()
+        except (Exception, KeyboardInterrupt) as error:
+            failed.append(error)
+            return False
+        return True
+
+    def show() -> None:
+        try:
+            sys.stdout.write(numbers.decode())
+            sys.stdout.flush()
+        except OSError:
+            sys.stdout = io.StringIO()  # what it still holds would fail once more at the end
+            raise
+
+    printed = as_json and attempt(show)
+    kept: str | None = None
     if out is not None:
-        report.write(out, report.files(content), overwrite=options["overwrite"])
-    if options["as_json"]:
-        sys.stdout.write(report.encode(content).decode())
-    show_summary(console, content, None if out is None else str(Path(out) / "report.html"))
+        first = {"result.json": numbers}
+        if attempt(lambda: report.write(out, first, overwrite=overwrite)):
+            kept = str(Path(out) / "result.json")
+            if not any(isinstance(error, KeyboardInterrupt) for error in failed):
+                attempt(lambda: report.write(out, report.files(content), overwrite=True))
+    if not failed:
+        return None
+    if kept is None and not printed:
+
+        def keep() -> None:
+            nonlocal kept
+            handle, name = tempfile.mkstemp(prefix="fasthessian-", suffix=".json")
+            try:
+                with os.fdopen(handle, "wb") as stream:
+                    stream.write(numbers)
+            except BaseException:
+                os.unlink(name)
+                raise
+            kept = name
+
+        printed = not attempt(keep) and not as_json and attempt(show)
+    stopped = isinstance(failed[0], KeyboardInterrupt)
+    what = "interrupted" if stopped else str(failed[0]) or type(failed[0]).__name__
+    place = "the numbers could not be kept"
+    if kept or printed:
+        source = kept or "the JSON on standard output, to be saved as result.json"
+        draw = f"fasthessian plot {shlex.quote(kept or 'result.json')} --out DIR"
+        place = f"the numbers are in {source}; draw them with: {draw}"
+    return (Interrupted if stopped else Unfinished)(
+        f"the work is done, but its report is not complete ({what}); {place}"
+    )
 
 
 @cli.command()

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fasthessian.page import summary
+from fasthessian.page import summary, title_of
 
 EVERY = 15.0  # seconds between lines where there is no terminal to redraw a bar on
 
@@ -125,7 +125,7 @@ def seconds(start: float) -> str:
 
 def show_summary(console: Console, content: Mapping[str, Any], out: str | None) -> None:
     """The summary table of a result, its notes, and where the report lies."""
-    table = Table(title="Hessian spectrum", show_header=False, title_justify="left")
+    table = Table(title=title_of(content), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in summary(content):

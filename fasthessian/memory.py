@@ -35,9 +35,11 @@ def available_bytes(device: torch.device) -> int:
     return max(free, 0)
 
 
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether torch says that an allocation failed, on a GPU or a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+def out_of_memory(error: Exception) -> bool:
+    """Whether an allocation failed: as torch says it on a GPU or a CPU, or as Python does."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def readable(count: float) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from fasthessian.plots import shown
+
 STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #1c2430; background: #f4f6f9; margin: 0; }
 main { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
@@ -128,13 +130,18 @@ def summary(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     if blocks is not None:
         order = sorted(range(len(blocks["names"])), key=lambda i: -abs(blocks["values"][i] or 0))
         lines = [
-            f"{blocks['names'][i]}: λ {number(blocks['values'][i])}, trace "
+            f"{shown(blocks['names'][i])}: λ {number(blocks['values'][i])}, trace "
             f"{number(blocks['traces'][i])} ± {number(blocks['errors'][i], 2)}"
             for i in order[:LISTED]
         ]
         more = len(order) - LISTED
         rows.append(("blocks", "\n".join(lines + ([f"and {more} more"] if more > 0 else []))))
-    rows.append(("products", f"{content['matvecs']:,} Hessian-vector products"))
+    rows.append(
+        (
+            "products",
+            f"{content['matvecs']:,} {matrix(content).removesuffix(' matrix')}-vector products",
+        )
+    )
     rows.append(("time", f"{content['timing']['total']:.1f} s"))
     return rows
 
@@ -157,10 +164,51 @@ def steps(content: Mapping[str, Any]) -> str:
     return "; ".join(sorted(filter(None, known)))
 
 
+MATRICES = {
+    "hessian": ("Hessian", "by double backward"),
+    "ggn": ("Gauss-Newton matrix", "as J' M J with the Jacobian J of the outputs"),
+    "fisher": ("Fisher matrix", "as J' M J, M from targets drawn from the model's predictions"),
+}
+
+
+def matrix(content: Mapping[str, Any]) -> str:
+    """The name of the matrix; documents of before there was a choice are of the Hessian."""
+    settings = content.get("settings")
+    key = settings.get("matrix", "hessian") if isinstance(settings, Mapping) else "hessian"
+    return MATRICES.get(str(key), MATRICES["hessian"])[0]
+
+
+def title_of(content: Mapping[str, Any]) -> str:
+    """What the report is about."""
+    name = matrix(content)
+    return "Hessian spectrum" if name == "Hessian" else f"{name.removesuffix(' matrix')} spectrum"
+
+
+def products(settings: Mapping[str, Any]) -> str:
+    """How products were made."""
+    engine = settings.get("engine", "auto")
+    words = "exact, " + MATRICES[settings.get("matrix", "hessian")][1]
+    if engine == "difference":
+        words = "by central differences of gradients"
+    elif engine == "forward":
+        words = "exact, in forward mode over reverse mode"
+    if settings.get("precision"):
+        words = words.replace("exact, ", f"in {settings['precision']}, ")
+    return words
+
+
 def how(content: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The rows that say how each part was computed."""
     settings = content["settings"]
-    rows = [("products", f"exact, by double backward; engine: {content['environment']['engine']}")]
+    used = content["environment"]["engine"]
+    rows = [
+        ("matrix", f"{matrix(content)} of the loss"),
+        ("products", f"{products(settings)}; engine: {used}"),
+    ]
+    if settings.get("params") is not None:
+        rows.append(("parameters", f"those whose name matches {settings['params']}"))
+    if settings.get("weight_decay"):
+        rows.append(("weight decay", f"{settings['weight_decay']:g} times the identity is added"))
     if settings.get("basis", "full") != "full":
         rows.append(("Krylov basis", KEPT[settings["basis"]]))
     if content["top"] or content["bottom"]:
@@ -208,7 +256,7 @@ def html(content: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     """The whole page; ``figures`` are PNG bytes by file name."""
     problem = content["problem"]
     parts = [
-        f"<h1>Hessian spectrum of {escape(problem['name'])}</h1>",
+        f"<h1>{title_of(content)} of {escape(problem['name'])}</h1>",
         f"<p class='about'>{escape(str(problem.get('about', '')))}</p>",
         "<section><h2>Summary</h2>",
         *(f"<p class='note'>{escape(note)}</p>" for note in content["notes"]),
@@ -225,7 +273,7 @@ def html(content: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     settings = [
         (name.replace("_", " "), "automatic" if value is None else str(value))
         for name, value in content["settings"].items()
-        if name != "blocks" or value is not None
+        if name == "span" or value is not None
     ]
     timing = [(name, f"{seconds:.1f} s") for name, seconds in content["timing"].items()]
     environment = [(name, str(v)) for name, v in content["environment"].items() if name != "engine"]
@@ -240,6 +288,6 @@ def html(content: Mapping[str, Any], figures: Mapping[str, bytes]) -> str:
     return (
         "<!DOCTYPE html>\n<html lang='en'><head><meta charset='utf-8'>"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>Hessian spectrum of {escape(problem['name'])}</title>"
+        f"<title>{title_of(content)} of {escape(problem['name'])}</title>"
         f"<style>{STYLE}</style></head>\n<body><main>\n{body}\n</main></body></html>\n"
     )

@@ -29,6 +29,7 @@ INK = "#1f3b63"
 ACCENT = "#c8442c"
 BAND = "#9db8dc"
 GREY = "#6b7280"
+BARS = 100  # blocks in one figure
 
 
 def figure(width: float = 7.0, height: float = 4.2) -> Figure:
@@ -81,14 +82,26 @@ def plot_eigenpairs(pairs: Eigenpairs, ax: Axes | None = None) -> Axes:
     return tidy(ax)
 
 
+def shown(name: str, most: int = 2**31) -> str:
+    """A name as one line of at most ``most`` characters: escapes for what cannot be printed."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
+    half = (most - 1) // 2
+    return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
+
+
 def plot_blocks(blocks: BlockSpectra, ax: Axes | None = None) -> Axes:
-    """The outermost eigenvalue of each block as a bar, the first block at the top."""
-    count = len(blocks.names)
+    """The outermost eigenvalue of each block as a bar, the first block at the top.
+
+    Of more than BARS blocks, those of largest magnitude are drawn, in the order of the model.
+    """
+    sharpest = np.argsort(-np.nan_to_num(np.abs(blocks.values.numpy())), kind="stable")
+    drawn = np.sort(sharpest[:BARS])
+    count = len(drawn)
     ax = figure(8.4, 1.6 + 0.24 * count).add_subplot() if ax is None else ax
-    values, place = blocks.values.numpy(), np.arange(count)
+    values, place = blocks.values.numpy()[drawn], np.arange(count)
     ax.axvline(0, color=GREY, linewidth=0.8)
-    ax.barh(place, values, xerr=blocks.residuals.numpy(), color=BAND, ecolor=INK)
-    traces, errors = blocks.traces.tolist(), blocks.errors.tolist()
+    ax.barh(place, values, xerr=blocks.residuals.numpy()[drawn], color=BAND, ecolor=INK)
+    traces, errors = blocks.traces.numpy()[drawn], blocks.errors.numpy()[drawn]
     for y, value, trace, error in zip(place, values, traces, errors, strict=True):
         ax.annotate(
             f"{value:.3g}   trace {trace:.3g} ± {error:.2g}",
@@ -99,11 +112,13 @@ def plot_blocks(blocks: BlockSpectra, ax: Axes | None = None) -> Axes:
             fontsize=8,
             color=INK,
         )
-    ax.set_yticks(place, [str(name) for name in blocks.names], fontsize=8)
+    names = [shown(blocks.names[i], 50) for i in drawn]
+    ax.set_yticks(place, names, fontsize=8, parse_math=False)  # a name may hold dollar signs
     ax.invert_yaxis()
     ax.margins(x=0.35, y=0.01)
     ax.set_xlabel("eigenvalue of largest magnitude")
-    ax.set_title("Diagonal blocks of the Hessian")
+    some = "" if count == len(blocks.names) else f"\n(the sharpest {count} of {len(blocks.names)})"
+    ax.set_title(f"Diagonal blocks of the Hessian{some}")
     return tidy(ax)
 
 
@@ -139,13 +154,16 @@ def plot_density(
     grid, values = density.grid.numpy(), density.values.numpy()
     nodes, weights = density.nodes.numpy().ravel(), density.weights.numpy().ravel()
     nodes, weights = nodes[weights > 0], weights[weights > 0]
+    if not np.any(values[np.isfinite(values)] > 0):
+        ax.set_title("Spectral density: no finite value above 0")
+        return tidy(ax)
     floor = density_floor(values, weights / len(density.nodes), density.sigma)
     lower, upper = (np.maximum(edge.numpy(), floor) for edge in (density.lower, density.upper))
     if np.any(upper > lower):
         ax.fill_between(grid, lower, upper, color=BAND, alpha=0.6, linewidth=0, label="band")
     ax.plot(grid, np.maximum(values, floor), color=INK, linewidth=1.4, label="density")
     ax.set_yscale("log")
-    ax.set_ylim(floor, 4 * values.max())
+    ax.set_ylim(floor, 4 * np.nanmax(values))
     ax.plot(
         nodes,
         np.full(nodes.shape, 0.03),
@@ -175,8 +193,8 @@ def plot_density(
 
 def density_floor(values: Array, weights: Array, sigma: float) -> float:
     """Lowest density worth showing: below the peaks of single nodes, above the Gaussian tails."""
-    peak = float(values.max())
-    if not len(weights) or sigma <= 0:
+    peak = float(np.nanmax(values))
+    if not len(weights) or not sigma > 0:  # NaN: it was not finite
         return 1e-6 * peak
     single = float(np.quantile(weights, 0.03)) / (sigma * np.sqrt(2 * np.pi))
     return float(np.clip(0.3 * single, 1e-12 * peak, 1e-3 * peak))

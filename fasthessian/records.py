@@ -7,12 +7,16 @@ import io
 import json
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fasthessian import npz
+from fasthessian.fields import FLOATING, fields_of, fits, obey, parse, scalar
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -85,60 +89,93 @@ class Record:
     def load(cls: type[R], path: str | os.PathLike[str]) -> R:
         """Read a record of this class back, on the CPU.
 
+        Names, types, shapes and sizes are compared with the fields' annotations before an array
+        is read.
+
         Raises:
-            ValueError: the file is not a record, is cut short, or is a record of another class.
+            ValueError: the file is not a record, is cut short, is a record of another class, or a
+                field holds what the class does not accept.
         """
         name = cls.__name__
         try:
-            with open(path, "rb") as stream, np.load(stream, allow_pickle=False) as archive:
-                header = json.loads(str(archive["__record__"]))
-                arrays = {key: archive[key] for key in archive.files if key != "__record__"}
-                found = header["record"]
-                record = None if found != name else cls._unpacked(header, "", arrays)
-                if record is not None and arrays:
-                    raise ValueError(f"another version's fields: {', '.join(sorted(arrays))}")
+            with open(path, "rb") as stream:
+                archive = npz.Archive(stream)
+                header = parse(archive.text())
+                found = header.get("record") if isinstance(header, dict) else None
+                if found not in [kind.__name__ for kind in Record.__subclasses__()]:
+                    raise ValueError(f"it holds no record that is known here, but {found!r:.60}")
+                record = None
+                if found == name:
+                    cls._scalars("", header)
+                    if odd := set(archive.infos) - {npz.TEXT, *cls._members()}:
+                        raise ValueError(f"another version's fields: {', '.join(sorted(odd))}")
+                    record = cls._unpacked("", header, archive)
         except FileNotFoundError:
             raise
         except Exception as error:
-            raise ValueError(f"{path} is not a saved {name} ({error})") from error
+            words = " ".join(str(error).split()) or type(error).__name__
+            raise ValueError(f"{path} is not a saved {name} ({words})") from error
         if record is None:
             raise ValueError(f"{path} holds a {found}, not a {name}; use {found}.load")
         return record
 
     @classmethod
-    def _unpacked(
-        cls: type[R], header: dict[str, Any], prefix: str, arrays: dict[str, np.ndarray[Any, Any]]
-    ) -> R:
-        kinds = {kind.__name__: kind for kind in Record.__subclasses__()}
-        fields = defaults(cls) | dict(header["scalars"])
-        for key in list(arrays):
-            start, _, name = key.rpartition(".")
-            if start == prefix.rstrip("."):
-                fields[name] = torch.from_numpy(arrays.pop(key))
-        expected = {field.name: field.type for field in dataclasses.fields(cls)}
-        if set(expected) != set(fields):
-            odd = ", ".join(sorted(set(expected) ^ set(fields)))
-            raise ValueError(f"another version's fields: {odd}")
-        for name, value in fields.items():
-            kind = kinds.get(str(expected[name]))
-            if kind is not None:
-                if value["record"] != kind.__name__:
-                    raise ValueError(f"{name} is a {value['record']}, not a {kind.__name__}")
-                fields[name] = kind._unpacked(value, f"{prefix}{name}.", arrays)
-            elif isinstance(value, list):
-                fields[name] = tuple(value)
-        return cls(**fields)
+    def _members(cls, prefix: str = "") -> Iterator[str]:
+        """Names of the arrays in a file, those of a record within under its name."""
+        for name, field in fields_of(cls).items():
+            if field.kind is Tensor:
+                yield prefix + name
+            elif issubclass(field.kind, Record):
+                yield from field.kind._members(f"{prefix}{name}.")
+
+    @classmethod
+    def _scalars(cls, prefix: str, header: Any) -> dict[str, Any]:
+        """The scalars of a record, if it and those within are of their classes."""
+        known = header if isinstance(header, dict) else {}
+        found, given = known.get("record"), known.get("scalars")
+        if found != cls.__name__ or not isinstance(given, dict):
+            other = isinstance(found, str) and found != cls.__name__
+            kind = f"a {found:.40}" if other else f"{header!r:.40}"
+            raise ValueError(f"{prefix.rstrip('.')} is {kind}, not a {cls.__name__}")
+        for name, field in fields_of(cls).items():
+            if isinstance(field.kind, type) and issubclass(field.kind, Record) and name in given:
+                field.kind._scalars(f"{prefix}{name}.", given[name])
+        return given
+
+    @classmethod
+    def _unpacked(cls: type[R], prefix: str, header: Any, archive: npz.Archive) -> R:
+        """The record whose arrays have names that begin with ``prefix``."""
+        given = cls._scalars(prefix, header)
+        values, arrays, sizes = defaults(cls), [], dict[str, int]()
+        for name, field in fields_of(cls).items():
+            where = prefix + name
+            if field.kind is Tensor and where in archive.infos:
+                fits(where, field, *archive.header(where), sizes)
+                arrays.append(name)
+            elif field.kind is not Tensor and name in given:
+                values[name] = (
+                    field.kind._unpacked(f"{where}.", given.pop(name), archive)
+                    if issubclass(field.kind, Record)
+                    else scalar(where, field, given.pop(name), sizes, null=False)
+                )
+        if odd := set(fields_of(cls)) - {*values, *arrays} | set(given):
+            raise ValueError(f"another version's fields: {', '.join(sorted(odd))}")
+        for name in arrays:
+            array = archive.read(prefix + name)
+            obey(prefix + name, fields_of(cls)[name], array)
+            values[name] = torch.from_numpy(array)
+        return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Eigenpairs(Record):
     """Eigenvalues, eigenvectors and how far each pair is from exact."""
 
-    values: Tensor  # (k,) float64, in the order that `which` asks for
-    vectors: Tensor  # (k, n) rows of unit norm, the operator's dtype
-    residuals: Tensor  # (k,) float64, bounds on ||H v - theta v||
+    values: Annotated[Tensor, "k"]  # float64, in the order that `which` asks for
+    vectors: Annotated[Tensor, "k n", FLOATING]  # rows of unit norm, the operator's dtype
+    residuals: Annotated[Tensor, "k", ">= 0"]  # float64, bounds on ||H v - theta v||
     converged: bool
-    matvecs: int
+    matvecs: Annotated[int, ">= 0"]
     graph: str = ""  # "captured" as a CUDA graph, or "eager: " and why
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -153,11 +190,11 @@ class Estimate(Record):
     """A Monte-Carlo mean with its standard error and confidence interval."""
 
     value: float
-    stderr: float
-    interval: tuple[float, float]  # (low, high) at `confidence`
-    confidence: float
-    samples: Tensor  # (s,) float64, the quadratic forms v'Hv
-    matvecs: int
+    stderr: Annotated[float, ">= 0"]
+    interval: Annotated[tuple[float, float], "ascending"]  # (low, high) at `confidence`
+    confidence: Annotated[float, "between 0 and 1"]
+    samples: Annotated[Tensor, "s"]  # float64, the quadratic forms v'Hv
+    matvecs: Annotated[int, ">= 0"]
     converged: bool
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -171,14 +208,16 @@ class Estimate(Record):
 class Density(Record):
     """Spectral density by stochastic Lanczos quadrature."""
 
-    nodes: Tensor  # (probes, steps) float64, ascending per row; after a breakdown the last repeats
-    weights: Tensor  # (probes, steps) float64, each row sums to 1; repeated nodes have weight 0
-    grid: Tensor  # (g,) float64, eigenvalue axis
-    values: Tensor  # (g,) float64, density on the grid; sum(values) * step = 1
-    lower: Tensor  # (g,) float64, pointwise band over the probes
-    upper: Tensor  # (g,) float64
-    sigma: float  # standard deviation of the Gaussian kernel, in units of the eigenvalues
-    matvecs: int
+    # float64, each row ascending; after a breakdown the last node repeats
+    nodes: Annotated[Tensor, "probes steps", "ascending"]
+    # float64, each row sums to 1; repeated nodes have weight 0
+    weights: Annotated[Tensor, "probes steps", ">= 0"]
+    grid: Annotated[Tensor, "g", "ascending"]  # float64, eigenvalue axis
+    values: Annotated[Tensor, "g", ">= 0"]  # float64, density on the grid; sum(values) * step = 1
+    lower: Annotated[Tensor, "g"]  # float64, pointwise band over the probes
+    upper: Annotated[Tensor, "g"]  # float64
+    sigma: Annotated[float, "> 0"]  # width of the Gaussian kernel, in units of the eigenvalues
+    matvecs: Annotated[int, ">= 0"]
     graph: str = ""  # "captured" as a CUDA graph, or "eager: " and why
 
     def plot(self, ax: Axes | None = None) -> Axes:
@@ -196,7 +235,7 @@ class Spectrum(Record):
     bottom: Eigenpairs  # the smallest, ascending
     trace: Estimate
     density: Density
-    matvecs: int  # of all together
+    matvecs: Annotated[int, ">= 0"]  # of all together
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the density with the eigenvalues of both ends marked (needs matplotlib)."""
@@ -210,12 +249,12 @@ class Spectrum(Record):
 class BlockSpectra(Record):
     """The outermost eigenvalue and the trace of each diagonal block, in the order of the model."""
 
-    names: tuple[str, ...]  # (b,)
-    sizes: Tensor  # (b,) float64, parameters
-    values: Tensor  # (b,) float64, the eigenvalue of largest magnitude
-    residuals: Tensor  # (b,) float64, bounds on ||H v - theta v||
-    traces: Tensor  # (b,) float64
-    errors: Tensor  # (b,) float64, half-width of the trace's confidence interval
+    names: Annotated[tuple[str, ...], "b"]
+    sizes: Annotated[Tensor, "b", ">= 0"]  # float64, parameters
+    values: Annotated[Tensor, "b"]  # float64, the eigenvalue of largest magnitude
+    residuals: Annotated[Tensor, "b", ">= 0"]  # float64, bounds on ||H v - theta v||
+    traces: Annotated[Tensor, "b"]  # float64
+    errors: Annotated[Tensor, "b", ">= 0"]  # float64, half-width of the trace's confidence interval
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the eigenvalues as bars, with the traces in figures (needs matplotlib)."""
@@ -228,9 +267,9 @@ class BlockSpectra(Record):
 class Landscape(Record):
     """Loss along one or two directions; ``losses[i, j]`` at ``alphas[i] d0 + betas[j] d1``."""
 
-    alphas: Tensor  # (p,) float64
-    betas: Tensor  # (q,) float64, empty for one direction
-    losses: Tensor  # (p,) or (p, q) float64
+    alphas: Annotated[Tensor, "p", "ascending"]  # float64
+    betas: Annotated[Tensor, "q", "ascending"]  # float64, empty for one direction
+    losses: Annotated[Tensor, "p q?"]  # float64, (p,) for one direction
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the curve or the contour map of the loss (needs matplotlib)."""

@@ -8,9 +8,11 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from fasthessian import kernels, page, plots
 from fasthessian.__about__ import __version__
+from fasthessian.fields import fields_of, fits, numbers, obey, parse, scalar
 from fasthessian.records import (
     BlockSpectra,
     Density,
@@ -45,6 +48,7 @@ PARTS: dict[str, type[Record]] = {
     "landscape": Landscape,
     "blocks": BlockSpectra,
 }
+ROOM = 2 << 20  # bytes of free disk to begin with; a report takes about one
 FIGURES = ("eigenvalues.png", "trace.png", "density.png", "landscape.png", "blocks.png")
 
 
@@ -114,15 +118,27 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
     """A document read back from ``result.json``.
 
     Raises:
-        ValueError: the file is no such document.
+        ValueError: the file is no such document, or a part is damaged; one line.
         OSError: it cannot be read.
     """
+    if Path(path).is_dir():
+        raise ValueError(f"{path} is a folder; give {Path(path) / 'result.json'}")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content: dict[str, Any] = parse(Path(path).read_bytes().decode(), finite=True)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a result of this version; expected format {FORMAT!r}")
+    form = content.get("format") if isinstance(content, dict) else None
+    if form != FORMAT:
+        why = f"found {form!r:.60}"
+        if isinstance(form, str) and re.fullmatch(r"fasthessian result \d+", form):
+            why = f"a newer version wrote {form!r}, update fasthessian"
+        raise ValueError(
+            f"{path} is not a result of this version; expected format {FORMAT!r}, {why}"
+        )
+    try:
+        records(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return content
 
 
@@ -130,7 +146,7 @@ def records(content: Mapping[str, Any]) -> dict[str, Any]:
     """The records in a document by name, without eigenvectors.
 
     Raises:
-        ValueError: a part lacks a field or holds something else than numbers.
+        ValueError: a part lacks a field, or holds what the field does not accept.
     """
     found: dict[str, Any] = {}
     for name, kind in PARTS.items():
@@ -138,70 +154,92 @@ def records(content: Mapping[str, Any]) -> dict[str, Any]:
         if part is None:
             continue
         try:
-            values: dict[str, Any] = {}
-            part = defaults(kind) | part
-            for field in dataclasses.fields(kind):
-                if field.name == "vectors":
-                    values["vectors"] = torch.empty(0, 0)
-                elif field.type == "Tensor":
-                    numbers = np.array(part[field.name], dtype=float)  # null reads as NaN
-                    values[field.name] = torch.from_numpy(numbers)
-                else:
-                    values[field.name] = part[field.name]
-            found[name] = kind(**values)
-            _consistent(found[name])
-        except (KeyError, TypeError, ValueError) as error:
+            if not isinstance(part, Mapping):
+                raise ValueError(f"expected an object of JSON, got a {type(part).__name__}")
+            found[name] = _record(kind, {**defaults(kind), **part})
+        except ValueError as error:
             raise ValueError(f"the part {name!r} of the result is damaged ({error})") from error
     return found
 
 
-def _consistent(record: Any) -> None:
-    """Raise ValueError where lengths within a record do not belong together, or TypeError."""
-    if isinstance(record, Eigenpairs):
-        fits = len(record.values) > 0 and record.values.shape == record.residuals.shape
-    elif isinstance(record, Estimate):
-        low, high = (float(x) for x in record.interval)
-        fits = len(record.samples) > 0 and low <= high
-    elif isinstance(record, Density):
-        curves = (record.values, record.lower, record.upper)
-        fits = record.nodes.shape == record.weights.shape and record.nodes.numel() > 0
-        fits = fits and all(curve.shape == record.grid.shape for curve in curves)
-    elif isinstance(record, BlockSpectra):
-        columns = (record.sizes, record.values, record.residuals, record.traces, record.errors)
-        fits = len(record.names) > 0 and all(len(x) == len(record.names) for x in columns)
-    else:
-        shape = tuple(len(x) for x in (record.alphas, record.betas) if len(x))
-        fits = tuple(record.losses.shape) == shape
-    if not fits:
-        raise ValueError("its lengths do not belong together")
+def _record(kind: type[Record], part: Mapping[str, Any]) -> Record:
+    """One record; raises ValueError where the part is not what the fields of ``kind`` declare."""
+    values: dict[str, Any] = {}
+    sizes: dict[str, int] = {}
+    for name, field in fields_of(kind).items():
+        if name == "vectors":
+            values[name] = torch.empty(0, 0)
+        elif name not in part:
+            raise ValueError(f"{name} is missing")
+        elif field.kind is Tensor:
+            array = numbers(name, part[name])
+            fits(name, field, array.dtype, array.shape, sizes)
+            obey(name, field, array)
+            values[name] = torch.from_numpy(array)
+        else:
+            values[name] = scalar(name, field, part[name], sizes, null=True)
+    if empty := [axis for axis, length in sizes.items() if length == 0 and axis != "q"]:
+        raise ValueError(f"it is empty: {', '.join(empty)} = 0")
+    return kind(**values)
 
 
 def figures(content: Mapping[str, Any]) -> dict[str, bytes]:
-    """The PNG files that the document can fill, by file name."""
-    parts = records(content)
-    drawn: dict[str, Figure] = {}
+    """The PNG files that the document can fill, by file name.
+
+    Raises:
+        ValueError: a part is damaged, or matplotlib cannot draw it.
+        ImportError: matplotlib is missing.
+    """
+    drawn = {}
+    for name, draw in _drawings(records(content)).items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a font without a name's letters, and overflow
+                drawn[name] = png(_named(draw(), page.matrix(content)))
+        except ImportError:
+            raise
+        except Exception as error:
+            words = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{name} cannot be drawn ({words:.300})") from error
+    return drawn
+
+
+def _named(fig: Figure, matrix: str) -> Figure:
+    """The figure with the name of the matrix, which a record does not know."""
+    for ax in fig.axes:
+        for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+            text.set_text(text.get_text().replace("Hessian", matrix))
+    return fig
+
+
+def _drawings(parts: Mapping[str, Any]) -> dict[str, Callable[[], Figure]]:
+    """What draws each figure, by file name."""
     pairs = [name for name in ("top", "bottom") if name in parts]
-    if pairs:
+    known = [value for name in pairs for value in parts[name].values.tolist()]
+
+    def eigenvalues() -> Figure:
         sizes = [len(parts[name].values) for name in pairs]
-        fig = drawn["eigenvalues.png"] = plots.figure(4.0 + 0.8 * min(sum(sizes), 10), 4.0)
+        fig = plots.figure(4.0 + 0.8 * min(sum(sizes), 10), 4.0)
         panels = fig.subplots(1, len(pairs), squeeze=False, width_ratios=[s + 2 for s in sizes])
         for name, ax in zip(pairs, panels[0], strict=True):
             plots.plot_eigenpairs(parts[name], ax)
             ax.set_title(f"{name.title()} {ax.get_title().lower()}", fontweight="bold")
-    known = [value for name in pairs for value in parts[name].values.tolist()]
-    if "trace" in parts:
-        fig = drawn["trace.png"] = plots.figure()
-        plots.plot_estimate(parts["trace"], fig.add_subplot())
-    if "density" in parts:
-        fig = drawn["density.png"] = plots.figure(8.4)
+        return fig
+
+    def density() -> Figure:
+        fig = plots.figure(8.4)
         plots.plot_density(parts["density"], fig.add_subplot(), eigenvalues=known)
-    if "landscape" in parts:
-        fig = drawn["landscape.png"] = plots.figure(6.4, 5.2)
-        plots.plot_landscape(parts["landscape"], fig.add_subplot())
-    if "blocks" in parts:
-        fig = drawn["blocks.png"] = plots.figure(8.4, 1.6 + 0.24 * len(parts["blocks"].names))
-        plots.plot_blocks(parts["blocks"], fig.add_subplot())
-    return {name: png(fig) for name, fig in drawn.items()}
+        return fig
+
+    found: dict[str, Callable[[], Figure]] = {"eigenvalues.png": eigenvalues} if pairs else {}
+    for name in ("trace", "density", "landscape", "blocks"):
+        if name in parts:
+            found[f"{name}.png"] = density if name == "density" else _figure_of(parts[name])
+    return found
+
+
+def _figure_of(record: Any) -> Callable[[], Figure]:
+    return lambda: record.plot().figure
 
 
 def png(fig: Figure) -> bytes:
@@ -214,7 +252,7 @@ def png(fig: Figure) -> bytes:
 def files(content: Mapping[str, Any]) -> dict[str, bytes]:
     """All files of the report: ``result.json``, the figures, ``report.html``."""
     drawn = figures(content)
-    html = page.html(content, drawn).encode()
+    html = page.html(content, drawn).encode(errors="backslashreplace")
     return {"result.json": encode(content), **drawn, "report.html": html}
 
 
@@ -223,20 +261,35 @@ def check_folder(out: str | os.PathLike[str], *, overwrite: bool = False) -> Non
 
     Raises:
         FileExistsError: it is a folder with something in it and ``overwrite`` is False.
-        OSError: it is a file, or its place cannot be written.
+        OSError: it is a file, its place cannot be written, or the disk has no room for a report.
     """
     target = Path(out)
+    place = _place(target, overwrite)
+    try:
+        probe = tempfile.mkdtemp(dir=place)
+        try:
+            (Path(probe) / "probe").write_bytes(bytes(ROOM))
+        finally:
+            shutil.rmtree(probe, ignore_errors=True)
+    except OSError as error:
+        raise OSError(
+            f"{target} cannot be written: {error.strerror} in {place}; choose another --out"
+        ) from error
+
+
+def _place(target: Path, overwrite: bool) -> Path:
+    """The folder that exists in which ``target`` is, or is to be made; raises as `check_folder`."""
     if target.is_dir() and not overwrite and any(target.iterdir()):
         raise FileExistsError(f"{target} is not empty; use --overwrite or another --out")
+    for name in ("result.json", "report.html", *FIGURES):
+        if (target / name).is_dir():
+            raise IsADirectoryError(f"{target / name} is a folder; choose another --out")
     place = target.resolve()
     while not place.exists():
         place = place.parent
     if not place.is_dir():
         raise NotADirectoryError(f"{place} is a file, not a folder; choose another --out")
-    try:
-        os.rmdir(tempfile.mkdtemp(dir=place))
-    except OSError as error:
-        raise OSError(f"{target} cannot be written: {error.strerror} in {place}") from error
+    return place
 
 
 def write(
@@ -244,26 +297,26 @@ def write(
 ) -> None:
     """Put the files into the folder ``out``: a new folder appears whole or not at all.
 
-    In a folder that exists each file is replaced whole, figures of an earlier report that this
-    one lacks are removed, and every other file is left alone.
+    In a folder that exists each file is replaced whole, figures (with a new result.json the page
+    too) of an earlier report that this one lacks are removed, and every other file is left alone.
 
     Raises:
         OSError: as `check_folder`, or the disk does not take the files; the folder is as before.
     """
-    check_folder(out, overwrite=overwrite)
     target = Path(out).resolve()
+    _place(target, overwrite)
     target.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    # within a folder that exists: it may be a disk of its own, or the only one that can be written
+    room = target if target.is_dir() else target.parent
+    staging = Path(tempfile.mkdtemp(dir=room, prefix=f".{target.name}."))
     try:
         for name, payload in content.items():
             (staging / name).write_bytes(payload)
         if target.is_dir():
             for name in content:
-                if (target / name).is_dir():
-                    raise IsADirectoryError(f"{target / name} is a folder; choose another --out")
-            for name in content:
                 os.replace(staging / name, target / name)
-            for name in set(FIGURES) - set(content):
+            page_too = {"report.html"} if "result.json" in content else set[str]()
+            for name in {*FIGURES, *page_too} - set(content):
                 (target / name).unlink(missing_ok=True)
         else:
             umask = os.umask(0)

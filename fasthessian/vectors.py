@@ -12,8 +12,23 @@ from fasthessian import kernels
 ALIGN, PAGE = 64, 4096  # bytes: a cache line; the stride at which rows fall into the same cache set
 
 
+def real(t: Tensor) -> Tensor:
+    """A complex tensor as real numbers, with a last dimension of 2; another as it is."""
+    return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
+
+
+def like(v: Tensor, p: Tensor) -> Tensor:
+    """The ``real`` tensor v in the dtype of p, complex where p is."""
+    if not p.is_complex():
+        return v.to(p.dtype)
+    # a view would need an even offset in v
+    return torch.complex(*v.to(p.dtype.to_real()).unbind(-1))
+
+
 class Layout:
     """Where each named tensor lies in the flat vector of length n.
+
+    A complex tensor is the real numbers of ``torch.view_as_real``: its shape here ends in 2.
 
     Attributes: ``names``, ``shapes``, ``n``, ``dtype``, ``device``.
 
@@ -33,10 +48,10 @@ class Layout:
             raise ValueError("a layout needs at least one named tensor, got none")
         first = next(iter(named.values()))
         self.names: tuple[str, ...] = tuple(named)
-        self.shapes: tuple[torch.Size, ...] = tuple(t.shape for t in named.values())
-        self.dtype: torch.dtype = dtype or first.dtype
+        self.shapes: tuple[torch.Size, ...] = tuple(real(t).shape for t in named.values())
+        self.dtype: torch.dtype = dtype or first.dtype.to_real()
         self.device: torch.device = first.device
-        self._sizes = [t.numel() for t in named.values()]
+        self._sizes = [shape.numel() for shape in self.shapes]
         self.n: int = sum(self._sizes)
 
     def subset(self, positions: Sequence[int]) -> Layout:
@@ -71,6 +86,7 @@ class Layout:
             tensors = [tensors[name] for name in self.names]
         if len(tensors) != len(self.names):
             raise ValueError(f"tensors must be {len(self.names)} in number, got {len(tensors)}")
+        tensors = [real(tensor) for tensor in tensors]
         for name, shape, tensor in zip(self.names, self.shapes, tensors, strict=True):
             if tensor.shape != shape:
                 raise ValueError(

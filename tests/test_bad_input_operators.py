@@ -124,7 +124,7 @@ MODEL = {
     "without parameters": (on_model(nn.Identity()), ValueError, "model has no trainable param"),
     "function": (on_model(lambda x: x), TypeError, "model must be a torch.nn.Module.*from_closure"),
     "half": (on_model(net(dtype=torch.float16)), TypeError, "data holds torch.float32 but the par"),
-    "complex": (on_model(of_complex()), TypeError, "'weight' is torch.complex64"),
+    "complex": (on_model(of_complex()), ValueError, "data does not fit .* Float and ComplexFloat"),
     "mixed": (lambda: on_model(mixed())(), ValueError, "mix dtypes: '0.weight' is torch.float32"),
     "devices": (lambda: on_model(on_two_devices())(), ValueError, "on several devices"),
     "lazy": (lambda: on_model(nn.LazyLinear(2))(), ValueError, "'weight' has no shape yet"),

@@ -11,7 +11,7 @@ import fasthessian
 
 ROOT = Path(fasthessian.__file__).parent
 LAYERS = [  # from the bottom; a module imports its own layer and those before it
-    {"__about__", "records", "memory"},
+    {"__about__", "records", "fields", "npz", "memory"},
     {"kernels"},
     {"vectors", "basis"},
     {"operators"},

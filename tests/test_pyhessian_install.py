@@ -17,7 +17,13 @@ from fasthessian.pyhessian import (
 )
 from fasthessian.pyhessian.density_plot import get_esd_plot
 
-ALIASES = ("pyhessian", "pyhessian.hessian", "pyhessian.utils", "density_plot")
+ALIASES = (
+    "pyhessian",
+    "pyhessian.hessian",
+    "pyhessian.utils",
+    "pyhessian.density_plot",
+    "density_plot",
+)
 
 
 @pytest.fixture
@@ -35,6 +41,7 @@ def test_install_answers_every_import_in_use():
     pyhessian.install()  # once more changes nothing and says nothing
     import density_plot as plot_module
     import pyhessian as module
+    import pyhessian.density_plot as inner
     from density_plot import get_esd_plot as plot
     from pyhessian import hessian as a
     from pyhessian.hessian import hessian as b
@@ -43,6 +50,9 @@ def test_install_answers_every_import_in_use():
     assert a is b is module.hessian is hessian
     assert c is group_product
     assert plot is get_esd_plot is plot_module.get_esd_plot
+    assert inner is plot_module
+    assert module.get_esd_plot is get_esd_plot
+    assert module.density_plot is plot_module
     assert isinstance(type("X", (module.hessian,), {}), type)
 
 
@@ -80,14 +90,51 @@ def test_a_script_written_for_pyhessian_runs_unchanged(tmp_path):
     assert (tmp_path / "example.pdf").exists()
 
 
-def test_import_does_not_load_matplotlib(tmp_path):
+@pytest.mark.parametrize("names", ["", "from pyhessian import *; from pyhessian.utils import *; "])
+def test_import_does_not_load_matplotlib(tmp_path, names):
     result = in_a_process(
-        "import fasthessian.pyhessian, sys; fasthessian.pyhessian.install(); "
+        f"import fasthessian.pyhessian, sys; fasthessian.pyhessian.install(); {names}"
         "print('matplotlib' in sys.modules)",
         tmp_path,
     )
     assert result.stdout == "False\n", result.stderr
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_star_import_of_the_plots_with_matplotlib_and_without(tmp_path, there):
+    result = in_a_process(
+        "import sys, importlib.util\n"
+        "real = importlib.util.find_spec\n"
+        f"if not {there}:\n"
+        "    importlib.util.find_spec = lambda n, *a: None if n == 'matplotlib' else real(n, *a)\n"
+        "import fasthessian.pyhessian; fasthessian.pyhessian.install()\n"
+        "from density_plot import *\n"
+        "density, grids = density_generate([[1.0, 2.0]], [[0.5, 0.5]])\n"
+        "print(np.isfinite(density).all(), math.pi > 3, 'plt' in globals(), 'mpl' in globals())\n"
+        f"if {there}: plt.figure()\n",
+        tmp_path,
+    )
+    assert result.stdout == f"True True {there} {there}\n", result.stderr
+
+
 def test_the_class_is_at_hand_in_the_package():
     assert fh.hessian is hessian
+
+
+def test_unknown_names_of_the_plots_are_attribute_errors():
+    from fasthessian.pyhessian import density_plot
+
+    with pytest.raises(AttributeError, match="has no attribute 'pltt'"):
+        density_plot.pltt  # noqa: B018
+
+
+@pytest.mark.usefixtures("no_aliases")
+def test_the_advice_of_install_works():
+    sys.modules["pyhessian"] = types.ModuleType("pyhessian")
+    with pytest.warns(UserWarning, match=r"call install\(\) first"):
+        pyhessian.install()
+    del sys.modules["pyhessian"]
+    pyhessian.install()  # first, and no warning
+    from pyhessian import hessian as found
+
+    assert found is hessian

@@ -221,8 +221,9 @@ def test_S13_randomly_augmenting_loader_is_noticed():
 
     loader = torch.utils.data.DataLoader(Augmented(), batch_size=4)
     h = hessian(mlp(), cross_entropy, dataloader=loader, cuda=False)
-    with pytest.raises((ValueError, RuntimeError), match="differ"):
-        h.eigenvalues()
+    with pytest.warns(UserWarning, match="different batches at each pass"):
+        first = h.eigenvalues(tol=1e-6)[0]
+    assert h.eigenvalues(tol=1e-6)[0] == pytest.approx(first, rel=1e-4)  # of one matrix
 
 
 def test_S13_a_shuffled_loader_is_no_random_one():

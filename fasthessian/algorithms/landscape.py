@@ -11,9 +11,11 @@ from torch import Tensor
 from fasthessian.algorithms.arguments import Progress, integer, positive
 from fasthessian.algorithms.rounds import Guard
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.scopes import restored
 from fasthessian.records import Landscape
 
 
+@restored
 def landscape(
     A: SymmetricOperator,
     directions: Tensor,

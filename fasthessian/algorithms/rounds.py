@@ -17,6 +17,7 @@ from torch import Tensor
 from fasthessian.algorithms.arguments import Progress, operator
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Job, multiply
+from fasthessian.operators.scopes import restored
 from fasthessian.records import Record
 
 R = TypeVar("R", bound=Record)
@@ -76,6 +77,7 @@ def alone(A: SymmetricOperator, requests: Asking) -> None:
         A.apply(V, out, trusted=trusted)
 
 
+@restored
 def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R]:
     """The record of one run over an operator, or one a name over a dictionary of operators."""
     if not isinstance(A, Mapping):
@@ -91,7 +93,7 @@ def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R
                 guard.check()
                 del V, out  # the run may give their rows back before it asks again
         for shortfall in shortfalls:
-            warnings.warn(shortfall, stacklevel=3)
+            warnings.warn(shortfall, stacklevel=4)
         return record  # type: ignore[no-any-return]
     return _together(A, start, progress)
 
@@ -130,7 +132,7 @@ def _together(
                     del runs[name]
                     found[name], shortfalls = stop.value
                     for shortfall in shortfalls:
-                        warnings.warn(type(shortfall)(f"{name}: {shortfall}"), stacklevel=4)
+                        warnings.warn(type(shortfall)(f"{name}: {shortfall}"), stacklevel=5)
                     continue
                 except (ValueError, MemoryError) as error:
                     raise type(error)(f"{name}: {error}") from error

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fasthessian import kernels
+from fasthessian.operators.scopes import grad_mode, ordinary, restored
 
 FLOATS = (torch.float32, torch.float64)
 # Allowed |u'Av - v'Au| over ||Au|| + ||Av||, u and v of N(0, 1). Far above rounding, and above
@@ -91,10 +92,11 @@ class SymmetricOperator:
             f"matvecs={self.matvecs})"
         )
 
+    @restored
     def __matmul__(self, v: Tensor) -> Tensor:
         """A v for v (n,), or the products of the rows of v (b, n)."""
         self._accepts("v", v, (1, 2))
-        with torch.inference_mode(False):  # the result is an ordinary tensor in every mode
+        with ordinary():  # the result is an ordinary tensor in every mode
             V = v.detach().reshape(-1, self.n)
             if V.is_inference() or not V.is_contiguous():
                 V = V.clone(memory_format=torch.contiguous_format)
@@ -102,6 +104,7 @@ class SymmetricOperator:
             self._product(V, out)
             return out.view(v.shape)
 
+    @restored
     def apply(self, V: Tensor, out: Tensor, *, trusted: bool = False) -> None:
         """Write the products of the rows of V (b, n) into the rows of ``out`` (b, n).
 
@@ -113,7 +116,7 @@ class SymmetricOperator:
         if V.is_inference() or out.is_inference():  # autograd can neither save nor write these
             out.copy_(self @ V)
         else:
-            with torch.inference_mode(False):
+            with ordinary():
                 self._product(V.detach(), out, trusted)
 
     def accepts(self, V: Tensor, out: Tensor) -> None:
@@ -155,7 +158,7 @@ class SymmetricOperator:
         """Products, the finiteness check and the count, common to ``@`` and ``apply``."""
         if V.shape[0] == 0:
             return
-        with torch.no_grad():
+        with grad_mode(False):
             self._apply(V, out, trusted)
         self.made(V, out, trusted)
 
@@ -176,7 +179,7 @@ class SymmetricOperator:
 
     def _one(self, v: Tensor) -> Tensor:
         version = v._version
-        with torch.enable_grad():  # matvec may differentiate, also when called under no_grad
+        with grad_mode(True):  # matvec may differentiate, also when called under no_grad
             w = self._matvec(v)
         if not isinstance(w, Tensor):
             raise TypeError(f"matvec must return a torch.Tensor, got {type(w).__name__}")

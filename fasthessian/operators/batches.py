@@ -48,6 +48,15 @@ def leaves(batch: Batch, depth: int = DEPTH) -> Iterator[Tensor]:
         yield from leaves(vars(batch), depth - 1)
 
 
+def items(batch: Batch) -> Iterator[Any]:
+    """Everything inside a batch that is no container, in a fixed order."""
+    if isinstance(batch, Mapping) or is_sequence(batch):
+        for item in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from items(item)
+    else:
+        yield batch
+
+
 def mapped(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     """The batch with ``change`` applied to everything in it that is no container."""
     if isinstance(batch, Mapping):
@@ -97,23 +106,45 @@ def cut(batch: Batch, most: int | None) -> Iterator[Batch]:
     if most is None or count <= most:
         yield batch
         return
+    try:
+        chunks = list(_windows(batch, count, most, 0))
+    except ValueError as error:
+        raise ValueError(f"microbatch must be None: {error}; pass smaller batches") from None
+    yield from chunks
+
+
+def halves(batch: Batch, dim: int = 0) -> Iterator[Batch]:
+    """Two halves of a batch, or none where it cannot be cut.
+
+    With ``dim`` 1 they are cut along the second dimension, vectors along their only one.
+    """
+    sizes = [samples(batch)] if dim == 0 else [t.shape[1] for t in leaves(batch) if t.dim() > 1]
+    if sizes and sizes[0] > 1:
+        yield from _windows(batch, sizes[0], (sizes[0] + 1) // 2, dim)
+
+
+def _windows(batch: Batch, count: int, most: int, dim: int) -> Iterator[Batch]:
     if name := uncuttable(batch):
-        raise ValueError(
-            f"microbatch must be None: data holds a {name}, which cannot be cut; pass smaller "
-            f"batches"
-        )
+        raise ValueError(f"data holds a {name}, which cannot be cut")
     for start in range(0, count, most):
         stop = min(start + most, count)
 
         def window(item: Any, start: int = start, stop: int = stop) -> Any:
-            long = isinstance(item, Tensor) and item.dim() > 0 and len(item) == count
-            return item[start:stop] if long else item
+            along = min(dim, item.dim() - 1) if isinstance(item, Tensor) else -1
+            if along < 0 or item.shape[along] != count:
+                return item
+            if item.layout is not torch.strided:
+                raise ValueError(
+                    f"data holds a {item.layout} tensor of shape {tuple(item.shape)}, which cannot "
+                    f"be cut"
+                )
+            return item.narrow(along, start, stop - start)
 
         def entry(item: Any, start: int = start, stop: int = stop) -> Any:
             each = isinstance(item, (tuple, list)) and len(item) == count
             return item[start:stop] if each else item
 
-        if not listed(batch):
+        if dim or not listed(batch):
             yield mapped(batch, window)
         elif isinstance(batch, Mapping):
             yield {key: entry(window(item)) for key, item in batch.items()}

@@ -12,10 +12,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
 
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.scopes import grad_mode, ordinary
 
 if TYPE_CHECKING:
     from fasthessian.operators.curvature import Curvature
@@ -97,7 +97,7 @@ def multiply(jobs: list[Job]) -> None:
             job.operator.accepts(job.V, job.out)
             work.append((cast("Block", job.operator), job.V.detach(), job.out))
         parent = cast("Block", group[0].operator).parent
-        with torch.inference_mode(False), torch.no_grad():
+        with ordinary(), grad_mode(False):
             parent.advance(work, all(job.trusted for job in group))
         for job in group:
             job.operator.made(job.V, job.out, job.trusted)

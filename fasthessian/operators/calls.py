@@ -15,6 +15,8 @@ from torch.func import functional_call
 
 from fasthessian.operators.batches import Batch, described, is_sequence, leaves
 from fasthessian.operators.criteria import is_torchs
+from fasthessian.operators.scopes import Undo, put_table, scope
+from fasthessian.operators.state import own_parameters
 
 MODEL = ("model", "net", "network", "module", "m")  # names of a parameter that takes the model
 ANY = (
@@ -60,7 +62,8 @@ def call(
     if values is None:
         outputs = model(*args, **named)
     else:
-        outputs = functional_call(model, dict(values), args, named)
+        with own_parameters([model]):
+            outputs = functional_call(model, dict(values), args, named)
     if criterion is None:
         return outputs, outputs
     if is_torchs(criterion) and not isinstance(outputs, Tensor):
@@ -76,16 +79,21 @@ def call_whole(
 ) -> tuple[Any, Any]:
     """The last outputs of the model in a loss(model, batch), and what that returns."""
     found: list[Any] = []
-    handle = model.register_forward_hook(lambda module, inputs, outputs: found.append(outputs))
-    try:
+    with _recorded(model, found):
         if values is None:
             value = loss(model, batch)
         else:
             inside = {f"model.{name}": tensor for name, tensor in values.items()}
-            value = functional_call(_Whole(model, loss), inside, (batch,))
-    finally:
-        handle.remove()
+            with own_parameters([model]):
+                value = functional_call(_Whole(model, loss), inside, (batch,))
     return (found[-1] if found else None), value
+
+
+@scope
+def _recorded(undo: Undo, model: nn.Module, found: list[Any]) -> None:
+    """Inside, the outputs of the model are appended to ``found``."""
+    undo(put_table, model._forward_hooks, dict(model._forward_hooks))
+    model.register_forward_hook(lambda module, inputs, outputs: found.append(outputs))
 
 
 class _Whole(nn.Module):

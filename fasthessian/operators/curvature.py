@@ -7,7 +7,7 @@ import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -22,8 +22,10 @@ from fasthessian.operators.engines import gradient
 from fasthessian.operators.losses import ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.passes import Passes
+from fasthessian.operators.scopes import Scope, Undo, set_to
 from fasthessian.operators.slopes import ALLOWED, distance
-from fasthessian.operators.state import turn
+from fasthessian.operators.state import in_turn, keep_values
+from fasthessian.vectors import like, real
 
 
 class Curvature(Passes):
@@ -41,6 +43,7 @@ class Curvature(Passes):
     _scaled = False  # whether the matrix of one batch depends on whether the loss is a sum
     _exact = False  # whether the matrix is the derivative of the gradient
 
+    @in_turn
     def __init__(
         self,
         model: nn.Module,
@@ -72,6 +75,7 @@ class Curvature(Passes):
     def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
         self.advance([(None, V, out)], trusted)
 
+    @in_turn
     def advance(self, work: Sequence[tuple[Block | None, Tensor, Tensor]], trusted: bool) -> None:
         """Products (block or None for the whole, V, out) in one pass over the data.
 
@@ -79,12 +83,11 @@ class Curvature(Passes):
             MemoryError: a product does not fit; what it needs and which option would help.
         """
         blocks = [block.positions for block, _, _ in work if block is not None]
-        with turn():
-            if not self._layered and any(map(self._of_one_layer, blocks)):
-                self._layered = True
-                self._forget()  # from now on factors of the layers are kept beside the graphs
-            tasks = [self._task(*each) for each in work]
-            self._roomy(lambda: self._make(tasks, trusted))
+        if not self._layered and any(map(self._of_one_layer, blocks)):
+            self._forget()  # from now on factors of the layers are kept beside the graphs
+            self._layered = True
+        tasks = [self._task(*each) for each in work]
+        self._roomy(lambda: self._make(tasks, trusted))
         if self._options.weight_decay:
             for _, V, out in work:
                 out.add_(V, alpha=self._options.weight_decay)
@@ -127,38 +130,57 @@ class Curvature(Passes):
     def theta(self) -> Tensor:
         """The parameters as they are now, one vector (n,)."""
         named = self._loss.named()
-        return self.flatten([named[name].detach().to(self.dtype) for name in self.layout.names])
+        return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
 
+    @in_turn
     def gradient(self, offset: Tensor | None = None) -> Tensor:
-        """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,)."""
+        """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
+
+        Raises:
+            MemoryError: it does not fit; what it needs and which option would help.
+        """
         if offset is not None:
             self._accepts("offset", offset, (1,))
         decay, at, parts = self._options.weight_decay, self._at, self._loss.parts
-        out = torch.zeros(self.n, dtype=self.dtype, device=self.device)
         pack_ = kernels.select(self.device).pack_
-        with self._pass() as params, at(params, offset), closing(parts()) as every:
-            for part in every:
-                pieces = gradient(self._value(part), params)
-                pack_(out, [p.to(self.dtype) for p in pieces], alpha=part.weight, beta=1.0)
-            return out.add_(self.theta(), alpha=decay) if decay else out
 
+        def made() -> Tensor:
+            out = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+            with self._pass() as params, at(params, offset), closing(parts()) as every:
+                for part in every:
+                    pieces = gradient(self._value(part), params)
+                    pack_(
+                        out, [real(p).to(self.dtype) for p in pieces], alpha=part.weight, beta=1.0
+                    )
+                return out.add_(self.theta(), alpha=decay) if decay else out
+
+        return self._roomy(made, "the gradient")
+
+    @in_turn
     def loss(self, offset: Tensor | None = None) -> float:
         """The loss at theta, or at theta + ``offset`` (n,), summed over the data in float64.
 
         The parameters are replaced for the time of the call, not written. The value may be
         infinite or NaN far from theta.
+
+        Raises:
+            MemoryError: as of ``gradient``.
         """
         if offset is not None:
             self._accepts("offset", offset, (1,))
-        total = 0.0
-        at, parts = self._at, self._loss.parts
-        with self._pass(curved=False) as params, at(params, offset), closing(parts()) as every:
-            for part in every:
-                total += part.weight * float(self._loss.evaluate(part)[1].detach())
-            if self._options.weight_decay:
-                squares = sum(float(p.detach().double().square().sum()) for p in params)
-                total += self._options.weight_decay / 2 * squares
-        return total
+        decay, at, parts = self._options.weight_decay, self._at, self._loss.parts
+
+        def summed() -> float:
+            total = 0.0
+            with self._pass(curved=False) as params, at(params, offset), closing(parts()) as every:
+                for part in every:
+                    total += part.weight * float(self._loss.evaluate(part)[1].detach())
+                if decay:
+                    squares = sum(float(real(p.detach()).double().square().sum()) for p in params)
+                    total += decay / 2 * squares
+            return total
+
+        return self._roomy(summed, "the loss")
 
     def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
         self.mask_(v[0])
@@ -207,7 +229,7 @@ class Curvature(Passes):
             f"the gradient differs by {off:.0%} from the derivative of {self._loss.origin}, which "
             f"detaches a part of itself; {type(self).__name__} is made from that gradient: right "
             f"if that is meant, else let autograd record all of it (create_graph=True)",
-            stacklevel=6,
+            stacklevel=8,
         )
 
     def _slope(self, part: Part) -> tuple[float, float]:
@@ -223,17 +245,16 @@ class Curvature(Passes):
             here = float(value.detach())
             return here, distance(loss, here, g, self.theta(), self.coarsest)
 
-    @contextlib.contextmanager
-    def _at(self, params: list[Tensor], offset: Tensor | None) -> Iterator[None]:
-        held = [p.data for p in params]
-        try:
+    def _at(self, params: list[Tensor], offset: Tensor | None) -> Scope[None]:
+        """Inside, the parameters are moved by the offset (n,)."""
+
+        def move(undo: Undo) -> None:
+            held = keep_values(undo, params)
             if offset is not None:
                 for p, at, shift in zip(params, held, self.layout.views(offset), strict=True):
-                    p.data = at + shift.to(at.dtype)
-            yield
-        finally:
-            for p, at in zip(params, held, strict=True):
-                p.data = at
+                    p.data = at + like(shift, at)
+
+        return Scope(move)
 
     def mask_(self, v: Tensor) -> Tensor:
         """Set v to 0 where gradients do not reach: padding rows of embeddings, detached layers."""
@@ -245,27 +266,35 @@ class Curvature(Passes):
             views[place].zero_()
         return v
 
+    @in_turn
     def by_forward(self, v: Tensor) -> Tensor:
         """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
         options, out = self._options, torch.empty_like(v[None])
-        with turn():
-            self._options = dataclasses.replace(options, engine="forward")
-            try:
-                with self._pass() as params, closing(self._loss.parts()) as parts:
-                    for i, part in enumerate(parts):
-                        task = self._task(None, v[None], out)
-                        self._made_graph(part, params).products([task], first=i == 0, keep=False)
-            finally:
-                self._options = options
+
+        def made() -> None:
+            forward = dataclasses.replace(options, engine="forward")
+            with (
+                set_to(self, "_options", forward),
+                self._pass() as params,
+                closing(self._loss.parts()) as parts,
+            ):
+                for i, part in enumerate(parts):
+                    task = self._task(None, v[None], out)
+                    self._made_graph(part, params).products([task], first=i == 0, keep=False)
+
+        self._roomy(made)
         return out[0].add_(v, alpha=options.weight_decay)
 
+    @in_turn
     def check(self) -> Check:
         """Measure what could silently be wrong: on this model, these data and this engine.
 
         Symmetry of the matrix, repetition of a product, the gradient against central differences
         of the loss along random signs, a product against those of gradients (for the Hessian; where
         kinks as of ReLU spoil those, against forward mode), and the weights of batches: whether the
-        gradient of each is that of its parts. What is computed in 16 bits has no differences.
+        gradient of each is that of its halves, unless half of a batch is no batch of this model
+        (graphs, time in the first dimension). A row says where it does not apply, and why. What is
+        computed in 16 bits has no differences.
         Parameters that no gradient reaches are named. Costs three products, nine gradients and five
         evaluations of the loss, or thirteen where the first do not suffice; ``print(A.check())``
         shows a line each.
@@ -276,9 +305,15 @@ class Curvature(Passes):
         return check(self, self._exact)
 
     def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
-        """A vector (n,) from tensors by parameter name, or in the order of the parameters."""
+        """A vector (n,) from tensors by parameter name, or in the order of the parameters.
+
+        Those of complex parameters may be complex, or real as of ``unflatten``.
+        """
         return self.layout.flatten(tensors)
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
-        """Views of v (n,) by parameter name, in the parameters' shapes."""
+        """Views of v (n,) by parameter name, in the parameters' shapes.
+
+        That of a complex parameter is real with a last dimension of 2, as of ``view_as_real``.
+        """
         return self.layout.unflatten(v)

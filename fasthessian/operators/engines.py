@@ -13,6 +13,9 @@ from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 from fasthessian import kernels
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.linearised import along
+from fasthessian.operators.scopes import Undo, scope
+from fasthessian.operators.state import keep_values
+from fasthessian.vectors import like, real
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
 # What torch says of an operation that it cannot differentiate twice, and forward over reverse.
@@ -54,7 +57,7 @@ class Graph:
             params = [self._params[i] for i in task.places]
             for views, row in zip(task.rows, task.out, strict=True):
                 last -= 1
-                tangents = [v.to(p.dtype) for v, p in zip(views, params, strict=True)]
+                tangents = [like(v, p) for v, p in zip(views, params, strict=True)]
                 for i, place in enumerate(task.places):
                     if place in self.padded:
                         tangents[i] = tangents[i].clone()
@@ -66,7 +69,7 @@ class Graph:
                     else:
                         pieces = self._pieces(task.places, tangents, keep or last > 0)
                 if pieces is not None:
-                    pieces = [piece.to(row.dtype) for piece in pieces]
+                    pieces = [real(piece).to(row.dtype) for piece in pieces]
                     pack_(row, pieces, alpha=self._weight, beta=0.0 if first else 1.0)
                 elif first:
                     row.zero_()
@@ -172,21 +175,22 @@ def difference(
         return None
     eps = max(torch.finfo(p.dtype).eps for p in params)
     h = eps ** (1 / 3) * (_norm(params) or 1.0) / size
-    held = [p.data for p in params]
     ends = []
-    try:
-        for step in (h, -h):
-            for p, at, v in zip(params, held, tangents, strict=True):
-                p.data = torch.add(at, v, alpha=step)
+    for step in (h, -h):
+        with _moved(params, tangents, step):
             ends.append([end.detach() for end in function()])
-    finally:
-        for p, at in zip(params, held, strict=True):
-            p.data = at
     return [(a - b).div_(2 * h) for a, b in zip(*ends, strict=True)]
 
 
+@scope
+def _moved(undo: Undo, params: Sequence[Tensor], tangents: Sequence[Tensor], step: float) -> None:
+    for p, at, v in zip(params, keep_values(undo, params), tangents, strict=True):
+        p.data = torch.add(at, v, alpha=step)
+
+
 def _norm(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([t.detach().double().square().sum() for t in tensors]).sum().sqrt())
+    squares = [real(t.detach()).double().square().sum() for t in tensors]
+    return float(torch.stack(squares).sum().sqrt())
 
 
 @contextlib.contextmanager
@@ -196,15 +200,17 @@ def _named(forward: bool) -> Iterator[None]:
         yield
     except RuntimeError as error:  # NotImplementedError is one
         first = str(error).splitlines()[0]
+        if "RuntimeError: KeyboardInterrupt" in str(error):  # a Ctrl-C inside TorchScript
+            raise KeyboardInterrupt from error
         if forward and any(words in str(error) for words in NOT_FORWARD):
             raise RuntimeError(
                 f"torch cannot differentiate the gradient in forward mode: {first}; "
-                f"use engine='retained' or 'recompute'"
+                f"use engine='retained' or 'recompute', or 'difference' if they fail too"
             ) from error
         if any(words in str(error) for words in NOT_TWICE):
             raise RuntimeError(
                 f"the loss has no second derivative in torch: {first}; "
-                f"engine='difference' needs first ones only"
+                f"engine='difference' needs first ones only, and no kinks such as ReLU's"
             ) from error
         raise
 
@@ -224,10 +230,11 @@ def unused(loss: Tensor, params: Sequence[Tensor], places: Sequence[int]) -> lis
     return [i for i, grad in zip(places, grads, strict=True) if grad is None]
 
 
-def examine(loss: Tensor, params: Sequence[Tensor], twice: bool = True) -> list[int]:
+def examine(loss: Tensor, params: Sequence[Tensor], freed: str, twice: bool = True) -> list[int]:
     """Check that the loss depends on the parameters and can be differentiated (``twice``).
 
-    Returns the places of the parameters that no gradient reaches.
+    Returns the places of the parameters that no gradient reaches. ``freed`` is said of a loss whose
+    graph is gone.
 
     torch gives zeros, without a word, where the second derivative runs into a custom function
     marked ``once_differentiable``: its error node hangs off the way to the parameters. A seed that
@@ -241,10 +248,7 @@ def examine(loss: Tensor, params: Sequence[Tensor], twice: bool = True) -> list[
         except RuntimeError as error:
             if "graph a second time" not in str(error):
                 raise
-            raise RuntimeError(
-                "the model frees its graph where it differentiates inside; if it keeps it in "
-                "training (create_graph=self.training) use mode='train', else let it create_graph"
-            ) from error
+            raise RuntimeError(freed) from error
     if all(grad is None for grad in grads):
         raise ValueError(
             f"the loss does not depend on any of the {len(params)} parameters; "

@@ -8,10 +8,9 @@ central difference of b alone, so kinks elsewhere in the network do not matter.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from fasthessian.operators.rewrite import will_run
+from fasthessian.operators.scopes import Undo, scope
+from fasthessian.operators.state import keep_values
 
 WIDER = {
     torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64,
@@ -128,26 +129,23 @@ class Call(NamedTuple):
             return [None if y is None else torch.zeros_like(y) for y in of(self)], 0.0
         ends = []
         for shift in (h, -h):
-            with self._moved(along, shift) as call:
+            with _moved(self, along, shift) as call:
                 ends.append([y.detach() if isinstance(y, Tensor) else None for y in of(call)])
         pairs = zip(*ends, strict=True)
         return [None if a is None or b is None else (a - b).div_(2 * h) for a, b in pairs], h
 
-    @contextlib.contextmanager
-    def _moved(self, along: Sequence[Optional], shift: float) -> Iterator[Call]:
-        there: list[Tensor] = []
-        held = [self.args[i] for i in self.parameters]
-        data = [x.data for x in held]
-        try:
-            for i, x, d in zip(self.at, self.inputs, along, strict=True):
-                y = x.detach() if d is None else torch.add(x.detach(), d.to(x.dtype), alpha=shift)
-                if i in self.parameters:
-                    x.data = y
-                there.append(x if i in self.parameters else y)
-            yield self.filled(there)
-        finally:
-            for x, here in zip(held, data, strict=True):
-                x.data = here
+
+@scope
+def _moved(undo: Undo, call: Call, along: Sequence[Optional], shift: float) -> Call:
+    """The call with its inputs moved, parameters in place."""
+    there: list[Tensor] = []
+    keep_values(undo, [call.args[i] for i in call.parameters])
+    for i, x, d in zip(call.at, call.inputs, along, strict=True):
+        y = x.detach() if d is None else torch.add(x.detach(), d.to(x.dtype), alpha=shift)
+        if i in call.parameters:
+            x.data = y
+        there.append(x if i in call.parameters else y)
+    return call.filled(there)
 
 
 class Local(torch.autograd.Function):
@@ -309,14 +307,11 @@ def is_alone() -> bool:
     return getattr(_thread, "alone", False)
 
 
-@contextlib.contextmanager
-def alone() -> Iterator[None]:
+@scope
+def alone(undo: Undo) -> None:
     """Inside, this thread applies custom functions as they are."""
-    before, _thread.alone = is_alone(), True
-    try:
-        yield
-    finally:
-        _thread.alone = before
+    undo(setattr, _thread, "alone", is_alone())
+    _thread.alone = True
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from fasthessian.operators.layers import Layers
 from fasthessian.operators.linearised import second_derivative
 from fasthessian.operators.losses import Part
 from fasthessian.operators.options import Options
+from fasthessian.operators.state import in_turn
 
 
 class Hessian(Curvature):
@@ -38,7 +40,8 @@ class Hessian(Curvature):
             targets), a mapping, or an object with ``.to``. The model is called as its ``forward``
             takes them: ``inputs`` in a tuple or list as several arguments, or else as one; a
             mapping by keywords, or else as one; an object as one.
-        params: None for all that require gradients, or an iterable of names or parameters.
+        params: None for all that require gradients, or an iterable of names or parameters. Complex
+            ones count as 2n real numbers, those of ``torch.view_as_real``, as ``layout`` says.
         engine: ``"retained"`` keeps the first-order graphs; ``"recompute"`` builds them at each
             product; ``"auto"`` is retained for what fits ``memory_budget`` and recompute for the
             rest. ``"forward"`` differentiates the gradient in forward mode, ``"difference"`` takes
@@ -111,6 +114,7 @@ class Hessian(Curvature):
     _exact = True
 
     @classmethod
+    @in_turn
     def from_closure(
         cls,
         closure: Callable[[], Tensor],
@@ -128,8 +132,15 @@ class Hessian(Curvature):
         those of variables and globals that the closure reads, as far as two objects deep; what lies
         deeper only with ``engine="recompute"``.
 
+        Modules that the closure calls keep their buffers, as the statistics of batch normalisation,
+        and tensors their ``.grad``.
+
         Raises:
-            RuntimeError: two calls at the same parameters give different losses.
+            RuntimeError: two calls at the same parameters give different losses; or the closure
+                frees its graph, as that of an optimizer does by ``backward()``.
+
+        Warns:
+            UserWarning: the closure writes into a tensor that is no buffer of a module it calls.
 
         Example:
             >>> import torch, fasthessian as fh
@@ -142,6 +153,14 @@ class Hessian(Curvature):
         chosen = parameters.of_closure(params)
         options = Options(engine, memory_budget=memory_budget, weight_decay=weight_decay)
         self._prepare(ClosureLoss(closure, chosen), chosen, options)
+        self._watch.settle(trusted=False)  # batch normalisation leaves no trace in the version
+        if self._watch.written:
+            warnings.warn(
+                f"closure writes into {min(self._watch.written)} each time it is called, which is "
+                f"not put back after products: let it write into a copy (.clone()), or call the "
+                f"module that owns it",
+                stacklevel=4,
+            )
         return self
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:

@@ -13,16 +13,17 @@ Hooks after accumulation are not run by ``torch.autograd.grad``.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from fasthessian.operators.scopes import Undo, scope, set_to
 
 Hook = Callable[..., Any]
 
@@ -52,39 +53,35 @@ def _lift() -> Lift | None:
     return lifts[-1] if lifts else None
 
 
-@contextlib.contextmanager
-def lifted(lift: Lift, params: Sequence[Tensor]) -> Iterator[None]:
+@scope
+def lifted(undo: Undo, lift: Lift, params: Sequence[Tensor]) -> None:
     """Inside, hooks of this thread's forward passes, and those on ``params``, are lifted.
 
     At the end the parameters have the hooks that they had before.
     """
     held = [dict(p._backward_hooks or {}) for p in params]
-    _open.lifts = [*getattr(_open, "lifts", []), lift]
-    try:
-        for p, hooks in zip(params, held, strict=True):
-            for key, hook in hooks.items():
-                p._backward_hooks[key] = lift.wrapped(hook)  # type: ignore[index]
-        yield
-    finally:
-        _open.lifts.pop()
-        for p, hooks in zip(params, held, strict=True):
-            if p._backward_hooks is not None:
-                p._backward_hooks.clear()
-                p._backward_hooks.update(hooks)
+    before = getattr(_open, "lifts", [])
+    undo(_put_hooks, params, held)
+    undo(setattr, _open, "lifts", before)
+    _open.lifts = [*before, lift]
+    for p, hooks in zip(params, held, strict=True):
+        for key, hook in hooks.items():
+            p._backward_hooks[key] = lift.wrapped(hook)  # type: ignore[index]
 
 
-@contextlib.contextmanager
-def acting() -> Iterator[None]:
+def _put_hooks(params: Sequence[Tensor], held: Sequence[dict[int, Hook]]) -> None:
+    for p, hooks in zip(params, held, strict=True):
+        if p._backward_hooks is not None:
+            p._backward_hooks.clear()
+            p._backward_hooks.update(hooks)
+
+
+@scope
+def acting(undo: Undo) -> None:
     """Inside, where the loss is computed, hooks act."""
     lift = _lift()
-    if lift is None:
-        yield
-        return
-    lift.computing += 1
-    try:
-        yield
-    finally:
-        lift.computing -= 1
+    if lift is not None:
+        undo.enter(set_to(lift, "computing", lift.computing + 1))
 
 
 _register_hook = Tensor.register_hook

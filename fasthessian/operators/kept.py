@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -16,7 +15,8 @@ from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.closures import ClosureLoss
 from fasthessian.operators.engines import Graph
 from fasthessian.operators.losses import ModelLoss
-from fasthessian.operators.state import Copies, turn
+from fasthessian.operators.scopes import Scope, Undo, scope
+from fasthessian.operators.state import Copies, in_turn, turn
 from fasthessian.operators.watch import Watch
 from fasthessian.operators.watched import Functions
 from fasthessian.vectors import Layout
@@ -38,29 +38,26 @@ class KeptGraphs(SymmetricOperator):
         self._copies: Copies = {}  # of buffers, as long as nothing changes
         self._watch = Watch(self._loss.entries)
         self._changes = 0, ""  # changes found so far, and what changed last
-        self._runs: list[int] = []  # the threads of runs, see ``run``
+        self._runs: dict[object, int] = {}  # the threads of runs, see ``run``
+        self._looking = False  # whether a look at what the loss depends on did not end
 
-    @contextlib.contextmanager
-    def run(self) -> Iterator[None]:
+    def run(self) -> Scope[None]:
         """See ``SymmetricOperator``: for a model with few parameters the data are the product."""
-        thread = threading.get_ident()
-        self._runs.append(thread)
-        try:
-            yield
-        finally:
-            self._runs.remove(thread)
+        return _running(self._runs)
 
     def _follow(self, trusted: bool, whole: bool = True, data: bool = False) -> dict[str, Tensor]:
         """The parameters now; what is kept is dropped where it no longer stands for the loss."""
         now = parameters.followed(self.layout, self._dtypes, self._loss.named())
-        data |= threading.get_ident() not in self._runs
+        data |= threading.get_ident() not in self._runs.values()
+        interrupted, self._looking = self._looking, True  # then what it found is not known
         change = self._watch.look(trusted, whole, data)
-        if change.void:
+        if change.void or interrupted:
             self._forget()
         if change.name is not None:
             self._changes = self._changes[0] + 1, change.name
-        if change.terms or (change.void and self._loss.counted_at_a_point):
+        if change.terms or interrupted or (change.void and self._loss.counted_at_a_point):
             self._survey()
+        self._looking = False
         return now
 
     def _survey(self) -> None:
@@ -70,8 +67,7 @@ class KeptGraphs(SymmetricOperator):
     def changes(self, look: bool = False) -> tuple[int, str]:
         """See ``SymmetricOperator``."""
         if look:
-            with turn():
-                self._follow(trusted=False, data=True)
+            in_turn(self._follow)(trusted=False, data=True)
         return self._changes
 
     def _forget(self) -> None:
@@ -108,6 +104,13 @@ class KeptGraphs(SymmetricOperator):
     def kept(self) -> tuple[Graph, ...]:
         """What a captured product reads: it must live as long as the capture."""
         return tuple(self._graphs)
+
+
+@scope
+def _running(undo: Undo, runs: dict[object, int]) -> None:
+    token = object()
+    undo(runs.pop, token, None)
+    runs[token] = threading.get_ident()
 
 
 def _marks(p: Tensor) -> dict[str, bool]:

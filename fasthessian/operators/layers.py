@@ -21,6 +21,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fasthessian.operators.linearised import Linearised, Middle
 from fasthessian.operators.rewrite import unfolded
+from fasthessian.operators.scopes import Undo, put_table, scope
 
 MOST = 64  # classes: above, reading J costs more than running through the layers
 LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
@@ -83,13 +84,10 @@ class Call(NamedTuple):
 class _Watch:
     """Notes the calls of modules, by forward hooks."""
 
-    def __init__(self, modules: Sequence[nn.Module]) -> None:
+    def __init__(self) -> None:
         self.seen: dict[nn.Module, list[Call]] = {}
-        self._handles = [
-            module.register_forward_hook(self._note, with_kwargs=True) for module in modules
-        ]
 
-    def _note(
+    def note(
         self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any
     ) -> None:
         real = isinstance(output, Tensor) and output.requires_grad and not named
@@ -99,12 +97,16 @@ class _Watch:
         )
         self.seen.setdefault(module, []).append(Call(inputs, nodes, edge))
 
-    def __enter__(self) -> _Watch:
-        return self
 
-    def __exit__(self, *exception: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+@scope
+def _watching(undo: Undo, modules: Sequence[nn.Module]) -> _Watch:
+    watch = _Watch()
+    for module in modules:
+        for table in (module._forward_hooks, module._forward_hooks_with_kwargs):
+            undo(put_table, table, dict(table))
+        # before the user's hooks, which may return or write something else
+        module.register_forward_hook(watch.note, prepend=True, with_kwargs=True)
+    return watch
 
 
 def build(
@@ -127,12 +129,14 @@ def build(
             is piecewise linear in each layer's output.
     """
     found = _candidates(model, params)
-    with unfolded(), _Watch(list(found)) as watch:
+    with unfolded(), _watching(list(found)) as watch:
         z, loss = outputs()
-    if not isinstance(z, Tensor) or z.dim() != 2 or not 0 < z.shape[1] <= MOST:
+    if not isinstance(z, Tensor) or z.is_complex() or z.dim() != 2 or not 0 < z.shape[1] <= MOST:
         return None
     once = {module: seen[0] for module, seen in watch.seen.items() if len(seen) == 1}
     edges = {module: call.edge for module, call in once.items() if call.edge is not None}
+    if not edges:  # no layer of the usual kinds is called once on the way to the loss
+        return None
     if through and not (_only_way(loss, z) and _piecewise_linear(z, list(edges.values()))):
         return None
     own: dict[nn.Module, tuple[Tensor, ...]] = {}
@@ -200,6 +204,8 @@ def _candidates(model: nn.Module, params: Sequence[Tensor]) -> dict[nn.Module, t
     place = {id(p): i for i, p in enumerate(params)}
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found: dict[nn.Module, tuple[int, ...]] = {}
+    if getattr(nn.modules.module, "_global_forward_hooks", None):
+        return found  # these act before those of a module, and may change its output
     for module in model.modules():
         named = {name: id(p) for name, p in module._parameters.items() if p is not None}
         own = [each for each in named.values() if each in place]
@@ -256,4 +262,5 @@ def _piecewise_linear(z: Tensor, edges: Sequence[GradientEdge]) -> bool:
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator, dtype=torch.float64, device="cpu").to(like)
+    dtype = torch.complex128 if like.is_complex() else torch.float64
+    return torch.randn(like.shape, generator=generator, dtype=dtype, device="cpu").to(like)

@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from fasthessian.operators.scopes import Undo, scope
+
+eager_transforms: Any = importlib.import_module("torch._functorch.eager_transforms")
 Middle = Callable[[Tensor], Tensor]  # M u; it may write into u
 
 
 def along(function: Callable[..., Any], at: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
     """The derivative of ``function`` at some tensors along tangents, in forward mode."""
-    with warnings.catch_warnings():  # torch's decompositions for it, at the first use
-        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
-        return torch.func.jvp(function, tuple(at), tuple(tangents))[1]
+    with _levels() as ended:
+        with warnings.catch_warnings():  # torch's decompositions for it, at the first use
+            warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+            found = torch.func.jvp(function, tuple(at), tuple(tangents))[1]
+        ended.append(True)
+        return found
+
+
+@scope
+def _levels(undo: Undo) -> list[bool]:
+    """What torch has open in forward mode; the list that is returned says that it closed all."""
+    ended: list[bool] = []
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    undo(_close, ended, depth, eager_transforms.JVP_NESTING, forward_ad._current_level)
+    undo(setattr, warnings, "filters", warnings.filters)
+    return ended
+
+
+def _close(ended: list[bool], depth: int, nesting: int, level: int) -> None:
+    """Close what an interrupt inside torch left open."""
+    if ended:
+        return
+    torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+    eager_transforms.JVP_NESTING = nesting
+    if level < 0:
+        with contextlib.suppress(RuntimeError):  # none is open
+            torch._C._exit_dual_level(level=0)
+    forward_ad._current_level = level
 
 
 class Linearised:

@@ -23,7 +23,6 @@ from fasthessian.operators.batches import (
     samples,
     size,
     to_device,
-    uncuttable,
 )
 from fasthessian.operators.calls import (
     call,
@@ -42,6 +41,7 @@ from fasthessian.operators.state import own_buffers, seeded, shifted, training
 from fasthessian.operators.terms import Terms
 from fasthessian.operators.trials import SHARP, Gradient, Trials
 from fasthessian.operators.watch import DATA, OTHER, POINT, Entry, of_module, reach
+from fasthessian.vectors import real
 
 REPEATED = 1e-3  # relative; two evaluations of one loss differ by rounding only
 ROUNDED = 2e-2  # the same for a loss that is computed in 16 bits
@@ -62,6 +62,10 @@ class ModelLoss:
     """The loss of a model over data."""
 
     origin = "criterion"
+    freed = (
+        "the model frees its graph where it differentiates inside; if it keeps it in "
+        "training (create_graph=self.training) use mode='train', else let it create_graph"
+    )
 
     def __init__(
         self,
@@ -83,7 +87,7 @@ class ModelLoss:
         self.whole = takes_model(criterion)  # criterion is a loss of (model, batch)
         self._form = ""  # how the loss is made of the outputs, if that is a guess
         self.microbatch = microbatch
-        self._device, self._dtype, self._mode = like.device, like.dtype, mode
+        self._device, self._dtype, self._mode = like.device, like.dtype.to_real(), mode
         for name, module in model.named_modules():
             coupling = mode == "train" or getattr(module, "running_mean", None) is None
             if microbatch is not None and isinstance(module, _BatchNorm) and coupling:
@@ -159,10 +163,11 @@ class ModelLoss:
         with closing(self._chunks()) as chunks:
             parts = (batch for *_, batch in chunks)
             way = decide(parts, lambda i, batch: self.evaluate(Part(i, 1.0, batch, 0))[1], trials)
-        self.terms.way, self.counted = way, True
+        self.terms.way = way
         if way.words is None:
             self._source.order()  # no other pass has the same batches
         self._take(way.values, sum(way.values) if self.terms.given is None else self._total)
+        self.counted = True  # last: an interrupted count is made anew
 
     @property
     def note(self) -> str:
@@ -202,19 +207,14 @@ class ModelLoss:
             loss = self.evaluate(Part(0, 1.0, batch, 0))[1]
             found = denominators(loss)  # before the graph is freed
             pieces = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
-            return pieces, found
+            return [real(piece) for piece in pieces], found
 
-    def batches(self) -> Generator[tuple[int, Batch, list[Batch]], None, None]:
-        """(index, batch, its microbatches, or its halves), where there are two and a weight."""
+    def batches(self) -> Generator[tuple[int, Batch], None, None]:
+        """(index, batch) of those that have a weight."""
         with closing(self._source.one_pass()) as batches:
             for index, batch in enumerate(batches):
-                if uncuttable(batch):
-                    continue
-                chunks = list(cut(batch, self.microbatch or (samples(batch) + 1) // 2))
-                if len(chunks) > 1 and (
-                    self.terms.given is None or self.terms.weight(index, batch)
-                ):
-                    yield index, batch, chunks
+                if self.terms.given is None or self.terms.weight(index, batch):
+                    yield index, batch
 
     def entries(self, whole: bool) -> Iterator[Entry]:
         """What the loss depends on; see ``watch``."""

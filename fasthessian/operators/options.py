@@ -94,12 +94,14 @@ class Options:
             return capacity, f"retained for {capacity} parts: {size}, above {limit}"
         return 0, f"recompute: {size}, above {limit}"
 
-    def shortage(self, words: str, needs: float, device: torch.device, cuttable: bool) -> str:
+    def shortage(
+        self, what: str, words: str, needs: float, device: torch.device, cuttable: bool
+    ) -> str:
         """What a failed allocation, in torch's ``words``, means and which option would help."""
         ways = []
         if self.engine != "recompute" and self.keeps_graphs:
             ways.append("engine='recompute' keeps no graph")
-        if cuttable:
+        if cuttable and self.microbatch != 1:
             ways.append(
                 f"microbatch={max(1, (self.microbatch or 2) // 2)} and more cut the batches"
             )
@@ -107,7 +109,7 @@ class Options:
         asked = f"an allocation of {size.group(0)} failed" if size else "an allocation failed"
         graphs = f"; graphs take about {readable(needs)} in all" if needs else ""
         return (
-            f"the product does not fit the memory of {device}: {asked}, "
+            f"{what} does not fit the memory of {device}: {asked}, "
             f"{readable(available_bytes(device))} are free now{graphs}; "
             f"{', '.join(ways) or 'use a machine with more memory'}"
         )

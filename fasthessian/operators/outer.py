@@ -20,6 +20,8 @@ from fasthessian.operators.layers import Layers
 from fasthessian.operators.likelihood import Categorical, categorical, is_slope, readings
 from fasthessian.operators.linearised import Linearised, Middle, along
 from fasthessian.operators.losses import ModelLoss, Part
+from fasthessian.operators.state import in_turn
+from fasthessian.vectors import real
 
 OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
 Tangent = Callable[[Sequence[int], Sequence[Tensor]], "Tensor | None"]  # J v for one block
@@ -33,8 +35,12 @@ class OuterCurvature(Curvature):
         self._readings: dict[int, int | None] = {}  # how each part is a cross-entropy, if it is
         super().__init__(model, criterion, data, **options)
         if not self._examined:  # no graph is kept
-            with self._pass() as params, closing(self._loss.parts()) as parts:
-                self._graph(next(parts), params)
+
+            def examine() -> None:
+                with self._pass() as params, closing(self._loss.parts()) as parts:
+                    self._graph(next(parts), params)
+
+            in_turn(self._roomy)(examine, f"a product of {type(self).__name__}")
 
     def _survey(self) -> None:
         super()._survey()
@@ -93,6 +99,11 @@ class OuterCurvature(Curvature):
 
     def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
         z = self._outputs(outputs)
+        if z.is_complex():
+            raise TypeError(
+                f"the model returns {z.dtype} for {type(self).__name__}, which needs real outputs; "
+                f"return torch.view_as_real(outputs), or use Hessian"
+            )
         return z.sum() if z.requires_grad else loss  # which says that it does not depend on them
 
     @property
@@ -184,9 +195,9 @@ def check_path(z: Tensor, loss: Tensor, params: Sequence[Tensor], name: str) -> 
     (slopes,) = torch.autograd.grad(loss, z, **options)
     whole = torch.autograd.grad(loss, params, **options)
     through = torch.autograd.grad(z, params, slopes, **options)
-    size = sum(float(g.double().square().sum()) for g in whole) ** 0.5
+    size = sum(float(real(g).double().square().sum()) for g in whole) ** 0.5
     pairs = zip(whole, through, strict=True)
-    missed = sum(float((a - b).double().square().sum()) for a, b in pairs) ** 0.5
+    missed = sum(float(real(a - b).double().square().sum()) for a, b in pairs) ** 0.5
     if missed > OTHER_WAY * size:
         raise ValueError(
             f"the loss depends on the parameters other than through the outputs (or .logits): "

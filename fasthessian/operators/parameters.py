@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fasthessian.operators.base import FLOATS
-from fasthessian.vectors import Layout
+from fasthessian.vectors import Layout, real
 
 LOW = (torch.bfloat16, torch.float16)  # their vectors are float32
+COMPLEX = (torch.complex64, torch.complex128)  # their vectors are real, see ``Layout``
 
 
 def unwrapped(model: Any) -> tuple[Any, str]:
@@ -35,7 +36,8 @@ def unwrapped(model: Any) -> tuple[Any, str]:
 
 def common_dtype(chosen: dict[str, Tensor]) -> torch.dtype:
     """Of the vectors: float64 for parameters in float64, else float32."""
-    return torch.float64 if torch.float64 in {p.dtype for p in chosen.values()} else torch.float32
+    double = torch.float64 in {p.dtype.to_real() for p in chosen.values()}
+    return torch.float64 if double else torch.float32
 
 
 def of_model(model: Any, params: Any, wrapper: str = "") -> dict[str, Tensor]:
@@ -123,15 +125,20 @@ def checked(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, p in chosen.items():
         if is_lazy(p):
             raise ValueError(f"parameter {name!r} has no shape yet; run the model once on a batch")
-        if p.dtype not in (*FLOATS, *LOW):
+        if p.dtype not in (*FLOATS, *LOW, *COMPLEX):
+            way = ".to(torch.complex64)" if p.is_complex() else ".float() or .double()"
             raise TypeError(
                 f"parameter {name!r} is {p.dtype}; accepted are torch.float32 and torch.float64, "
-                f"bfloat16 and float16; use .float() or .double()"
+                f"bfloat16, float16, complex64 and complex128; use {way}"
             )
-        if (p.dtype is torch.float64) != (first.dtype is torch.float64):
+        if (p.dtype.to_real() is torch.float64) != (first.dtype.to_real() is torch.float64):
+            # model.double() leaves complex parameters as they are
+            either = p if p.is_complex() else first
+            to = torch.complex64 if either.dtype is torch.complex128 else torch.complex128
+            way = f"p.data = p.data.to({to}) for the complex ones"
             raise ValueError(
                 f"parameters mix dtypes: {first_name!r} is {first.dtype}, {name!r} is {p.dtype}; "
-                f"use .float() or .double()"
+                f"use {way if either.is_complex() else '.float() or .double()'}"
             )
         if p.device != first.device:
             raise ValueError(
@@ -165,7 +172,7 @@ def followed(
         p = named.get(name)
         if p is None:
             raise RuntimeError(f"parameter {name!r} left the model; build a new Hessian")
-        if (p.shape, p.dtype, p.device) != (shape, dtypes[name], layout.device):
+        if (real(p).shape, p.dtype, p.device) != (shape, dtypes[name], layout.device):
             raise RuntimeError(
                 f"parameter {name!r} was {tuple(shape)} {dtypes[name]} on {layout.device} and is "
                 f"now {tuple(p.shape)} {p.dtype} on {p.device}; build a new Hessian"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,20 @@ from fasthessian.operators import hooks, parameters
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.checks import compared, precision_error
 from fasthessian.operators.closures import ClosureLoss
-from fasthessian.operators.coupling import coupling
+from fasthessian.operators.coupling import Coupling, coupling
 from fasthessian.operators.engines import Graph, Task, coarsest, examine, metered, unused
 from fasthessian.operators.kept import KeptGraphs
 from fasthessian.operators.layers import Layers
 from fasthessian.operators.losses import REPEATED, ROUNDED, ModelLoss, Part
 from fasthessian.operators.options import Options
 from fasthessian.operators.padding import Padding, check_untied, padding
-from fasthessian.operators.rewrite import Rewrite
-from fasthessian.operators.state import engaged, turn
+from fasthessian.operators.rewrite import rewritten
+from fasthessian.operators.scopes import Scope, Undo
+from fasthessian.operators.state import engaged, in_turn
 from fasthessian.operators.watched import Functions
 from fasthessian.vectors import Layout
+
+Result = TypeVar("Result")
 
 
 class Passes(KeptGraphs):
@@ -56,7 +59,7 @@ class Passes(KeptGraphs):
         self._layered = False  # whether blocks of single layers were asked for
         self._functions = Functions()
         self._untrusted: list[str] = []  # nodes of the graph whose second derivative is unknown
-        self._roomy(self._open)
+        self._roomy(self._open, f"a product of {type(self).__name__}")
 
     def _open(self) -> None:
         """Check the loss, choose the engine, keep the first graph."""
@@ -71,13 +74,15 @@ class Passes(KeptGraphs):
             self.engine += f"; {loss.note}"
         self._compare_slope(part)
         if self._options.microbatch:
-            change, index = self.coupling()
+            change, index, unseen = self.coupling()
             if change > self._repeated():
                 raise ValueError(
                     f"microbatch={self._options.microbatch} changes the gradient of batch {index} "
                     f"by {change:.1%}: the model or the criterion couples the samples of a batch; "
                     f"use microbatch=None"
                 )
+            if unseen:
+                self.engine += f"; {unseen}"
         if self._capacity and loss.replayable:
             with self._pass() as params:
                 self._keep(self._made_graph(part, params), part, params)
@@ -115,7 +120,9 @@ class Passes(KeptGraphs):
         """The loss of a part, examined for the derivatives that products take."""
         outputs, loss = self._evaluated(part)
         curved = self._curved(outputs, loss)
-        self._unreached = examine(curved, params, twice=self._options.keeps_graphs)
+        self._unreached = examine(
+            curved, params, self._loss.freed, twice=self._options.keeps_graphs
+        )
         self.coarsest = coarsest(loss)
         self._padding = list(padding(loss, params))
         if not self._options.keeps_graphs:
@@ -146,7 +153,6 @@ class Passes(KeptGraphs):
         """The scalar whose gradient is differentiated for a product."""
         return loss
 
-    @contextlib.contextmanager
     def _pass(
         self,
         curved: bool = True,
@@ -154,38 +160,43 @@ class Passes(KeptGraphs):
         exact: bool = False,
         mode: str | None = None,
         evaluates: bool = True,
-    ) -> Iterator[list[Tensor]]:
+    ) -> Scope[list[Tensor]]:
         """The parameters as they are now, inside the conditions of a product.
 
         A pass that is not ``curved`` needs the loss alone. The rewrite spans the derivatives too,
         because checkpointed layers are run again there. ``exact`` passes over ``precision``,
-        and ``mode`` over the user's. One that only reads kept graphs evaluates nothing. Passes in
-        several threads take turns.
+        and ``mode`` over the user's. One that only reads kept graphs evaluates nothing. The caller
+        holds the turn.
         """
-        with turn():
+        mode, precision = mode or self._mode, None if exact else self._options.precision
+
+        def begin(undo: Undo) -> list[Tensor]:
             now = self._follow(trusted, evaluates or not trusted)
-            evaluates |= not self._complete
+            params = list(now.values())
             copies = self._copies if self._capacity else None
-            options = self._options
-            precision = None if exact else options.precision
-            with (
-                engaged(self._loss.roots, mode or self._mode, self.device, copies, precision),
-                hooks.lifted(self._hooks, list(now.values())),
-            ):
-                evaluates |= not self._loss.counted
-                self._count(list(now.values()))
-                with (
-                    Rewrite() if curved else contextlib.nullcontext(),
-                    self._functions if curved and self._twice else contextlib.nullcontext(),
-                ):
-                    yield list(now.values())
-            if evaluates:
-                self._watch.settle()
+            if evaluates or not self._complete or not self._loss.counted:
+                undo.after.append(self._watch.settle)
+            undo.enter(engaged(self._loss.roots, mode, self.device, copies, precision))
+            if isinstance(self._loss, ClosureLoss):
+                undo.enter(self._loss.engaged())
+            undo.enter(hooks.lifted(self._hooks, params))
+            self._count(params)
+            if curved:
+                self._rewrite(undo)
+            return params
+
+        return Scope(begin)
+
+    def _rewrite(self, undo: Undo) -> None:
+        """From now on layers and custom functions have derivatives that serve twice."""
+        undo.enter(rewritten())
+        if self._twice:
+            undo.enter(self._functions.watching())
 
     def _count(self, params: list[Tensor], anyway: bool = False) -> None:
         """Count the terms of the loss, if that is due or ``anyway``."""
         if isinstance(self._loss, ModelLoss) and (anyway or not self._loss.counted):
-            with Rewrite(), self._functions if self._twice else contextlib.nullcontext():
+            with Scope(self._rewrite):
                 self._loss.count_terms(params, self._repeated())
 
     def _repeated(self) -> float:
@@ -241,15 +252,21 @@ class Passes(KeptGraphs):
             errors.append(max(errors) ** (2 / 3))
         return max(errors)
 
-    def coupling(self) -> tuple[float, int]:
+    @in_turn
+    def coupling(self) -> Coupling:
         """See ``coupling.coupling``; in eval mode, as masks of dropout differ by microbatch."""
-        if not isinstance(self._loss, ModelLoss):
-            return math.nan, -1
-        with self._pass(mode="eval") as params:
-            if not callable(self._loss.terms.given):
-                with contextlib.suppress(ValueError):  # weights were given since none are right
-                    self._count(params, anyway=True)
-            return coupling(self._loss, params, self._repeated())
+        loss = self._loss
+        if not isinstance(loss, ModelLoss):
+            return Coupling(math.nan, -1, "a closure has no batches")
+
+        def found() -> Coupling:
+            with self._pass(mode="eval") as params:
+                if not callable(loss.terms.given):
+                    with contextlib.suppress(ValueError):  # weights were given since none are right
+                        self._count(params, anyway=True)
+                return coupling(loss, params, self._repeated())
+
+        return self._roomy(found, "the gradient of a batch")
 
     def _value(self, part: Part) -> Tensor:
         """The loss of a part, checked to be finite."""
@@ -293,11 +310,13 @@ class Passes(KeptGraphs):
                 self._forget()
                 raise
 
-    def _roomy(self, job: Callable[[], None]) -> None:
-        """Do the job; a MemoryError that says the way out where memory does not suffice."""
+    def _roomy(self, job: Callable[[], Result], what: str = "the product") -> Result:
+        """Do the job; a MemoryError that says the way out where memory does not suffice.
+
+        The caller holds the turn.
+        """
         try:
-            job()
-            return
+            return job()
         except RuntimeError as error:
             words = str(error)
             if not out_of_memory(error):
@@ -305,4 +324,4 @@ class Passes(KeptGraphs):
         # outside of the handler: its traceback holds what was allocated so far
         self._forget()
         cuttable = isinstance(self._loss, ModelLoss)
-        raise MemoryError(self._options.shortage(words, self._needs, self.device, cuttable))
+        raise MemoryError(self._options.shortage(what, words, self._needs, self.device, cuttable))

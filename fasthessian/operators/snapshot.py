@@ -88,6 +88,10 @@ class Snapshot:
             changed += [name for (name, _), flag in zip(waiting, flags, strict=True) if flag]
         return written, changed
 
+    def holds(self, name: Hashable, tensor: Tensor) -> bool:
+        """Whether the tensor of this name is still the same object."""
+        return name in self._seen and self._seen[name].tensor is tensor
+
     def matches(self, named: Mapping[Hashable, Tensor]) -> bool:
         """Whether these are the same tensors, unchanged and unwritten."""
         return not any(self.compare(named))

@@ -19,6 +19,7 @@ from fasthessian.operators.watch import DATA, OTHER, Entry, reach
 FORMS = (
     "a batch (inputs, targets), a mapping, an object with .to, a list of batches, or a DataLoader"
 )
+CHANGED = "data yields different batches at each pass"  # the first words of that error
 
 
 class Memory:
@@ -77,7 +78,7 @@ class Stream:
             self._first = seen
         elif not seen.matches(self._first, self._ordered):
             raise RuntimeError(
-                f"data yields different batches at each pass (random augmentation, sampling or "
+                f"{CHANGED} (random augmentation, sampling or "
                 f"padding{', or their order' if self._ordered else ''}); use a loader without "
                 f"randomness, or fix one pass: data=list(loader)"
             )

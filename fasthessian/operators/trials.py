@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fasthessian.memory import out_of_memory
-from fasthessian.operators.batches import Batch, cut, mapped, samples
+from fasthessian.operators.batches import Batch, halves, mapped, samples
 
 TRIALS = 3  # batches that are cut in two at most
 SAME = 1e-6  # relative; a denominator in float32 against a number of entries
@@ -50,12 +50,9 @@ class Trials:
                 return
         try:
             found = self._misses(batch)
-        except RuntimeError as error:
-            if out_of_memory(error):
+        except Exception as error:  # whatever a model raises at half of its batch
+            if out_of_memory(error) and samples(batch) > 1:  # one sample was doubled
                 raise
-            self._idle -= 1  # half of the batch is no batch of this model
-            return
-        except (ValueError, TypeError, IndexError, KeyError):
             self._idle -= 1
             return
         if _says_nothing(self._surviving(found)):
@@ -86,7 +83,7 @@ class Trials:
 
     def _made(self, batch: Batch, moved: bool) -> Numbers:
         count = samples(batch)
-        pieces = list(cut(batch, (count + 1) // 2)) if count > 1 else [batch, batch]
+        pieces = list(halves(batch)) if count > 1 else [batch, batch]
         whole = batch if count > 1 else twice(batch)
         gradients, numbers = zip(
             *(self._gradient(each, moved) for each in (whole, *pieces)), strict=True

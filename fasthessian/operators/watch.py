@@ -45,6 +45,7 @@ class Watch:
         self._seen: dict[str, Snapshot] = {}
         self._plain: dict[str, Any] = {}
         self._own: set[str] = set()  # what the loss itself changes: counters, caches
+        self.written: set[str] = set()  # tensors among them that it writes into
 
     def look(self, trusted: bool = False, whole: bool = True, data: bool = True) -> Change:
         """Compare with the last look, and see everything as it is now.
@@ -78,10 +79,17 @@ class Watch:
             terms |= rest.terms
         return Change(void or bool(names), names[0] if names else None, terms)
 
-    def settle(self) -> None:
-        """After the loss was evaluated: what differs from the look before is its own doing."""
+    def settle(self, trusted: bool = True) -> None:
+        """After the loss was evaluated: what differs from the look before is its own doing.
+
+        With ``trusted`` values are compared only where the version tells of a write.
+        """
         tensors, plain = self._read(True)
-        written, changed = self._seen[OTHER].compare(tensors[OTHER], trusted=True)
+        written, changed = self._seen[OTHER].compare(tensors[OTHER], trusted)
+        inside = [cast(str, name) for name in written + changed if name in tensors[OTHER]]
+        self.written.update(
+            name for name in inside if self._seen[OTHER].holds(name, tensors[OTHER][name])
+        )
         own = [*_differing(self._plain, plain), *(cast(str, name) for name in written + changed)]
         if own:
             self._own.update(map(_whole, own))

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import function as autograd
 
+from fasthessian.operators.formulas import functorch_level
 from fasthessian.operators.functioncheck import RIGHT, Verdict, judge
 from fasthessian.operators.functions import Call, Function, Local, alone, is_alone
 from fasthessian.operators.linearloss import FORMULAS
-from fasthessian.operators.rewrite import functorch_level
+from fasthessian.operators.scopes import Scope, Undo, scope, set_to
 
 PLAIN = (Tensor, nn.Parameter)  # a subclass of tensors has rules of its own
 OWN = "fasthessian."
@@ -43,10 +41,10 @@ class _Kind:
 class Functions:
     """The custom functions of one loss. Inside, they are checked at the first calls, and replaced.
 
-    Like ``Rewrite`` this is for all threads: checkpointed layers run again in backward threads.
+    Like ``Rewrite`` this is for all threads, as checkpointed layers run again in backward threads;
+    the caller holds the turn.
     """
 
-    _lock = threading.Lock()
     _open: list[Functions] = []  # noqa: RUF012
 
     def __init__(self) -> None:
@@ -55,38 +53,26 @@ class Functions:
         self._errors: dict[str, float] = {}  # of the second derivative, by function replaced
         self._learns = False
 
-    def __enter__(self) -> None:
-        with Functions._lock:
-            if not Functions._open and _place is not None:
-                _place.apply = classmethod(_apply)
-            Functions._open.append(self)
+    def watching(self) -> Scope[None]:
+        """Inside, functions are checked and replaced."""
+        return _watching(self)
 
-    def __exit__(self, *exception: object) -> None:
-        with Functions._lock:
-            Functions._open.remove(self)
-            if not Functions._open and _place is not None:
-                del _place.apply
-
-    @contextmanager
-    def learning(self) -> Iterator[None]:
+    def learning(self) -> Scope[None]:
         """Inside, more calls of a kind are checked than the first."""
-        self._learns = True
-        try:
-            yield
-        finally:
-            self._learns = False
+        return set_to(self, "_learns", True)
 
     def verdict(self, function: Function, args: tuple[Any, ...]) -> Verdict:
         """Of a call that is about to be made."""
         kind = self._kinds.setdefault(function, {}).setdefault(tuple(map(_kind, args)), _Kind())
         if not kind.calls or (self._learns and kind.verdict is RIGHT):
-            kind.calls += 1
-            if not kind.calls & (kind.calls - 1):  # the 1st, 2nd, 4th, ...: a state may start at 0
+            calls = kind.calls + 1
+            if not calls & (calls - 1):  # the 1st, 2nd, 4th, ...: a state may start at 0
                 kind.verdict = judge(Call.of(function, args))
                 if kind.verdict.treatment is not None:
                     name = function.__qualname__
                     known = self._errors.get(name, 0.0)
                     self._errors[name] = max(known, kind.verdict.treatment.error)
+            kind.calls = calls  # last: an interrupted check counts for nothing
         return kind.verdict
 
     @property
@@ -139,6 +125,20 @@ class Functions:
                 if functions or not verdicts or any(verdict.unknown for verdict in verdicts):
                     found[function.__qualname__] = None
         return list(found)
+
+
+@scope
+def _watching(undo: Undo, functions: Functions) -> None:
+    undo(_reopen, [*Functions._open])
+    Functions._open.append(functions)
+    if _place is not None:
+        _place.apply = classmethod(_apply)
+
+
+def _reopen(before: list[Functions]) -> None:
+    if not before and "apply" in vars(_place or object):
+        del _place.apply
+    Functions._open[:] = before
 
 
 def wrong(name: str) -> str:

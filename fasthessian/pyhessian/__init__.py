@@ -6,10 +6,14 @@ that cannot be edited call `install` first.
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import os
 import sys
 import warnings
-from importlib import import_module
 
+from fasthessian.pyhessian import utils
+from fasthessian.pyhessian.density_plot import density_generate, get_esd_plot
 from fasthessian.pyhessian.hessian import hessian
 from fasthessian.pyhessian.utils import (
     get_params_grad,
@@ -20,21 +24,28 @@ from fasthessian.pyhessian.utils import (
     orthnormal,
 )
 
+# what a star import of PyHessian brings, modules included, and two names that its forks add
 __all__ = [
+    "argparse",
+    "density_generate",
+    "get_esd_plot",
     "get_params_grad",
     "group_add",
     "group_product",
     "hessian",
     "hessian_vector_product",
-    "install",
+    "importlib",
     "normalization",
     "orthnormal",
+    "os",
+    "utils",
 ]
 
 _OURS = {
     "pyhessian": "fasthessian.pyhessian",
     "pyhessian.hessian": "fasthessian.pyhessian.hessian",
     "pyhessian.utils": "fasthessian.pyhessian.utils",
+    "pyhessian.density_plot": "fasthessian.pyhessian.density_plot",
     "density_plot": "fasthessian.pyhessian.density_plot",
 }
 
@@ -51,7 +62,7 @@ def install() -> None:
         >>> pyhessian.hessian.__module__
         'fasthessian.pyhessian.hessian'
     """
-    ours = {alias: import_module(name) for alias, name in _OURS.items()}
+    ours = {alias: importlib.import_module(name) for alias, name in _OURS.items()}
     found = [a for a, module in ours.items() if sys.modules.get(a, module) is not module]
     if found:
         warnings.warn(

@@ -3,15 +3,48 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fasthessian.algorithms.arguments import ConvergenceWarning
+from fasthessian.memory import available_bytes, readable
+from fasthessian.operators.batches import Batch, leaves
+from fasthessian.operators.sources import Stream
+
+# `torch.load` refuses what it does not know: scripts save the results and load them again
+torch.serialization.add_safe_globals([float])
 
 _warned_no_cuda = False
+_OPTIONS = re.compile(r"\b(engine|weights|mode|microbatch|memory_budget)=")
+
+
+class Number(float):
+    """A float on which ``.item()`` works, as on tensors and NumPy's; saved files hold a float."""
+
+    def item(self) -> float:
+        """The value."""
+        return float(self)
+
+    def __reduce__(self) -> tuple[type[float], tuple[float]]:
+        return float, (float(self),)
+
+
+def numbers(values: Tensor) -> Any:
+    """The values as lists of `Number`, nested as the dimensions."""
+    return [Number(x) for x in values.tolist()] if values.dim() == 1 else [*map(numbers, values)]
+
+
+def check_model(model: Any) -> None:
+    """Raise unless the model is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model is a {type(model).__name__}; pass the torch.nn.Module whose parameters count"
+        )
 
 
 def check_source(data: Any, dataloader: Any) -> None:
@@ -53,6 +86,65 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Say where the options are that an error of the operator advises: PyHessian has none."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError, MemoryError) as error:
+        option = _OPTIONS.search(str(error))
+        if option is None or not _ours(error):
+            raise
+        raise type(error)(
+            f"{error} ({option.group(1)} is an option of fasthessian.Hessian(model, criterion, "
+            f"data), which fasthessian.eigsh, trace and density take)"
+        ) from error
+
+
+def _ours(error: Exception) -> bool:
+    """Whether this package raised it, not the user's model or criterion."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return at is not None and at.tb_frame.f_globals["__name__"].startswith("fasthessian.")
+
+
+def one_pass(loader: Iterable[Batch]) -> list[Batch]:
+    """The batches of the first pass over a loader that yields others at each.
+
+    Raises:
+        RuntimeError: they take more than half of the free memory.
+    """
+    room = available_bytes(torch.device("cpu")) // 2
+    batches, held = [], 0
+    with contextlib.closing(Stream(loader, ordered=False).one_pass()) as stream:
+        for batch in stream:
+            held += sum(tensor.nbytes for tensor in leaves(batch))
+            if held > room:
+                raise RuntimeError(
+                    "dataloader yields different batches at each pass, and those of one pass take "
+                    f"more than half of the free memory, {readable(room)}; pass some of them, as "
+                    "dataloader=list(itertools.islice(dataloader, 10)), or a loader without "
+                    "randomness"
+                )
+            batches.append(batch)
+    warnings.warn(
+        "dataloader yields different batches at each pass (random augmentation, or shuffled with "
+        f"drop_last): the {len(batches)} of one pass ({readable(held)}) are held, so that H is one "
+        "matrix; pass dataloader=list(dataloader) to hold them yourself",
+        UserWarning,
+        stacklevel=5,
+    )
+    return batches
+
+
+def asks_cuda(cuda: Any, device: Any) -> bool:
+    """Whether CUDA is meant: by ``device``, which PyHessian's forks take, or by ``cuda``."""
+    if device is None:
+        return bool(cuda)
+    return isinstance(device, int) or str(device).startswith("cuda")
+
+
 def device_name(device: torch.device, wanted: bool) -> str:
     """The device as PyHessian's string; warn once where CUDA is wanted and missing."""
     global _warned_no_cuda
@@ -62,7 +154,7 @@ def device_name(device: torch.device, wanted: bool) -> str:
         _warned_no_cuda = True
         warnings.warn(
             f"cuda is true but this machine has no CUDA: going on on the {device.type}; "
-            "pass cuda=False",
+            "pass cuda=False (device='cpu' where device was given)",
             UserWarning,
             stacklevel=3,
         )

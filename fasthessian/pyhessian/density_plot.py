@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import importlib
+import math
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+# what PyHessian's module holds; matplotlib is imported once plt or mpl is asked for
+_LAZY = {"mpl": "matplotlib", "plt": "matplotlib.pyplot"}
+__all__ = ["density_generate", "gaussian", "get_esd_plot", "math", "np"]
+if find_spec("matplotlib") is not None:
+    __all__ += list(_LAZY)
 _KERNEL_REACH = 5.0  # standard deviations kept on the grid; 3e-7 of an end node lies beyond
+
+
+def __getattr__(name: str) -> Any:
+    """Import matplotlib for ``plt`` and ``mpl``, also in a star import."""
+    if name in _LAZY:
+        return importlib.import_module(_LAZY[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def get_esd_plot(eigenvalues: ArrayLike, weights: ArrayLike) -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fasthessian.memory import out_of_memory
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.calls import call, loss_of, scalar
 from fasthessian.operators.engines import examine
-from fasthessian.operators.state import engaged, own_buffers
+from fasthessian.operators.losses import ModelLoss
+from fasthessian.operators.scopes import Undo, grad_mode, ordinary, scope
+from fasthessian.operators.state import engaged, in_turn, own_buffers
 from fasthessian.vectors import Layout
 
 Product = Callable[[list[Tensor]], Sequence[Tensor | None]]
@@ -23,18 +25,37 @@ def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
-def gradients(model: Any, criterion: Any, batch: Any, params: list[Tensor]) -> list[Tensor]:
-    """The gradients of one batch's loss with their graph; zeros for unused parameters."""
+@in_turn
+def gradients(
+    model: Any, criterion: Any, batch: Any, params: Sequence[Tensor], curved: bool = True
+) -> list[Tensor | None]:
+    """The gradients of one batch's loss with their graph; None for unused parameters.
+
+    With ``curved`` a loss without second derivatives is refused: RuntimeError. MemoryError says
+    that the graph does not fit.
+    """
     modules = [x for x in (model, criterion) if isinstance(x, nn.Module)]
     with engaged(modules, "eval", params[0].device):
-        returned = call(model, criterion, batch)[1]
-        loss = scalar(loss_of(returned, criterion is not None)[0], "criterion")
-        examine(loss, params)
-        return list(
-            torch.autograd.grad(
-                loss, params, create_graph=True, allow_unused=True, materialize_grads=True
-            )
-        )
+        try:
+            returned = call(model, criterion, batch)[1]
+            loss = scalar(loss_of(returned, criterion is not None)[0], "criterion")
+            if curved:
+                examine(loss, params, ModelLoss.freed)
+            return list(torch.autograd.grad(loss, params, create_graph=True, allow_unused=True))
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            raise MemoryError(
+                f"the graph of the gradients does not fit the memory of {params[0].device}; pass "
+                "the batch in parts: dataloader=list(zip(inputs.split(16), targets.split(16)))"
+            ) from error
+
+
+def leave(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Put copies of the gradients, with their graph, into ``.grad``, whatever was there."""
+    with ordinary(), grad_mode(True):
+        for p, grad in zip(params, grads, strict=True):
+            p.grad = None if grad is None else grad.clone()
 
 
 def operator(product: Product, params: Sequence[Tensor]) -> tuple[SymmetricOperator, Layout]:
@@ -56,18 +77,16 @@ def operator(product: Product, params: Sequence[Tensor]) -> tuple[SymmetricOpera
     return A, layout
 
 
-@contextlib.contextmanager
-def surroundings(model: Any, params: Sequence[Tensor], force_eval: bool) -> Iterator[None]:
-    """What PyHessian's callers found: no ``.grad`` from before, eval mode; all put back after."""
+@scope
+def surroundings(undo: Undo, model: Any, params: Sequence[Tensor], force_eval: bool) -> None:
+    """What PyHessian's callers found: no ``.grad`` from before, eval mode; all put back after.
+
+    The caller holds the turn.
+    """
     modules = [model] if isinstance(model, nn.Module) else []
+    undo.enter(engaged(modules if force_eval else [], "eval", params[0].device))
+    undo.enter(own_buffers(modules))
     tensors = [*params, *(p for module in modules for p in module.parameters())]
-    held = [(p, p.grad) for p in {id(p): p for p in tensors if p.is_leaf}.values()]
-    flagged = modules if force_eval else []
-    with engaged(flagged, "eval", params[0].device), own_buffers(modules):
-        try:
-            for p, _ in held:
-                p.grad = None
-            yield
-        finally:
-            for p, grad in held:
-                p.grad = grad
+    for p in {id(p): p for p in tensors if p.is_leaf}.values():
+        undo(setattr, p, "grad", p.grad)
+        p.grad = None

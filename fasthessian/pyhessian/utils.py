@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TypeVar
+import math
+from collections.abc import Iterable
+from typing import Any, Optional, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd import Variable
 
-Tensors = TypeVar("Tensors", bound=Sequence[Tensor])
+# what PyHessian's module holds: scripts that import * use the other modules' names from here
+__all__ = [
+    "Optional",
+    "Variable",
+    "get_params_grad",
+    "group_add",
+    "group_product",
+    "hessian_vector_product",
+    "math",
+    "normalization",
+    "np",
+    "orthnormal",
+    "torch",
+]
+
+Tensors = TypeVar("Tensors", bound=Iterable[Tensor])
+
+
+def _pairs(first: str, xs: Iterable[Any], second: str, ys: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """The tensors of two groups side by side.
+
+    Raises:
+        ValueError: the groups differ in length.
+    """
+    xs, ys = list(xs), list(ys)
+    if len(xs) != len(ys):
+        raise ValueError(
+            f"{first} has {len(xs)} tensors and {second} {len(ys)}; pass lists of one length"
+        )
+    return list(zip(xs, ys, strict=True))
 
 
 def group_product(xs: Iterable[Tensor], ys: Iterable[Tensor]) -> Tensor:
     """Inner product of two lists of tensors: ``sum_i <xs[i], ys[i]>``, differentiable.
 
     Args:
-        xs: tensors of any shapes.
+        xs: tensors of any shapes, or one tensor, whose rows count as the list; so below.
         ys: tensors of the same shapes.
 
     Returns:
@@ -28,25 +60,27 @@ def group_product(xs: Iterable[Tensor], ys: Iterable[Tensor]) -> Tensor:
         >>> group_product([torch.ones(2), torch.ones(3)], [torch.ones(2), 2 * torch.ones(3)])
         tensor(8.)
     """
-    xs, ys = list(xs), list(ys)
-    if len(xs) != len(ys):
-        raise ValueError(f"xs has {len(xs)} tensors and ys {len(ys)}; pass lists of one length")
-    return sum((torch.sum(x * y) for x, y in zip(xs, ys, strict=True)), start=torch.zeros(()))
+    pairs = _pairs("xs", xs, "ys", ys)
+    return sum((torch.sum(x * y) for x, y in pairs), start=torch.zeros(()))
 
 
-def group_add(params: Tensors, update: Sequence[Tensor], alpha: float | Tensor = 1) -> Tensors:
-    """Add in place: ``params[i] += alpha * update[i]``; the same list is returned.
+def group_add(params: Tensors, update: Iterable[Tensor], alpha: float | Tensor = 1) -> Tensors:
+    """Add in place: ``params[i] += alpha * update[i]``; ``params`` itself is returned.
 
-    As in PyHessian the tensors of ``params`` are overwritten, outside of autograd. Pass copies
-    where the old values are still needed.
+    As in PyHessian the tensors of ``params`` are overwritten, unseen by autograd: a graph that was
+    built before serves again once the step is taken back. Pass copies where the old values are
+    still needed.
+
+    Raises:
+        ValueError: the lists differ in length.
 
     Example:
         >>> group_add([torch.ones(2)], [torch.ones(2)], alpha=3)
         [tensor([4., 4.])]
     """
     with torch.no_grad():
-        for p, u in zip(params, update, strict=True):
-            p.add_(u * alpha)
+        for p, u in _pairs("params", params, "update", update):
+            p.data.add_(u * alpha)
     return params
 
 
@@ -56,7 +90,7 @@ def _norm(v: Iterable[Tensor]) -> float:
     return float(torch.linalg.vector_norm(torch.stack(parts))) if parts else 0.0
 
 
-def normalization(v: Sequence[Tensor]) -> list[Tensor]:
+def normalization(v: Iterable[Tensor]) -> list[Tensor]:
     """Scale a list of tensors to unit norm over the whole list; a zero list stays zero.
 
     Nothing is added to the norm, so ``normalization(c * v) == normalization(v)`` for any ``c > 0``.
@@ -65,6 +99,7 @@ def normalization(v: Sequence[Tensor]) -> list[Tensor]:
         >>> normalization([torch.tensor([3.0]), torch.tensor([4.0])])
         [tensor([0.6000]), tensor([0.8000])]
     """
+    v = list(v)
     norm = _norm(v)
     return [x / norm if norm else x.clone() for x in v]
 
@@ -79,13 +114,14 @@ def get_params_grad(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def hessian_vector_product(
-    gradsH: Sequence[Tensor | None], params: Sequence[Tensor], v: Sequence[Tensor]
+    gradsH: Tensor | Iterable[Any], params: Tensor | Iterable[Tensor], v: Tensor | Iterable[Tensor]
 ) -> tuple[Tensor, ...]:
     """Differentiate ``<gradsH, v>`` by ``params``: the Hessian-vector product.
 
     The graph of ``gradsH`` is kept, so the call can be repeated, and works inside ``no_grad``.
-    Gradients without a graph (unused or linear parameters) and None contribute nothing,
-    parameters that nothing depends on get zeros.
+    Gradients without a graph (unused or linear parameters), None and numbers, which PyHessian puts
+    in the place of a missing ``.grad``, contribute nothing; parameters that nothing depends on get
+    zeros. Each argument may be a list, a tuple, a generator, or a tensor alone.
 
     Args:
         gradsH: gradients computed with ``create_graph=True``.
@@ -98,14 +134,15 @@ def hessian_vector_product(
     Raises:
         ValueError: ``gradsH`` and ``v`` differ in length or in a shape.
     """
-    _check_shapes(gradsH, v)
-    curved = [(g, x) for g, x in zip(gradsH, v, strict=True) if g is not None and g.requires_grad]
+    params = _listed(params)
+    pairs = _fitting(_listed(gradsH), _listed(v))
+    curved = [(g, x) for g, x in pairs if isinstance(g, Tensor) and g.requires_grad]
     if not curved:
         return tuple(torch.zeros_like(p) for p in params)
     with torch.inference_mode(False), torch.enable_grad():
         product = torch.autograd.grad(
             [g for g, _ in curved],
-            list(params),
+            params,
             grad_outputs=[x for _, x in curved],
             retain_graph=True,
             allow_unused=True,
@@ -116,28 +153,34 @@ def hessian_vector_product(
     return tuple(hv.detach().clone(memory_format=torch.contiguous_format) for hv in product)
 
 
-def _check_shapes(gradsH: Sequence[Tensor | None], v: Sequence[Tensor]) -> None:
-    """Raise the one-line error for a vector that does not fit the gradients."""
+def _listed(group: Tensor | Iterable[Any]) -> list[Any]:
+    """The tensors of a group; a tensor alone is a group of one, as for `torch.autograd.grad`."""
+    return [group] if isinstance(group, Tensor) else list(group)
+
+
+def _fitting(gradsH: list[Any], v: list[Tensor]) -> list[tuple[Any, Tensor]]:
+    """Gradients and vector side by side; the one-line error where they do not fit."""
     if len(gradsH) != len(v):
         raise ValueError(
             f"v has {len(v)} tensors and gradsH {len(gradsH)}; "
             "pass one tensor for each gradient (assign h.params and h.gradsH together)"
         )
     for i, (g, x) in enumerate(zip(gradsH, v, strict=True)):
-        if g is not None and g.shape != x.shape:
+        if isinstance(g, Tensor) and g.shape != x.shape:
             raise ValueError(
                 f"v[{i}] has shape {tuple(x.shape)} and gradsH[{i}] {tuple(g.shape)}; "
                 "pass tensors shaped like the gradients"
             )
+    return list(zip(gradsH, v, strict=True))
 
 
-def orthnormal(w: Sequence[Tensor], v_list: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+def orthnormal(w: Iterable[Tensor], v_list: Iterable[Iterable[Tensor]]) -> list[Tensor]:
     """Remove from ``w`` its parts along the unit vectors ``v_list``, then scale it to unit norm.
 
     Gram-Schmidt, twice: once leaves parts of the order of the cancellation. ``w`` is not changed.
     A ``w`` inside the span of ``v_list`` gives zeros instead of amplified rounding errors.
     """
-    result = [x.detach().clone() for x in w]
+    result, v_list = [x.detach().clone() for x in w], [list(v) for v in v_list]
     if not result:
         return result
     before = _norm(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -19,11 +20,16 @@ from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.trace import trace
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.checks import Check
+from fasthessian.operators.curvature import Curvature
+from fasthessian.operators.fisher import Fisher
+from fasthessian.operators.gaussnewton import GaussNewton
 from fasthessian.operators.hessian import Hessian
 from fasthessian.records import BlockSpectra, Density, Eigenpairs, Estimate, Landscape
+from fasthessian.study.advice import as_options
 from fasthessian.study.problems import Problem
 from fasthessian.study.training import Progress
 
+MATRICES: dict[str, type[Curvature]] = {"hessian": Hessian, "ggn": GaussNewton, "fisher": Fisher}
 BLOCK_SAMPLES = 64  # products for the trace of a block
 
 
@@ -53,6 +59,13 @@ class Plan:
     seed: int = 0
     check: bool = False  # the operator's self-checks
     blocks: str | None = None  # "layer", "stage" or a regular expression; see ``Hessian.blocks``
+    matrix: str = "hessian"  # a key of `MATRICES`; the rest as ``Hessian`` takes it
+    engine: str = "auto"
+    mode: str = "eval"
+    params: str | None = None  # a regular expression searched in the names; None: all parameters
+    precision: str | None = None
+    microbatch: int | None = None
+    weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise ValueError for a plan that cannot be carried out, before any work."""
@@ -60,6 +73,8 @@ class Plan:
             raise ValueError("nothing to compute; ask for --top, --bottom, --trace or --density")
         if not 0 < self.trace_rtol < 1:
             raise ValueError(f"--trace-rtol {self.trace_rtol} is not between 0 and 1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"--weight-decay {self.weight_decay} is not a number of at least 0")
         if self.span is not None and not 0 < self.span < math.inf:
             raise ValueError(f"--span {self.span} is not a positive number")
         if self.max_products < max(self.top, self.bottom):
@@ -95,7 +110,7 @@ class Analysis:
 
 
 def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
-    """Carry out ``plan`` on the Hessian of ``problem``.
+    """Carry out ``plan`` on the curvature matrix of ``problem`` that it names.
 
     The landscape runs along the first two eigenvectors, along one where only one was asked for.
 
@@ -131,7 +146,7 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        A = Hessian(problem.model, problem.criterion, problem.data)
+        A = operator(problem, plan)
         for option, k in (("--top", plan.top), ("--bottom", plan.bottom)):
             if k > A.n:
                 raise ValueError(f"{option} {k} is more than the {A.n} parameters of the model")
@@ -140,7 +155,7 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
         gradient_norm = float(A.gradient().norm())
         seconds["operator"] = time.perf_counter() - start
         if plan.check:
-            run("check", "self-checks", lambda p: A.check())
+            run("check", "self-checks", lambda p: _told(A.check()))
         if plan.top:
             ends("top", plan.top, "LA")
         if plan.bottom:
@@ -194,9 +209,38 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
         check=found.get("check"),
         blocks=found.get("blocks"),
         matvecs=A.matvecs,
-        notes=tuple(dict.fromkeys(" ".join(str(w.message).split()) for w in caught)),
+        notes=tuple(dict.fromkeys(as_options(" ".join(str(w.message).split())) for w in caught)),
         seconds=seconds,
     )
+
+
+def operator(problem: Problem, plan: Plan) -> Curvature:
+    """The matrix that the plan names, as it is to be made."""
+    options: dict[str, Any] = {
+        name: getattr(plan, name)
+        for name in ("engine", "mode", "precision", "microbatch", "weight_decay")
+    }
+    if plan.matrix == "fisher":
+        options["seed"] = plan.seed
+    if plan.params is not None:
+        named = dict(problem.model.named_parameters())
+        try:
+            chosen = [k for k, p in named.items() if p.requires_grad and re.search(plan.params, k)]
+        except re.error as error:
+            raise ValueError(
+                f"--params {plan.params!r} is not a regular expression: {error}"
+            ) from error
+        if not chosen:
+            raise ValueError(
+                f"--params {plan.params!r} matches no trainable parameter of the model; its names "
+                f"are {', '.join(list(named)[:4])}{', ...' if len(named) > 4 else ''}"
+            )
+        options["params"] = chosen
+    return MATRICES[plan.matrix](problem.model, problem.criterion, problem.data, **options)
+
+
+def _told(check: Check) -> Check:
+    return dataclasses.replace(check, report=as_options(check.report))
 
 
 def block_spectra(

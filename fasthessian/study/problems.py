@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ class Settings:
     data: str | os.PathLike[str] | None = None  # CIFAR folder
     epochs: int | None = None
     train_images: int | None = None  # at most so many an epoch
+    lr: float | None = None  # learning rate
     samples: int | None = None  # training images that define the loss to analyse
     batch_size: int | None = None  # of the analysis
     seed: int = 0
@@ -147,6 +149,9 @@ def load(spec: str, settings: Settings, progress: Progress | None = None) -> Pro
         raise ValueError(f"samples={samples} is not in 1..{count}, the training images there are")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} is below 1")
+    lr = recipe.lr if settings.lr is None else settings.lr
+    if not 0 < lr < math.inf:
+        raise ValueError(f"lr={lr} is not a positive number")
     with seeded(settings.seed):
         model = recipe.make(dataset.classes)
     history = train(
@@ -154,7 +159,7 @@ def load(spec: str, settings: Settings, progress: Progress | None = None) -> Pro
         dataset.train_x,
         dataset.train_y,
         epochs=choice("epochs"),
-        lr=recipe.lr,
+        lr=lr,
         limit=choice("train_images"),
         seed=settings.seed,
         progress=progress,
@@ -184,7 +189,7 @@ def subset(
 
 def own(spec: str, settings: Settings) -> Problem:
     """Import ``module:function`` and call it; what it raises itself passes through."""
-    for field in ("data", "epochs", "train_images", "samples", "batch_size"):
+    for field in ("data", "epochs", "train_images", "lr", "samples", "batch_size"):
         if getattr(settings, field) is not None:
             option = "--" + field.replace("_", "-")
             raise ValueError(f"{option} is for built-in problems; {spec} brings its own data")
@@ -204,8 +209,10 @@ def own(spec: str, settings: Settings) -> Problem:
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
                 raise  # the user's module exists, and one that it imports is missing
+            stem = module_name.removesuffix(".py")
+            way = "" if stem == module_name else f"; from its folder write {stem}:{name}"
             raise ValueError(
-                f"no module {module_name!r} here ({os.getcwd()}) or on the Python path"
+                f"no module {module_name!r} here ({os.getcwd()}) or on the Python path{way}"
             ) from error
         function = getattr(module, name, None)
         if not callable(function):

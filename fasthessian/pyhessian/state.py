@@ -1,0 +1,203 @@
+"""The loss of a ``hessian`` object: its gradients and its products, kept from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.batches import leaves
+from fasthessian.operators.hessian import Hessian
+from fasthessian.operators.snapshot import Snapshot
+from fasthessian.operators.sources import CHANGED
+from fasthessian.operators.state import turn
+from fasthessian.pyhessian.arguments import Number, explained, one_pass
+from fasthessian.pyhessian.products import gradients, operator, same, surroundings
+from fasthessian.pyhessian.utils import hessian_vector_product
+from fasthessian.vectors import Layout
+
+Result = TypeVar("Result")
+
+
+class State:
+    """Attributes of PyHessian's class, live and assignable, and what is made of them."""
+
+    model: Any
+    criterion: Any
+    data: Any
+    full_dataset: bool
+    device: str
+    inputs: Any
+    targets: Any
+    params: list[Tensor]
+
+    _initialised = False
+    _held: tuple[tuple[Any, ...], Hessian] | None = None
+    _pass: tuple[Any, list[Any]] | None = None  # a loader that changes, and one pass over it
+    _gradients: tuple[list[Tensor], Snapshot] | None = None  # and the point they belong to
+    _built: tuple[Tensor, ...] = ()  # the gradients made here, to tell them from assigned ones
+    _shown = False  # whether the list of gradients was handed out
+
+    @property
+    def gradsH(self) -> list[Tensor]:
+        """Gradient tensors for all trainable parameters, or what was assigned.
+
+        With ``data`` they carry the graph that `hessian_vector_product` differentiates; it is
+        built again after the parameters changed. With ``dataloader`` they are the plain mean
+        gradient.
+        """
+        params = self._trainable()
+        held = self._gradients
+        if held is None or (self._made_here() and not held[1].matches(self._point())):
+            with explained():
+                grads = self._differentiated(params)
+            held = self._keep(params, grads)
+        self._shown = True
+        return held[0]
+
+    @gradsH.setter
+    def gradsH(self, grads: Sequence[Tensor]) -> None:
+        self._gradients = list(grads), Snapshot(self._point())
+
+    def _differentiated(self, params: list[Tensor], curved: bool = True) -> Sequence[Tensor | None]:
+        """The gradients of the loss: of ``data`` with their graph."""
+        if not self.full_dataset:
+            return gradients(self.model, self.criterion, self._batches(), params, curved)
+
+        def mean() -> list[Tensor]:
+            A = self._hessian(params)
+            return A.layout.views(A.gradient())
+
+        return self._settled(mean)
+
+    def _keep(
+        self, params: list[Tensor], grads: Sequence[Tensor | None]
+    ) -> tuple[list[Tensor], Snapshot]:
+        """Keep gradients made here, with zeros in the place of those that are missing."""
+        pairs = zip(params, grads, strict=True)
+        self._built = tuple(torch.zeros_like(p) if g is None else g for p, g in pairs)
+        self._gradients, self._shown = (list(self._built), Snapshot(self._point())), False
+        return self._gradients
+
+    def dataloader_hv_product(self, v: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+        """Return ``v'Hv`` and ``Hv`` over all of the data, for ``v`` shaped like ``params``."""
+        self._clear()
+
+        def product() -> tuple[float, list[Tensor]]:
+            A = self._hessian(self.params)
+            flat = A.flatten(list(v))
+            Hv = A @ flat
+            return Number(flat.double() @ Hv.double()), A.layout.views(Hv)
+
+        with explained():
+            return self._settled(product)
+
+    def _clear(self) -> None:
+        """Drop the gradients of the model, as PyHessian does before each product."""
+        model = getattr(self, "model", None)
+        if isinstance(model, nn.Module):
+            model.zero_grad()
+
+    def _run(self, algorithm: Callable[[SymmetricOperator], Result]) -> tuple[Result, Layout]:
+        """What an algorithm finds of the product that applies, and the layout of its vectors."""
+        self._clear()
+
+        def found() -> tuple[Result, Layout]:
+            A, layout = self._operator()
+            return algorithm(A), layout
+
+        with explained():
+            return self._settled(found)
+
+    def _settled(self, work: Callable[[], Result]) -> Result:
+        """What ``work`` returns: of a loader that turns out to change, on one pass of it.
+
+        Raises:
+            RuntimeError: products were made of the batches that the loader yielded before.
+        """
+        try:
+            return work()
+        except RuntimeError as error:
+            if not str(error).startswith(CHANGED):
+                raise
+            if self._held is not None and self._held[1].matvecs:
+                raise RuntimeError(
+                    "dataloader yields other batches than at the products before; "
+                    "pass dataloader=list(dataloader)"
+                ) from None
+            self._pass = self.data, one_pass(self.data)
+        return work()
+
+    def _operator(self) -> tuple[SymmetricOperator, Layout]:
+        """The product that applies, over flat vectors, and the layout of those."""
+        if getattr(self, "full_dataset", True):
+            method = getattr(self.dataloader_hv_product, "__func__", None)
+            if method is not State.dataloader_hv_product:
+                return operator(self._overridden, self.params)
+        elif not (self._made_here() and same(self.params, self._trainable())):
+            return operator(self._by_gradients, self.params)
+        if self._made_here() and not self._shown:
+            self._gradients, self._built = None, ()  # the operator has graphs of its own
+        A = self._hessian(self.params)
+        return A, A.layout
+
+    def _trainable(self) -> list[Tensor]:
+        """The trainable parameters of the model now; ``params`` where a subclass has no model."""
+        model = getattr(self, "model", None)
+        tensors = model.parameters() if isinstance(model, nn.Module) else self.params
+        return [p for p in tensors if p.requires_grad]
+
+    def _point(self) -> dict[Hashable, Tensor]:
+        """The tensors that gradients depend on: trainable parameters, and data in memory."""
+        held = [getattr(self, name, None) for name in ("inputs", "targets", "data")]
+        return dict(enumerate([*self._trainable(), *leaves(held)]))
+
+    def _hessian(self, params: Sequence[Tensor]) -> Hessian:
+        """The operator of the data's loss over ``params``, kept for the next call."""
+        batch = (self.data,) if self.full_dataset else (self.inputs, self.targets)
+        if self.full_dataset and isinstance(self.data, (tuple, list)):
+            batch = tuple(self.data)  # a list may have grown
+        mode = "eval" if self._initialised or not self.model.training else "train"
+        key = (self.model, self.criterion, mode, self._pass, *batch, *params)
+        if self._held is None or not same(self._held[0], key):
+            A = Hessian(self.model, self.criterion, self._batches(), params=params, mode=mode)
+            self._held = key, A
+        return self._held[1]
+
+    def _batches(self) -> Any:
+        """The data in the form that the operator knows."""
+        if self._pass is not None and self._pass[0] is self.data:
+            return self._pass[1]
+        if self.full_dataset:  # there a tuple is one batch
+            return list(self.data) if isinstance(self.data, tuple) else self.data
+        if isinstance(self.data, Mapping):
+            return self.inputs
+        return (*self.inputs, self.targets) if len(self.data) > 2 else (self.inputs, self.targets)
+
+    def _made_here(self) -> bool:
+        """Whether ``gradsH`` is still what this class builds by itself."""
+        return self._gradients is None or same(self._gradients[0], self._built)
+
+    def _by_gradients(self, v: list[Tensor]) -> Sequence[Tensor]:
+        """The product by ``gradsH`` and ``params`` as the user set them."""
+        grads = self.gradsH
+        if self._gradients is not None and not self._gradients[1].matches(self._point()):
+            raise ValueError(
+                "gradsH was assigned before the parameters or the data changed and belongs to "
+                "their old values; make a new hessian object"
+            )
+        if self._made_here():  # only params was assigned
+            of = {id(p): g for p, g in zip(self._trainable(), grads, strict=True)}
+            if not all(id(p) in of for p in self.params):
+                raise ValueError("params holds a tensor that is no parameter; assign gradsH too")
+            grads = [of[id(p)] for p in self.params]
+        return hessian_vector_product(grads, self.params, v)
+
+    def _overridden(self, v: list[Tensor]) -> Sequence[Tensor | None]:
+        """The product of a subclass, in the surroundings that PyHessian gave it."""
+        model = getattr(self, "model", None)
+        with turn(), surroundings(model, self.params, force_eval=self._initialised):
+            return self.dataloader_hv_product(v)[1]
