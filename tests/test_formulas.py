@@ -185,3 +185,18 @@ def test_values_are_torchs_to_rounding():
     assert (
         torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").sub(made).abs().max() < 1e-6
     )
+
+
+def test_distances_that_would_fill_the_memory_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr("fasthessian.operators.formulas.MOST", 5 * 5 * 3 - 1)
+    x = torch.randn(5, 3, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+
+    there = x.detach() + 1
+
+    def loss():
+        return torch.cdist(x, there).square().sum()
+
+    with pytest.raises(RuntimeError, match=r"cdist.*engine='difference' needs first ones only"):
+        fh.Hessian.from_closure(loss, [x])
+    H = columns(fh.Hessian.from_closure(loss, [x], engine="difference"))
+    torch.testing.assert_close(H, 10 * torch.eye(15, dtype=F64), rtol=1e-4, atol=1e-4)

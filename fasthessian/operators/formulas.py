@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MOST = 1 << 28  # differences of coordinates at a time
 # Private names of torch; where one is missing torch's own function stays.
 functorch_level = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
 _own_mse_loss = F.mse_loss
@@ -106,9 +107,11 @@ def _embedding_bag(
 def _cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
     """Euclidean distances (..., m, n) of x (..., m, d) and y (..., n, d), of slope 0 at 0.
 
-    torch's own has no second derivative. Other ``p`` are left to it.
+    torch's own has no second derivative. Other ``p`` are left to it, and what would take more than
+    ``MOST`` numbers.
     """
-    if p != 2 or not torch.is_grad_enabled() or x.dtype != y.dtype:
+    large = x.numel() * y.shape[-2] > MOST
+    if p != 2 or large or not torch.is_grad_enabled() or x.dtype != y.dtype:
         distances: Tensor = _own_cdist(x, y, p, compute_mode)
         return distances
     square = (x[..., :, None, :] - y[..., None, :, :]).square().sum(-1)
