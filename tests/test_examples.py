@@ -4,8 +4,11 @@ import contextlib
 import doctest
 import importlib
 import io
+import os
 import pkgutil
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -47,3 +50,22 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     with contextlib.redirect_stdout(io.StringIO()):
         for block in blocks:
             exec(compile(block, "README.md", "exec"), names)
+
+
+EXAMPLES = sorted((ROOT.parent / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_example_scripts_run(path, tmp_path):
+    if path.stem == "language_model":
+        pytest.importorskip("transformers")
+    command = [sys.executable, "-W", "error", str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr[-500:]
+    assert run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) == 5

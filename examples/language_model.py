@@ -1,0 +1,36 @@
+"""Curvature of a Hugging Face language model over batches with padding.
+
+The model computes its own loss; batches are weighted by their valid labels, as one batch would be.
+
+Run: python examples/language_model.py    (needs transformers; the weights are random)
+"""
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import fasthessian as fh
+
+torch.manual_seed(0)
+config = GPT2Config(
+    vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+)
+model = GPT2LMHeadModel(config)
+
+batches = []
+for lengths in ((12, 16), (5, 9), (16, 3)):
+    ids = torch.randint(1, 64, (2, 16))
+    valid = torch.arange(16) < torch.tensor(lengths)[:, None]
+    labels = ids.masked_fill(~valid, -100)  # what the loss ignores
+    batches.append({"input_ids": ids, "attention_mask": valid.long(), "labels": labels})
+
+H = fh.Hessian(model, None, batches)  # None: the model returns its loss
+print(f"{H.n} parameters; {H.engine}")
+same = fh.Hessian(model, lambda model, batch: model(**batch).loss, batches)
+v = torch.ones(H.n)
+apart = float((H @ v - same @ v).norm() / (H @ v).norm())
+print(f"as a loss of (model, batch): products differ by {apart:.0e}")
+
+top = fh.eigsh(H, 2)
+print("largest eigenvalues of the Hessian", [f"{x:.4g}" for x in top.values.tolist()])
+G = fh.GaussNewton(model, None, batches)  # positive semidefinite
+print("of the Gauss-Newton matrix", [f"{x:.4g}" for x in fh.eigsh(G, 2).values.tolist()])
