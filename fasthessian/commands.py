@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shlex
@@ -183,7 +184,9 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
         **pick("data", "epochs", "train_images", "lr", "samples", "batch_size", "seed")
     )
     console = stderr()
-    with Stages(console) as stages:
+    # what the user's own code prints must not stand among the JSON
+    aside = contextlib.redirect_stdout(sys.stderr if options["as_json"] else sys.stdout)
+    with Stages(console) as stages, aside:
         start = time.perf_counter()
         name = options["problem"]
         progress = stages.stage(f"{'training' if name in BUILTIN else 'loading'} {name}")

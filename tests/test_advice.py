@@ -35,6 +35,8 @@ MEMORY = "test_advice_of_results.py::test_a_basis_that_does_not_fit"
 FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
 INSTALLED = "test_advice.py::test_what_messages_ask_to_install_serves"
 TAKEN = {
+    "pass a criterion, or mode='train'":
+        "test_detectors.py::test_a_loss_in_training_only_is_told_of_training",
     "closure frees its graph":
         "test_closure_accidents.py::test_an_optimizers_closure_leaves_gradients",
     "closure writes into ":

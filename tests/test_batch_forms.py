@@ -268,3 +268,11 @@ def test_errors_of_torch_name_the_batch_and_the_general_form():
     ):
         with pytest.raises((ValueError, TypeError), match=words):
             fh.Hessian(model, CE, batch)
+
+
+def test_logits_and_loss_of_a_loss_of_the_model_have_a_gauss_newton_matrix():
+    model = Small(3, 3).double()
+    batch = torch.tanh(x) + z, y
+    want = dense(alone(model), linear)  # the model is linear
+    for kind in (fh.Hessian, fh.GaussNewton):
+        assert distance(kind(model, lambda model, b: model(*b)[1], batch), want) < 1e-12

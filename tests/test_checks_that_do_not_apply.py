@@ -260,3 +260,19 @@ def test_a_batch_that_cannot_be_cut_into_microbatches_is_refused():
         ValueError, "microbatch=4 .* part of batch 0 .*: one sample has no mean; use microbatch=No",
     )  # fmt: skip
     assert error(columns(fh.Hessian(model, CE, data)), dense(model, CE, data)) < 1e-12
+
+
+class Noisy(nn.Linear):
+    """Draws random numbers in evaluation too, as variational autoencoders do."""
+
+    def forward(self, x):
+        return super().forward(x) + torch.randn_like(x[:, :1])
+
+
+@pytest.mark.parametrize("weights", ["auto", len])
+def test_losses_that_draw_random_numbers_have_no_parts(weights):
+    model, x = Noisy(3, 3).double(), normal(6, 3)
+    A = fh.Hessian(model, lambda model, x: model(x).square().square().mean(), x, weights=weights)
+    check = A.check()
+    assert check.ok, check
+    assert "weights     does not apply: the loss draws random numbers" in check.report

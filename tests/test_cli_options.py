@@ -1,5 +1,6 @@
 """``analyze`` offers the options that its own messages name: each advice is taken and succeeds."""
 
+import json
 import re
 import shlex
 import sys
@@ -290,3 +291,19 @@ def test_how_products_were_made_is_told(settings, words):
 )  # fmt: skip
 def test_arguments_of_python_become_options(said, told):
     assert as_options(said) == told
+
+
+def test_a_file_whose_name_is_no_identifier_is_imported(capsys, tmp_path):
+    Path("my-own.py").write_text(Path("mine.py").read_text())
+    assert words_of(capsys, "my-own:problem", *SMALL, "--json")[0] == 0
+    code, err = words_of(capsys, "my-own.py:problem", *SMALL, "--json")
+    assert code == 2 and "from its folder write my-own:problem" in err
+
+
+def test_what_the_users_code_prints_is_not_among_the_json(capsys):
+    Path("prints.py").write_text("print('from the module')\n" + Path("mine.py").read_text())
+    with pytest.raises(SystemExit) as info:
+        cli.main(["analyze", "prints:problem", *SMALL, "--json"])
+    told = capsys.readouterr()
+    assert info.value.code == 0
+    assert json.loads(told.out)["format"] and "from the module" in told.err

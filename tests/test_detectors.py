@@ -112,3 +112,67 @@ def test_two_scalars_are_refused():
         ValueError,
         r"criterion\(model, batch\) returned tuple without a loss; return the scalar alone",
     )
+
+
+class Auxiliary(nn.Module):
+    """A second head in training, as of GoogLeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Any:
+        return (self.a(x), self.b(x)) if self.training else self.a(x)
+
+
+def with_auxiliary(outputs: Any, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs[0], targets) + 0.4 * F.cross_entropy(outputs[1], targets)
+
+
+@pytest.mark.parametrize("options", [{}, {"microbatch": 4}])
+def test_models_with_other_outputs_in_training_are_checked(options):
+    torch.manual_seed(0)
+    model, x, y = Auxiliary().double(), torch.randn(8, 4, dtype=F64), torch.randint(3, (8,))
+    data = [(x[:5], y[:5]), (x[5:], y[5:])]
+    A = fh.Hessian(model, with_auxiliary, data, mode="train", **options)
+    assert distance(A, dense(model.train(), lambda m: _both(model, m, x, y))) < 1e-12
+    assert A.check().ok, A.check()
+
+
+def _both(model: nn.Module, moved: Any, x: Tensor, y: Tensor) -> Tensor:
+    return with_auxiliary(moved(x), y)
+
+
+def test_a_detector_of_one_batch_is_checked():
+    A = fh.Hessian(model, total, (images, targets), mode="train")
+    check = A.check()
+    assert check.ok, check
+
+
+class LossInTraining(nn.Linear):
+    def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+        out = super().forward(x)
+        return {"loss": F.cross_entropy(out, y)} if self.training else out
+
+
+def test_a_loss_in_training_only_is_told_of_training():
+    torch.manual_seed(0)
+    data = torch.randn(8, 4), torch.randint(3, (8,))
+    refused(
+        lambda: fh.Hessian(LossInTraining(4, 3), None, data),
+        ValueError,
+        r"shape \(8, 3\); pass a criterion, or mode='train'",
+    )
+    fh.Hessian(LossInTraining(4, 3), None, data, mode="train")
+
+
+def test_losses_beside_their_total_are_refused():
+    def counted(model: nn.Module, batch: Any) -> Any:
+        found = model(*batch)
+        return {**found, "total_loss": sum(found.values())}
+
+    refused(
+        lambda: fh.Hessian(model, counted, (images, targets), mode="train"),
+        ValueError,
+        r"returned dict without a loss; return the scalar alone",
+    )

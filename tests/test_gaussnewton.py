@@ -154,3 +154,12 @@ def test_what_it_cannot_serve_is_one_clear_line():
         lambda: fh.GaussNewton(Two(), lambda z, y: criterion(z[0], y), data),
         TypeError, "must return a tensor or an output with .logits",
     )  # fmt: skip
+
+
+def test_class_weights_and_label_smoothing_together():
+    torch.manual_seed(0)
+    model, x, y = nn.Linear(4, 3).double(), torch.randn(8, 4, dtype=F64), torch.randint(3, (8,))
+    weight = torch.tensor([1.0, 2.0, 0.5], dtype=F64)
+    criterion = nn.CrossEntropyLoss(weight=weight, label_smoothing=0.1)
+    H, G = (columns(kind(model, criterion, (x, y))) for kind in (fh.Hessian, fh.GaussNewton))
+    torch.testing.assert_close(G, H)  # the model is linear

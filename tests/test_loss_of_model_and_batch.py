@@ -299,3 +299,38 @@ def test_an_error_of_the_users_own_loss_is_raised_as_it_is():
         fh.Hessian(net(), broken, data())
     with pytest.raises(ValueError, match=r"^not enough values to unpack \(expected 4, got 2\)$"):
         fh.Hessian(net(), unpacked, data())
+
+
+@pytest.mark.parametrize("form", ["loader", "list"])
+def test_a_list_of_tensors_that_is_no_batch_is_a_list_of_batches(form):
+    model, (x, _) = net(), data()
+
+    def around(model, batch):
+        return F.mse_loss(model(batch), batch)
+
+    batches = DataLoader(x, batch_size=4) if form == "loader" else [x[:4], x[4:]]
+    A = fh.Hessian(model, around, batches)
+    assert distance(A, dense(model, lambda m: around(m, x))) < 1e-12
+
+
+def test_a_list_of_tensors_that_a_loss_takes_is_one_batch():
+    model, (x, y) = net(), data()
+    A = fh.Hessian(model, loss, [x, y])
+    assert distance(A, dense(model, lambda m: loss(m, (x, y)))) < 1e-12
+
+
+@pytest.mark.parametrize("microbatch", [None, 2])
+def test_batches_of_samples_that_are_not_collated(microbatch):
+    """Sequences of one length: it is the list that is cut, not time."""
+    torch.manual_seed(0)
+    pairs = [(torch.randn(6, 3, dtype=F64), torch.tensor(i % 3)) for i in range(5)]
+
+    def sequences(model, batch):
+        outputs = torch.stack([model(s).mean(0).tanh() for s, _ in batch])
+        return F.cross_entropy(outputs, torch.stack([y for _, y in batch]))
+
+    model = net()
+    loader = DataLoader(pairs, batch_size=3, collate_fn=list)
+    A = fh.Hessian(model, sequences, loader, microbatch=microbatch)
+    assert distance(A, dense(model, lambda m: sequences(m, pairs))) < 1e-12
+    assert A.check().ok, A.check()

@@ -442,3 +442,24 @@ def test_counting_costs_few_evaluations_and_one_batch_none() -> None:
     calls.clear()
     H @ torch.ones(H.n, dtype=F64)
     assert len(calls) == len(many)
+
+
+class Shifted(nn.Module):
+    """A language model that computes its loss from the next tokens, under a name of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(8, 3), nn.Linear(3, 8)
+
+    def forward(self, ids):
+        z = self.head(torch.tanh(self.embed(ids)))
+        return {"loss": F.cross_entropy(z[:, :-1].flatten(0, 1), ids[:, 1:].flatten())}
+
+
+@pytest.mark.parametrize("microbatch", [None, 1])
+def test_numbers_that_agree_by_chance_do_not_count(microbatch):
+    """Ten next tokens, and ten ids that are not 0, in halves six and four of them."""
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 0, 6, 2, 0, 7]])
+    torch.manual_seed(0)
+    A = fh.Hessian(Shifted().double(), None, {"ids": ids}, microbatch=microbatch)
+    assert A.check().ok, A.check()

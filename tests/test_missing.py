@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch import nn
 
 import fasthessian as fh
 from fasthessian.algorithms import eigsh as eigsh_module
@@ -247,3 +248,24 @@ def test_residuals_of_inexact_products_are_measured():
         true = torch.stack([(A @ v).double() - t * v.double() for t, v in pairs]).norm(dim=1)
         assert bool((found.residuals >= 0.5 * true).all()), name
         assert found.converged == bool((found.residuals <= 1e-3 * found.values.abs()).all()), name
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
+@pytest.mark.parametrize("n", [5, 40, 200])
+def test_an_operator_that_is_zero(which, n):
+    A = fh.SymmetricOperator(torch.zeros_like, n, dtype=torch.float64)
+    found = fh.eigsh(A, 2, which)
+    assert found.converged and not found.values.any()
+
+
+def test_a_dead_layer_beside_others():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
+    with torch.no_grad():
+        model[0].bias.fill_(-100.0)
+    data = torch.randn(8, 4), torch.randint(3, (8,))
+    blocks = fh.Hessian(model, nn.CrossEntropyLoss(), data).blocks("layer")
+    for which in ("LM", "LA", "SA"):
+        found = fh.eigsh(blocks, 1, which)
+        assert all(pairs.converged for pairs in found.values())
+        assert not found["0"].values.any()

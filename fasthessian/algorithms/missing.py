@@ -103,10 +103,11 @@ def search(
     """
     values, S, couplings = krylov.ritz()
     rest = torch.ones(len(values), dtype=torch.bool, device="cpu").index_fill(0, wanted, False)
-    ratios = [couplings[rest] / (x - values[rest]) for x, _ in points]
+    coupled = rest & (couplings != 0)  # of an operator that is 0 the points are its values
+    ratios = [couplings[coupled] / (x - values[coupled]) for x, _ in points]
     enough = 2 * krylov.A.n / (math.pi * MISS**2)  # P(|g| < d) <= d sqrt(2 / pi), g of N(0, 1)
     if len(points) == 1:
-        shift = float((ratios[0] * couplings[rest]).sum())
+        shift = float((ratios[0] * couplings[coupled]).sum())
 
         def shifted(q: Tensor, w: Tensor) -> None:
             krylov.project_out_(w)

@@ -118,6 +118,8 @@ def halves(batch: Batch, dim: int = 0) -> Iterator[Batch]:
 
     With ``dim`` 1 they are cut along the second dimension, vectors along their only one.
     """
+    if dim and is_rows(batch):
+        return
     sizes = [samples(batch)] if dim == 0 else [t.shape[1] for t in leaves(batch) if t.dim() > 1]
     if sizes and sizes[0] > 1:
         yield from _windows(batch, sizes[0], (sizes[0] + 1) // 2, dim)
@@ -144,7 +146,9 @@ def _windows(batch: Batch, count: int, most: int, dim: int) -> Iterator[Batch]:
             each = isinstance(item, (tuple, list)) and len(item) == count
             return item[start:stop] if each else item
 
-        if dim or not listed(batch):
+        if is_rows(batch):
+            yield batch[start:stop]
+        elif dim or not listed(batch):
             yield mapped(batch, window)
         elif isinstance(batch, Mapping):
             yield {key: entry(window(item)) for key, item in batch.items()}
@@ -159,9 +163,15 @@ def listed(batch: Batch) -> int:
     return len(found) if each else 0
 
 
+def is_rows(batch: Batch) -> bool:
+    """Whether a batch is a list of samples, tuples or mappings each, that were not collated."""
+    kinds = {type(item) for item in batch} if isinstance(batch, list) else set()
+    return len(kinds) == 1 and issubclass(kinds.pop(), (tuple, Mapping))
+
+
 def samples(batch: Batch) -> int:
     """The first dimension of the targets, or else of the first tensor that has one."""
-    if count := listed(batch):
+    if count := len(batch) if is_rows(batch) else listed(batch):
         return count
     last = targets(batch) if is_sequence(batch) else None
     if isinstance(last, Tensor) and last.dim() == 0:

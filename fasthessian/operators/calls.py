@@ -182,7 +182,9 @@ def loss_of(returned: Any, alone: bool) -> tuple[Any, list[str]]:
         return returned if loss is None else loss, []
     if isinstance(returned, Mapping):
         losses = {str(name): x for name, x in returned.items() if "loss" in str(name)}
-        if losses and len(losses) == len(returned) and all(map(_is_scalar, losses.values())):
+        total = len(losses) > 1 and any("total" in name for name in losses)
+        alike = len(losses) == len(returned) and all(map(_is_scalar, losses.values()))
+        if losses and alike and not total:
             return sum(losses.values()), [*losses]
     elif isinstance(returned, (tuple, list)):
         scalars = [each for each in returned if _is_scalar(each)]
@@ -220,9 +222,11 @@ def scalar(loss: Any, origin: str) -> Tensor:
     if not loss.is_floating_point():
         raise TypeError(f"{origin} must return a real floating-point loss, got {loss.dtype}")
     if loss.numel() != 1:
+        way = "use reduction='mean' or 'sum'"
+        if origin == "model":
+            way = "pass a criterion, or mode='train' if it returns its loss in training only"
         raise ValueError(
-            f"{origin} must return a scalar loss, got shape {tuple(loss.shape)}; "
-            f"use reduction='mean' or 'sum'"
+            f"{origin} must return a scalar loss, got shape {tuple(loss.shape)}; {way}"
         )
     return loss.reshape(())
 

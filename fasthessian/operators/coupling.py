@@ -80,6 +80,8 @@ def _of_halves(
     change, reason = _smaller(loss, batch, halves(batch), params, allowed)
     if change <= allowed:
         return change, ""
+    if not reason and loss.varies(batch):
+        reason = "the loss draws random numbers, others for each part"
     reason = reason or _unlike(loss, batch)
     across, _ = _smaller(loss, batch, halves(batch, dim=1), params, allowed)
     if across <= allowed:

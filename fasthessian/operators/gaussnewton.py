@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fasthessian.operators.batches import is_sequence, to_device
 from fasthessian.operators.checks import distances
+from fasthessian.operators.criteria import option
 from fasthessian.operators.engines import gradient
 from fasthessian.operators.likelihood import Softmax
 from fasthessian.operators.linearised import Middle, SecondDerivative, second_derivative
@@ -48,7 +49,10 @@ class GaussNewton(OuterCurvature):
     """
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
-        found = self._categorical(part, z, loss) if z.dtype in FUSED else None
+        weight, smoothing = (option(self._given.criterion, name)
+                             for name in ("weight", "label_smoothing"))  # fmt: skip
+        plain = z.dtype in FUSED and (weight is None or not smoothing)
+        found = self._categorical(part, z, loss) if plain else None
         if found is not None and found.exact:
             return Softmax(found, z)
         return second_derivative(loss, z)

@@ -113,9 +113,21 @@ class ModelLoss:
         self._fits = False  # until the first batch went through
         # batch statistics, dropout masks and given weights depend on the order and the batching
         ordered |= mode == "train" or self.terms.given is not None
-        self._source: Memory | Stream = source(data, ordered, self.whole)
+        many = self.whole and _tensors(data) and not self._serves(data)
+        self._source: Memory | Stream = source(data, ordered, self.whole, many)
         self.replayable = self._source.replayable
         self.survey()
+
+    def _serves(self, batch: Batch) -> bool:
+        """Whether a list of tensors is a batch of the loss, as loaders yield them, or several."""
+        with training(self.roots, "eval"), torch.no_grad():
+            try:
+                self._either(0, batch)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise
+                return False
+            return True
 
     def survey(self) -> None:
         """One pass over the data: check the batches, count the terms as the criterion says."""
@@ -162,7 +174,7 @@ class ModelLoss:
         trials = Trials(gradient, max(SHARP[self._dtype], allowed / 10), allowed)
         with closing(self._chunks()) as chunks:
             parts = (batch for *_, batch in chunks)
-            way = decide(parts, lambda i, batch: self.evaluate(Part(i, 1.0, batch, 0))[1], trials)
+            way = decide(parts, self._either, trials)
         self.terms.way = way
         if way.words is None:
             self._source.order()  # no other pass has the same batches
@@ -195,10 +207,27 @@ class ModelLoss:
         """
         try:
             return self._gradient(batch, params, moved, "eval")
-        except (TypeError, ValueError, AttributeError, KeyError):
-            if self._mode == "eval":
+        except Exception as error:
+            if self._mode == "eval" or out_of_memory(error):
                 raise
         return self._gradient(batch, params, moved, "own")
+
+    def _either(self, place: int, batch: Batch) -> Tensor:
+        """The loss of a batch as the flags are, or else as in ``gradient``."""
+        part = Part(place, 1.0, batch, 0)
+        try:
+            return self.evaluate(part)[1]
+        except Exception as error:
+            if self._mode == "eval" or out_of_memory(error):
+                raise
+        with training(self.roots, "own"):
+            return self.evaluate(part)[1]
+
+    def varies(self, batch: Batch) -> bool:
+        """Whether the loss of a batch depends on the random numbers that it draws."""
+        with torch.no_grad():
+            first, other = (float(self._either(place, batch)) for place in (0, 1))
+        return abs(first - other) > REPEATED * abs(first)
 
     def _gradient(
         self, batch: Batch, params: Sequence[Tensor], moved: bool, mode: str
@@ -280,3 +309,7 @@ class ModelLoss:
         self._form = f"the loss is the sum of {', '.join(map(repr, names))}" if names else ""
         self._fits = True
         return outputs, scalar(loss, self.origin)
+
+
+def _tensors(data: Any) -> bool:
+    return isinstance(data, list) and all(isinstance(item, Tensor) for item in data)

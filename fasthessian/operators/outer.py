@@ -144,7 +144,8 @@ class OuterCurvature(Curvature):
 
     def _outputs(self, outputs: Any) -> Tensor:
         z = logits(outputs)
-        if self._given.criterion is None and isinstance(z, (tuple, list)):  # (outputs, loss)
+        own = self._given.criterion is None or self._given.whole
+        if own and isinstance(z, (tuple, list)):  # (outputs, loss)
             several = [each for each in z if isinstance(each, Tensor) and each.dim()]
             z = several[0] if len(several) == 1 else z
         if z is outputs and self._given.criterion is None:

@@ -150,10 +150,11 @@ def _direction(length: int, salt: int) -> Tensor:
     return torch.rand(length, generator=generator, dtype=torch.float64) - 0.5
 
 
-def source(data: Any, ordered: bool, whole: bool = False) -> Memory | Stream:
+def source(data: Any, ordered: bool, whole: bool = False, many: bool = False) -> Memory | Stream:
     """Recognise the form of ``data``.
 
-    Where the loss takes batches ``whole``, a tensor is one, and so is what cannot be iterated.
+    Where the loss takes batches ``whole``, a tensor is one, and so is what cannot be iterated. A
+    list of tensors is one batch, unless ``many``.
 
     Raises:
         TypeError: a one-shot iterator, a Dataset, or no known form.
@@ -162,7 +163,7 @@ def source(data: Any, ordered: bool, whole: bool = False) -> Memory | Stream:
     if isinstance(data, list):
         if not data:
             raise ValueError(f"data is an empty list; pass {FORMS}")
-        return Memory(data, not isinstance(data[0], Tensor))
+        return Memory(data, many or not isinstance(data[0], Tensor))
     one = isinstance(data, (Mapping, tuple))
     # graphs have .to and are iterable; so are loaders that hold a dataset
     one |= is_object(data) and not hasattr(data, "dataset")

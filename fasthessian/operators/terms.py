@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from fasthessian.operators.batches import Batch
@@ -97,6 +97,8 @@ def _checked(weights: Any) -> list[float] | Callable[[Batch], float] | None:
         checked: Callable[[Batch], float] = weights
         return checked
     try:
+        if isinstance(weights, (Mapping, Set)):  # these have no order of batches
+            raise TypeError
         return [float(weight) for weight in weights]
     except (TypeError, ValueError):
         raise TypeError(

@@ -196,7 +196,7 @@ def own(spec: str, settings: Settings) -> Problem:
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise ValueError(f"{spec!r} is not module:function")
-    if not all(part.isidentifier() for part in module_name.split(".")) or name == "py":
+    if "/" in module_name or os.sep in module_name or name == "py":
         stem = os.path.splitext(os.path.basename(module_name))[0]
         raise ValueError(
             f"{module_name!r} is not a module name; from its folder write {stem}:{name}"
