@@ -91,12 +91,15 @@ def test_eigenvalues_with_item():
     near(max([value.item() for value in values]), by_magnitude(H)[0])
 
 
-def test_eigenvalues_in_a_tensor_of_floats():
+def test_eigenvalues_in_a_tensor():
     from pyhessian import hessian
 
     model, (data,), H = problem()
     values, vectors = hessian(model, cross_entropy, data=data, cuda=False).eigenvalues(top_n=2)
-    scaled = torch.diag(torch.tensor(values)) @ torch.stack([x[0].flatten() for x in vectors])
+    assert torch.tensor(values).dtype == torch.float64  # their precision is kept
+    scaled = torch.diag(torch.tensor(values).float()) @ torch.stack(
+        [x[0].flatten() for x in vectors]
+    )
     near(torch.tensor(values)[0], by_magnitude(H)[0])
     assert scaled.shape == (2, 40)
 

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,12 +24,13 @@ _warned_no_cuda = False
 _OPTIONS = re.compile(r"\b(engine|weights|mode|microbatch|memory_budget)=")
 
 
-class Number(float):
-    """A float on which ``.item()`` works, as on tensors and NumPy's; saved files hold a float."""
+class Number(np.float64):
+    """A float with ``.item()``, of which torch and NumPy make float64; saved files hold a float."""
 
-    def item(self) -> float:
-        """The value."""
-        return float(self)
+    def __repr__(self) -> str:
+        return repr(float(self))
+
+    __str__ = __repr__
 
     def __reduce__(self) -> tuple[type[float], tuple[float]]:
         return float, (float(self),)
