@@ -64,25 +64,25 @@ TAKEN = {
     "); reinstall it": "test_machines.py::test_a_triton_of_ones_own_build_is_taken",
     "and finds none; put gcc on PATH": "test_machines.py::test_triton_needs_a_c_compiler",
     "serves CPU tensors only; unset it": "test_advice.py::test_an_interpreter_that_is_unset",
-    ", update fasthessian": "test_files.py::test_the_pattern_of_these_results_is_drawn",
-    " is a folder; give ": "test_files.py::test_a_folder_is_no_result_but_may_hold_one",
+    ", update fasthessian": "test_result_files.py::test_the_pattern_of_these_results_is_drawn",
+    " is a folder; give ": "test_result_files.py::test_a_folder_is_no_result_but_may_hold_one",
     "draw them with: ": "test_delivery.py::test_numbers_are_written_before_anything_is_drawn",
-    "use another engine": "test_advice_taken.py::test_a_check_that_advises_another_engine",
-    "try another engine": "test_advice_taken.py::test_a_check_that_advises_another_engine",
+    "use another engine": "test_advice_of_checks.py::test_a_check_that_advises_another_engine",
+    "try another engine": "test_advice_of_checks.py::test_a_check_that_advises_another_engine",
     "fix its random numbers":
-        "test_advice_taken.py::test_a_check_that_advises_to_fix_random_numbers",
+        "test_advice_of_checks.py::test_a_check_that_advises_to_fix_random_numbers",
     "try mode='train'":
-        "test_advice_taken.py::test_a_check_of_a_model_that_detaches_in_eval_mode",
+        "test_advice_of_checks.py::test_a_check_of_a_model_that_detaches_in_eval_mode",
     "pass weights=, or samples are":
-        "test_advice_taken.py::test_a_check_of_samples_that_are_coupled",
+        "test_advice_of_checks.py::test_a_check_of_samples_that_are_coupled",
     "pass weights=lambda batch: <its number of terms>":
         "test_loss_terms.py::test_single_samples_of_an_opaque_loss_ask_for_weights",
     "engine='recompute' keeps no graph":
-        "test_advice_taken.py::test_memory_that_smaller_parts_or_no_graphs_would_fit",
+        "test_advice_of_checks.py::test_memory_that_smaller_parts_or_no_graphs_would_fit",
     " and more cut the batches":
-        "test_advice_taken.py::test_memory_that_smaller_parts_or_no_graphs_would_fit",
+        "test_advice_of_checks.py::test_memory_that_smaller_parts_or_no_graphs_would_fit",
     "use Hessian, or a criterion of torch's operations":
-        "test_advice_taken.py::test_gauss_newton_of_an_unknown_function_in_the_loss_of_an_output_object",
+        "test_advice_of_checks.py::test_gauss_newton_of_an_unknown_function_in_the_loss_of_an_output_object",
     "use its sum, of which each sample has its own":
         "test_advice.py::test_an_empirical_fisher_of_uneven_samples",
     "use --overwrite or another --out": FOLDER,

@@ -6,143 +6,48 @@ advice, in as many ways as it names. See test_advice.py for the list of all advi
 
 import itertools
 import re
-import warnings
-from collections import UserDict
-from types import SimpleNamespace
 
 import pytest
 import torch
+from advised import (
+    CE,
+    HALVES,
+    THREE,
+    TOKENS,
+    VECTOR,
+    Augmented,
+    Call,
+    Force,
+    H,
+    Hugging,
+    Loss,
+    Named,
+    Noisy,
+    Once,
+    Pair,
+    Scripted,
+    Twice,
+    X,
+    Y,
+    detached,
+    embedded,
+    from_closure,
+    frozen,
+    logits_squared,
+    mixed,
+    net,
+    penalised,
+    per_positive,
+    scripted,
+    summands,
+    turned,
+)
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fasthessian as fh
 from fasthessian.study.resnet import resnet
-
-X = torch.linspace(-1, 1, 24).reshape(8, 3).sin()
-Y = torch.arange(8) % 2
-HALVES = [(X[:4], Y[:4]), (X[4:], Y[4:])]
-CE = nn.CrossEntropyLoss()
-
-
-def net(*more):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 3), nn.Tanh(), *more, nn.Linear(3, 2))
-
-
-def product(A):
-    """A product that is finite and not zero."""
-    v = torch.linspace(-1, 1, A.n, dtype=A.dtype)
-    out = A @ v
-    assert out.isfinite().all() and out.any()
-    return A
-
-
-def H(model=None, criterion=CE, data=(X, Y), kind=fh.Hessian, **options):
-    return product(kind(net() if model is None else model, criterion, data, **options))
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.tanh()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g):
-        return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
-
-
-class Twice(Once):
-    @staticmethod
-    def backward(ctx, g):
-        return g * (1 - ctx.saved_tensors[0].tanh() ** 2)
-
-
-class Noisy(Twice):  # its backward is no derivative, and its forward cannot be run again
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x.detach())
-        ctx.factor = torch.rand_like(x)
-        return ctx.factor * x**3
-
-    @staticmethod
-    def backward(ctx, g):
-        return g * 3 * ctx.factor * ctx.saved_tensors[0].detach() ** 2
-
-
-class Call(nn.Module):
-    """A function as a layer."""
-
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
-class Force(nn.Module):
-    """Differentiates inside, and keeps the graph in training only."""
-
-    def __init__(self, energy=True):
-        super().__init__()
-        self.inner, self.energy = net(), energy
-
-    def forward(self, x):
-        with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            e = self.inner(x).square().sum(1)
-            (f,) = torch.autograd.grad(e.sum(), x, create_graph=self.training)
-        return e[:, None] + f if self.energy else f
-
-
-class Scripted(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a = nn.Parameter(torch.ones(3))
-
-    def forward(self, x):
-        return (self.a * x).tanh()[:, :2]
-
-
-def detached(z, y):
-    return F.cross_entropy(z * z.detach(), y)
-
-
-def frozen():
-    model = net()
-    model[0].bias.requires_grad_(False)
-    return model
-
-
-def mixed():
-    model = net()
-    model[0].double()
-    return model
-
-
-def embedded(**options):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(4, 3, **options), nn.Flatten(), nn.Linear(6, 2))
-
-
-TOKENS = torch.tensor([[0, 1], [2, 3], [1, 3], [0, 2]]), torch.tensor([0, 1, 1, 0])
-VECTOR = torch.ones(26, dtype=torch.float64)
-THREE = fh.SymmetricOperator(lambda v: 2 * v, 3)
-
-
-def closure():
-    w = nn.Parameter(torch.ones(3))
-    return (lambda: (w**4).sum()), w
-
-
-def from_closure(params):
-    loss, w = closure()
-    return product(fh.Hessian.from_closure(loss, params(w)))
-
 
 CASES = {
     # operators.base
@@ -285,76 +190,6 @@ CASES = {
 }  # fmt: skip
 
 
-class Augmented:
-    """A loader that yields other inputs at each pass."""
-
-    def __iter__(self):
-        for x, y in HALVES:
-            yield x + torch.rand(len(x), 1), y
-
-
-class Hugging(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = net()
-
-    def forward(self, x, labels=None):
-        z = self.inner(x)
-        return UserDict(
-            logits=z, **({} if labels is None else {"loss": F.cross_entropy(z, labels)})
-        )
-
-
-class Named(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = net()
-
-    def forward(self, x):
-        return SimpleNamespace(scores=self.inner(x))
-
-
-class Pair(Named):
-    def forward(self, x):
-        return self.inner(x), x
-
-
-class Loss(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = net()
-
-    def forward(self, x, y):
-        return F.cross_entropy(self.inner(x), y)
-
-
-def scripted():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return torch.jit.script(Scripted())
-
-
-def per_positive(z, y):
-    return F.cross_entropy(z, y, reduction="sum") / (y > 0).sum()
-
-
-def summands(z, y):
-    return F.cross_entropy(z, y) + z[y > 0].square().mean() * (1 if len(y) > 2 else 0)
-
-
-def turned(z, y):
-    return (z.T - y[:, None]).square().mean()
-
-
-def logits_squared(out, batch):
-    return out["logits"].square().mean()
-
-
-def penalised(kind):
-    model = net()
-    return H(model, lambda z, y: F.cross_entropy(z, y) + model[0].weight.square().sum(), kind=kind)
-
-
 @pytest.mark.parametrize("words", CASES)
 def test_the_advice_works(words):
     kind, wrong, *right = CASES[words]
@@ -363,131 +198,3 @@ def test_the_advice_works(words):
         wrong()
     for follow in right:
         follow()
-
-
-class Broken(fh.Hessian):
-    """Products that the engine ``retained`` makes wrong, by ``wrong(V)``."""
-
-    def _apply(self, V, out, trusted):
-        super()._apply(V, out, trusted)
-        if self.engine.startswith("retained"):
-            out.add_(self.wrong(V))
-
-
-@pytest.mark.parametrize(
-    ("wrong", "row", "words"),
-    [
-        (lambda V: V.roll(1, 1), "symmetry", "products are wrong: use another engine"),
-        (lambda V: V, "difference", "try another engine"),
-    ],
-)
-def test_a_check_that_advises_another_engine(wrong, row, words):
-    A, B = (Broken(net(), CE, (X, Y), engine=engine) for engine in ("retained", "recompute"))
-    Broken.wrong = staticmethod(wrong)
-    found = A.check()
-    assert not found.ok and words in line(found, row)
-    assert B.check().ok
-
-
-def line(check, row):
-    return next(line for line in str(check).splitlines() if line.startswith(row))
-
-
-def test_a_check_that_advises_to_fix_random_numbers():
-    generator = torch.Generator().manual_seed(0)
-    noise = [0.0]
-    layer = Call(lambda x: x + noise[0] * torch.rand(x.shape, generator=generator))
-    A = fh.Hessian(net(layer), CE, (X, Y), engine="recompute")
-    noise[0] = 1.0
-    assert "fix its random numbers" in line(A.check(), "repetition")
-    noise[0] = 0.0
-    assert A.check().ok
-
-
-def test_a_check_of_a_loss_that_detaches():
-    with pytest.warns(UserWarning, match="detaches a part of itself"):
-        A = fh.Hessian(net(), detached, (X, Y))
-    assert "which detaches a part of itself" in line(A.check(), "gradient")
-    assert fh.Hessian(net(), lambda z, y: F.cross_entropy(z * z, y), (X, Y)).check().ok
-
-
-class InTraining(nn.Module):
-    """Keeps the graph of a part in training only, where its loss is another one too."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner = net()
-
-    def forward(self, x):
-        z = self.inner(x)
-        return z * (1.1 * z if self.training else z.detach())
-
-
-def test_a_check_of_a_model_that_detaches_in_eval_mode():
-    with pytest.warns(UserWarning, match="detaches a part of itself"):
-        A = fh.Hessian(InTraining(), CE, (X, Y))
-    assert "try mode='train'" in line(A.check(), "gradient")
-    B = fh.Hessian(InTraining(), CE, (X, Y), mode="train")
-    assert " ok" in line(B.check(), "gradient")
-
-
-def test_a_check_of_samples_that_are_coupled():
-    layer = Call(lambda x: x - x.mean(0))
-    A = fh.Hessian(net(layer), CE, (X, Y))
-    assert "pass weights=, or samples are coupled" in line(A.check(), "weights")
-    assert fh.Hessian(net(), CE, (X, Y)).check().ok
-
-
-class Greedy(nn.Module):
-    """Runs out of memory above so many samples."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.most = net(), 99
-
-    def forward(self, x):
-        if len(x) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return self.inner(x)
-
-
-def test_memory_that_smaller_parts_or_no_graphs_would_fit():
-    model = Greedy()
-    A = fh.Hessian(model, CE, HALVES, engine="retained")
-    v, want = torch.linspace(-1, 1, A.n), fh.Hessian(net(), CE, (X, Y))
-    with torch.no_grad():  # graphs are made anew
-        model.inner[0].bias.add_(0.0)
-    model.most = 2
-    with pytest.raises(MemoryError) as info:
-        A @ v
-    message = str(info.value)
-    assert "engine='recompute' keeps no graph" in message and "microbatch=1 and more cut" in message
-    model.most = 99
-    B = fh.Hessian(model, CE, HALVES, microbatch=1)
-    C = fh.Hessian(model, CE, HALVES, engine="recompute")
-    torch.testing.assert_close(C @ v, want @ v)
-    model.most = 2
-    torch.testing.assert_close(B @ v, want @ v)
-
-
-class Outputs:
-    def __init__(self, logits):
-        self.logits = logits
-
-
-def test_gauss_newton_of_an_unknown_function_in_the_loss_of_an_output_object():
-    model, g = nn.Sequential(net(), Call(Outputs)), torch.ones(8, 1)
-
-    def normed(out, y):
-        return F.cross_entropy(torch._weight_norm_interface(out.logits, g, 0)[0], y)
-
-    def plain(out, y):
-        z = out.logits
-        return F.cross_entropy(z, y) + z.square().mean()
-
-    with pytest.raises(RuntimeError, match="use Hessian, or a criterion of torch's operations"):
-        H(model, normed, kind=fh.GaussNewton)
-    with pytest.raises(RuntimeError, match="or use engine='difference' with Hessian"):
-        H(model, normed)  # which can check it
-    H(model, normed, engine="difference")
-    H(model, plain, kind=fh.GaussNewton)

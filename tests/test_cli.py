@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import working_folder
 
 import fasthessian as fh
 from fasthessian import cli, report
@@ -39,13 +40,7 @@ def nan():
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working folder with the user's module ``mine``."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    (tmp_path / "mine.py").write_text(MINE)
-    yield tmp_path
-    sys.modules.pop("mine", None)
+    yield from working_folder(tmp_path, monkeypatch, MINE)
 
 
 def run(capsys, *args):

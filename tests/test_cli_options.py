@@ -3,11 +3,11 @@
 import json
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from command_line import working_folder
 
 import fasthessian as fh
 from fasthessian import cli, page, report
@@ -71,13 +71,7 @@ SMALL = ("--top", "1", "--bottom", "0", "--steps", "4", "--points", "3", "--trac
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     """A working folder with the user's module ``mine``."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    (tmp_path / "mine.py").write_text(MINE)
-    yield tmp_path
-    sys.modules.pop("mine", None)
+    yield from working_folder(tmp_path, monkeypatch, MINE)
 
 
 def run(capsys, *args):

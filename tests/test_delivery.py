@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import working_folder
 from torch import nn
 
 from fasthessian import cli, page, plots, report
@@ -51,15 +52,9 @@ SMALL = ("--top", "1", "--bottom", "0", "--steps", "4", "--points", "3", "--trac
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """A working folder with the user's module ``mine``, and a folder for temporary files."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.delitem(sys.modules, "mine", raising=False)
-    (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    yield tmp_path
-    sys.modules.pop("mine", None)
+    yield from working_folder(tmp_path, monkeypatch, MINE)
 
 
 def run(capsys, *args):

@@ -81,16 +81,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 def uncuttable(batch: Batch) -> str:
     """The type of an object in the batch that cannot be cut; "" if there is none."""
-    found: list[str] = []
-
-    def look(item: Any) -> Any:
+    for item in items(batch):
         held = not isinstance(item, Tensor) and next(leaves(item), None) is not None
         if is_object(item) or held:
-            found.append(type(item).__name__)
-        return item
-
-    mapped(batch, look)
-    return found[0] if found else ""
+            return type(item).__name__
+    return ""
 
 
 def cut(batch: Batch, most: int | None) -> Iterator[Batch]:

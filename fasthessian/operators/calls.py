@@ -6,7 +6,6 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -67,8 +66,8 @@ def call(
     if criterion is None:
         return outputs, outputs
     if is_torchs(criterion) and not isinstance(outputs, Tensor):
-        return outputs, criterion(logits(outputs), _given(batch))
-    return outputs, criterion(outputs, _given(batch))
+        return outputs, criterion(logits(outputs), _beside(batch))
+    return outputs, criterion(outputs, _beside(batch))
 
 
 def call_whole(
@@ -153,7 +152,7 @@ def _ways(criterion: Any, batch: Batch, names: set[str]) -> list[Call]:
     inputs = tuple(batch[:-1])
     ways: list[Call] = [(inputs, {})]
     one = inputs[0] if len(inputs) == 1 else None
-    if isinstance(one, (tuple, list)) and type(one) in (tuple, list):
+    if isinstance(one, (tuple, list)) and is_sequence(one) and not hasattr(one, "_fields"):
         ways.insert(0, (tuple(one), {}))
     elif isinstance(one, Mapping) and names >= set(one):
         ways.insert(0, ((), dict(one)))
@@ -248,7 +247,7 @@ def explained(error: Exception, batch: Batch, dtype: torch.dtype) -> Exception |
             "criterion calls its first argument, which is a tensor of outputs here; if it is a "
             "loss of (model, batch), name its first parameter model: lambda model, batch: ..."
         )
-    if not _innermost(error.__traceback__).startswith(TORCH):
+    if not raised_in(error).startswith(TORCH):
         return None
     kind = TypeError if isinstance(error, (TypeError, AttributeError)) else ValueError
     return kind(
@@ -256,14 +255,16 @@ def explained(error: Exception, batch: Batch, dtype: torch.dtype) -> Exception |
     )
 
 
-def _innermost(place: TracebackType | None) -> str:
+def raised_in(error: BaseException) -> str:
     """The file of the function that raised."""
+    place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next
     return "" if place is None else place.tb_frame.f_code.co_filename
 
 
-def _given(batch: Batch) -> Any:
+def _beside(batch: Batch) -> Any:
+    """What a criterion gets beside the outputs."""
     return batch[-1] if is_sequence(batch) else batch
 
 

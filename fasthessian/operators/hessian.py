@@ -31,15 +31,16 @@ class Hessian(Curvature):
         criterion: a loss of ``(model, batch)`` -> scalar, told by its first parameter: that is
             called model, net, network, module or m, or annotated as a module. Or of
             ``(outputs, targets)``, as torch's are; with a mapping or an object as the batch, of
-            ``(outputs, batch)``. None when the model returns the loss: alone, as ``.loss`` or
-            ``["loss"]``, as the only scalar of a tuple, or as a dictionary of nothing but losses,
-            whose sum is taken.
+            ``(outputs, batch)``. None when the model returns the loss. A model or a loss of (model,
+            batch) may return it alone, as ``.loss`` or ``["loss"]``, as the only scalar of a tuple,
+            or as a dictionary of nothing but losses, whose sum is taken.
         data: a batch, a list of batches, or a re-iterable such as a DataLoader, which must yield
-            the same samples at every pass (their order is free). A loss of (model, batch) takes
-            any batch. A criterion takes ``(inputs, targets)``, a tuple of more (the last are the
+            the same samples at every pass (their order is free). A loss of (model, batch) takes any
+            batch. A criterion takes ``(inputs, targets)``, a tuple of more (the last are the
             targets), a mapping, or an object with ``.to``. The model is called as its ``forward``
             takes them: ``inputs`` in a tuple or list as several arguments, or else as one; a
-            mapping by keywords, or else as one; an object as one.
+            mapping by keywords, or else as one; an object as one. A list of tensors is one batch,
+            as loaders yield them, or several where a loss of (model, batch) does not take it.
         params: None for all that require gradients, or an iterable of names or parameters. Complex
             ones count as 2n real numbers, those of ``torch.view_as_real``, as ``layout`` says.
         engine: ``"retained"`` keeps the first-order graphs; ``"recompute"`` builds them at each

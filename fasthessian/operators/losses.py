@@ -297,8 +297,8 @@ class ModelLoss:
             with seeded(part.position), own_buffers(self.roots), acting():
                 outputs, returned = called(self.model, self.criterion, batch, values)
         except Exception as error:
-            memory = isinstance(error, RuntimeError) and out_of_memory(error)
-            better = None if self._fits or memory else explained(error, batch, self._dtype)
+            known = self._fits or out_of_memory(error)
+            better = None if known else explained(error, batch, self._dtype)
             if better is None:
                 raise
             raise better from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,14 +13,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import fasthessian
 from fasthessian.algorithms.arguments import ConvergenceWarning
 from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.batches import Batch, leaves
+from fasthessian.operators.calls import raised_in
 from fasthessian.operators.sources import Stream
 
 # `torch.load` refuses what it does not know: scripts save the results and load them again
 torch.serialization.add_safe_globals([float])
 
+PACKAGE = os.path.dirname(fasthessian.__file__) + os.sep
 _warned_no_cuda = False
 _OPTIONS = re.compile(r"\b(engine|weights|mode|microbatch|memory_budget)=")
 
@@ -105,10 +109,7 @@ def explained() -> Iterator[None]:
 
 def _ours(error: Exception) -> bool:
     """Whether this package raised it, not the user's model or criterion."""
-    at = error.__traceback__
-    while at is not None and at.tb_next is not None:
-        at = at.tb_next
-    return at is not None and at.tb_frame.f_globals["__name__"].startswith("fasthessian.")
+    return raised_in(error).startswith(PACKAGE)
 
 
 def one_pass(loader: Iterable[Batch]) -> list[Batch]:
