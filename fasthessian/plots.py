@@ -187,7 +187,8 @@ def plot_density(
     ax.set_xlabel("eigenvalue of the Hessian")
     ax.set_ylabel("density (log scale)")
     ax.set_title("Spectral density")
-    ax.legend(fontsize=8, framealpha=0.9)
+    # below the axes: above, marks of eigenvalues stand from end to end
+    ax.legend(fontsize=8, frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.13))
     return tidy(ax)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import fasthessian as fh
 from fasthessian import page, plots, report
 from fasthessian.records import BlockSpectra, Density, Eigenpairs, Estimate, Landscape
 from fasthessian.study.analysis import Analysis, Plan
@@ -287,3 +288,10 @@ def test_figures_draw_into_the_axes_given_and_leave_pyplot_alone():
     assert "not converged" in many.plot().get_title()
     if "matplotlib.pyplot" in sys.modules:
         assert not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_the_legend_of_a_density_hides_no_mark():
+    A = fh.SymmetricOperator(lambda v: torch.linspace(-1, 1, 50).square() * v, 50)
+    axes = fh.spectrum(A, (3, 3), steps=10).plot()
+    axes.figure.canvas.draw()
+    assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
