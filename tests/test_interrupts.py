@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,6 +196,15 @@ class Crowd(Dataset[tuple[Tensor, int]]):
         return torch.ones(3) * i, i % 2
 
 
+@pytest.fixture
+def heeded() -> Iterator[None]:
+    """A Ctrl-C is an exception: shells have commands in the background ignore it."""
+    held = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, held)
+
+
+@pytest.mark.usefixtures("heeded")
 @pytest.mark.parametrize("order", ["die", "interrupt"])
 @pytest.mark.parametrize("constructed", [False, True])
 def test_accidents_in_a_worker(order: str, constructed: bool, tmp_path: Path) -> None:
