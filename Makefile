@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?=
 OUT ?= report
-SOURCES := $(shell find csrc tests/cudasim tests/simulated.cpp -type f)
+SOURCES := $(shell find csrc tests/support/cudasim tests/support/simulated.cpp -type f)
 
 .PHONY: demo test lint format bench gpu tune clean
 .DEFAULT_GOAL := test

@@ -21,16 +21,14 @@ import torch.nn.functional as F
 
 import fasthessian as fh
 from fasthessian.operators.curvature import Curvature
-from fasthessian.operators.functioncheck import RIGHT
-from fasthessian.operators.watched import Functions
+from fasthessian.operators.products.function_check import RIGHT
+from fasthessian.operators.products.function_guard import Functions
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import custom_models
-import models
-import test_gradient_of_the_loss
-import test_huggingface
-import test_model_zoo
-from custom_good import Good
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from tests.operators import test_huggingface, test_model_zoo
+from tests.operators.products import test_gradient_of_the_loss
+from tests.support import custom_models, models
+from tests.support.custom_good import Good
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 WORDS = ("second derivative", "flags of training")  # of every note

@@ -29,7 +29,7 @@ TAIL = 1200  # characters of a failed part's log
 LEFT_OUT = ("build", "dist", "__pycache__", "*.egg-info", "report", "report-*", "results", ".*")
 SMALL = {  # what a rehearsal runs of a test command
     "kernels": ["-k", "append or rows_beyond or second_derivative"],
-    "suite": ["tests/test_layers.py", "tests/test_records.py"],
+    "suite": ["tests/house/test_layers.py", "tests/results/test_records.py"],
 }
 
 
@@ -131,8 +131,9 @@ def parts_of(folder, facts, without):
     build = {"FASTHESSIAN_CUDA": "1", "FASTHESSIAN_CUDA_ARCHS": arch}
     contract = ("test_kernels.py", "test_vector_kernels.py", "test_softmax_curvature.py")
     apart = (*contract, "test_cuda.py", "test_gpu_rehearsal.py")
-    others = [p.name for p in sorted((ROOT / "tests").glob("test_*.py")) if p.name not in apart]
-    kernels = [f"tests/{name}" for name in contract]
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    others = [str(p.relative_to(ROOT)) for p in files if p.name not in apart]
+    kernels = [f"tests/kernels/{name}" for name in contract]
     doctor = [python, "-c", "import fasthessian; print(fasthessian.doctor())"]
     sanitize = [python, "bench/gpu_sanitize.py", "--arch", arch]
     if not gpu:
@@ -144,11 +145,10 @@ def parts_of(folder, facts, without):
               SMALL["kernels"]),
         bench("streams", 110, "--n 3000 --repeats 2"),
         bench("lanczos", 130, "--n 2000 --net 8 2 8 --steps 8 --repeats 1 --width 30"),
-        tests("on the gpu", 120, ["tests/test_cuda.py"], 4),
+        tests("on the gpu", 120, ["tests/kernels/test_cuda.py"], 4),
         tests("conformance triton", 120, kernels, 8, rows(["triton-cuda"]), SMALL["kernels"]),
         Part("sanitizer", sanitize, 150, base),
-        tests("suite", 200, [f"tests/{name}" for name in others] if gpu else SMALL["suite"],
-              "auto"),
+        tests("suite", 200, others if gpu else SMALL["suite"], "auto"),
     ]  # fmt: skip
     return [part for part in parts if part.name not in without]
 

@@ -20,7 +20,7 @@ from gpu_meter import Rows, milliseconds, no_waiting, per_step
 import fasthessian as fh
 from fasthessian import kernels
 from fasthessian.algorithms.eigsh import LOOK
-from fasthessian.algorithms.lanczos import Lanczos
+from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.study.resnet import resnet
 
 FEW, MANY, WARM = 4, 24, 3  # steps

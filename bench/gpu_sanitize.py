@@ -68,7 +68,7 @@ def main():
     if run(command).returncode:
         sys.exit("the planted bugs do not build")
     tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider",
-             *(f"tests/test_{name}.py" for name in SUITES), "-k", TESTS]  # fmt: skip
+             *(f"tests/kernels/test_{name}.py" for name in SUITES), "-k", TESTS]  # fmt: skip
     env = {"FASTHESSIAN_TEST_ROWS": options.row}
     if options.rehearse:
         sys.exit(run(tests, **env).returncode)

@@ -2,7 +2,7 @@
 
 Every candidate is checked against the reference and timed, for each number of rows k, length n and
 type of the basis. Nothing is chosen at run time: what pays goes into
-``fasthessian/kernels/triton_tiles.py`` by hand, so that the same input keeps giving the same bits.
+``fasthessian/kernels/triton/tiles.py`` by hand, so that the same input keeps giving the same bits.
 """
 
 import argparse
@@ -16,8 +16,9 @@ from gpu_meter import Rows, milliseconds
 from gpu_streams import F16, F32, F64, append, compare, corrected, dots, filled, short
 from triton.runtime.errors import TritonError
 
-from fasthessian.kernels import reference, triton_backend
-from fasthessian.kernels.triton_tiles import BOTH, DOTS, UPDATE, tile
+from fasthessian.kernels import reference
+from fasthessian.kernels.triton import backend as triton_backend
+from fasthessian.kernels.triton.tiles import BOTH, DOTS, UPDATE, tile
 
 BLOCKS = (2, 4, 8, 16)  # BK: rows of V at a time
 REGISTERS = (80, 96, 128, 168, 255)  # of a thread at most

@@ -11,7 +11,7 @@ import torch
 from conftest import median, rounds
 
 import fasthessian as fh
-from fasthessian.study.problems import Settings, load
+from fasthessian.app.problems import Settings, load
 
 STEPS, TOP, FEW = 100, 10, 5
 

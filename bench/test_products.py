@@ -17,7 +17,7 @@ from conftest import median, rounds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fasthessian as fh
-from fasthessian.operators.engines import ENGINES
+from fasthessian.operators.products.engines import ENGINES
 
 PROBLEMS = {
     "ResNet-20": lambda: problems.residual(20, 64),

@@ -1,19 +1,19 @@
 """fasthessian: Hessian spectra of PyTorch models at hardware speed."""
 
 from fasthessian.__about__ import __version__
-from fasthessian.algorithms.arguments import ConvergenceWarning
 from fasthessian.algorithms.density import density
 from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.spectrum import spectrum
 from fasthessian.algorithms.trace import trace
+from fasthessian.errors import ConvergenceWarning
 from fasthessian.kernels import doctor
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.fisher import EmpiricalFisher, Fisher
 from fasthessian.operators.gaussnewton import GaussNewton
 from fasthessian.operators.hessian import Hessian
 from fasthessian.pyhessian import hessian
-from fasthessian.records import Density, Eigenpairs, Estimate, Landscape, Spectrum
+from fasthessian.results.records import Density, Eigenpairs, Estimate, Landscape, Spectrum
 
 __all__ = [
     "ConvergenceWarning",

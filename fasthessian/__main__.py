@@ -1,6 +1,6 @@
 """``python -m fasthessian``, the same as the command ``fasthessian``."""
 
-from fasthessian.cli import main
+from fasthessian.app.main import main
 
 if __name__ == "__main__":
     main()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fasthessian import kernels
+from fasthessian.errors import InputError, InputTypeError
 
 ALIGN, PAGE = 64, 4096  # bytes: a cache line; the stride at which rows fall into the same cache set
 
@@ -45,7 +46,7 @@ class Layout:
     def __init__(self, named: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> None:
         """``dtype`` is that of the vectors, by default the first tensor's."""
         if not named:
-            raise ValueError("a layout needs at least one named tensor, got none")
+            raise InputError("a layout needs at least one named tensor, got none")
         first = next(iter(named.values()))
         self.names: tuple[str, ...] = tuple(named)
         self.shapes: tuple[torch.Size, ...] = tuple(real(t).shape for t in named.values())
@@ -64,7 +65,7 @@ class Layout:
     def views(self, v: Tensor) -> list[Tensor]:
         """The pieces of v (n,) in their shapes, sharing v's memory."""
         if v.shape != (self.n,):
-            raise ValueError(f"v must have shape ({self.n},), got {tuple(v.shape)}")
+            raise InputError(f"v must have shape ({self.n},), got {tuple(v.shape)}")
         pieces = torch.split(v, self._sizes)
         return [piece.view(shape) for piece, shape in zip(pieces, self.shapes, strict=True)]
 
@@ -82,19 +83,19 @@ class Layout:
         if isinstance(tensors, Mapping):
             if set(tensors) != set(self.names):
                 odd = sorted(set(tensors).symmetric_difference(self.names))[:5]
-                raise ValueError(f"tensors must have the names of .layout; these differ: {odd}")
+                raise InputError(f"tensors must have the names of .layout; these differ: {odd}")
             tensors = [tensors[name] for name in self.names]
         if len(tensors) != len(self.names):
-            raise ValueError(f"tensors must be {len(self.names)} in number, got {len(tensors)}")
+            raise InputError(f"tensors must be {len(self.names)} in number, got {len(tensors)}")
         tensors = [real(tensor) for tensor in tensors]
         for name, shape, tensor in zip(self.names, self.shapes, tensors, strict=True):
             if tensor.shape != shape:
-                raise ValueError(
+                raise InputError(
                     f"the tensor for {name!r} must have shape {tuple(shape)}, "
                     f"got {tuple(tensor.shape)}"
                 )
             if tensor.dtype != self.dtype or tensor.device != self.device:
-                raise TypeError(
+                raise InputTypeError(
                     f"the tensor for {name!r} must be {self.dtype} on {self.device}, "
                     f"got {tensor.dtype} on {tensor.device}; use .to()"
                 )

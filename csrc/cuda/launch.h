@@ -1,4 +1,4 @@
-// One way to write and launch a kernel for nvcc and for the CPU simulator of tests/cudasim.
+// One way to write and launch a kernel for nvcc and for the CPU simulator of tests/support/cudasim.
 //
 // A kernel declares shared memory by FH_SHARED or FH_DYN_SHARED and is started by fh::launch, which
 // converts the arguments to the kernel's own types. The simulator's header gives the same names,

@@ -9,21 +9,16 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from fasthessian.algorithms.arguments import (
-    ConvergenceWarning,
-    Progress,
-    integer,
-    positive,
-    seed_of,
-)
-from fasthessian.algorithms.lanczos import Lanczos
-from fasthessian.algorithms.resolution import REACH, Rule, quadrature, unresolved, width
-from fasthessian.algorithms.rounds import Request, Run, solve
-from fasthessian.algorithms.threeterm import ROWS, ThreeTerm
-from fasthessian.basis import FORMATS
+from fasthessian.arguments import Progress, integer, positive, seed_of
+from fasthessian.errors import ConvergenceWarning, InputError, InsufficientMemoryError
+from fasthessian.krylov.basis import FORMATS
+from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.krylov.lockstep import Request, Run, solve
+from fasthessian.krylov.quadrature import REACH, Rule, quadrature, unresolved, width
+from fasthessian.krylov.three_term import ROWS, ThreeTerm
 from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.records import Density
+from fasthessian.results.records import Density
 from fasthessian.vectors import stride_bytes
 
 FINENESS = 4  # grid points a kernel width: the sum of a sampled Gaussian is then exact to 1e-16
@@ -105,7 +100,7 @@ def density(  # type: ignore[misc]  # the overloads leave the options to this on
     sigma = None if sigma is None else positive("sigma", sigma)
     seed = seed_of(seed)
     if basis not in (*FORMATS, "none"):
-        raise ValueError(f"basis must be one of {', '.join(FORMATS)}, none, got {basis!r}")
+        raise InputError(f"basis must be one of {', '.join(FORMATS)}, none, got {basis!r}")
 
     def start(B: SymmetricOperator, told: Progress | None) -> Run[Density]:
         def krylov(probe: int) -> Lanczos | ThreeTerm:
@@ -119,7 +114,9 @@ def density(  # type: ignore[misc]  # the overloads leave the options to this on
                 needs = ROWS * stride_bytes(B.n, B.dtype)
                 if needs > available_bytes(B.device):
                     raise
-                raise MemoryError(f"{error}, or basis='none' needs {readable(needs)}") from None
+                raise InsufficientMemoryError(
+                    f"{error}, or basis='none' needs {readable(needs)}"
+                ) from None
 
         return _run(B, krylov, steps, probes, sigma, told)
 

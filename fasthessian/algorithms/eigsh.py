@@ -11,21 +11,16 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fasthessian.algorithms.arguments import (
-    Progress,
-    integer,
-    operator,
-    positive,
-    seed_of,
-)
-from fasthessian.algorithms.found import Found
-from fasthessian.algorithms.lanczos import Lanczos
-from fasthessian.algorithms.missing import limits, outside, search
-from fasthessian.algorithms.rounds import Request, Run, solve
-from fasthessian.basis import Basis
+from fasthessian.arguments import Progress, integer, positive, seed_of
+from fasthessian.errors import InputError
 from fasthessian.kernels.contract import MAX_BLOCK
-from fasthessian.operators.base import SymmetricOperator
-from fasthessian.records import Eigenpairs
+from fasthessian.krylov.basis import Basis
+from fasthessian.krylov.found import Found
+from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.krylov.lockstep import Request, Run, solve
+from fasthessian.krylov.missing import limits, outside, search
+from fasthessian.operators.base import SymmetricOperator, operator
+from fasthessian.results.records import Eigenpairs
 
 SLACK = 1e-8  # of ||A||: a missing eigenvalue so far beyond the wanted ones is looked for
 LOCKED = 0.01  # of tol: what pairs converge to before their couplings are given up
@@ -113,7 +108,7 @@ def eigsh(  # type: ignore[misc]  # the overloads leave the options to this one
         [100.0, 99.0]
     """
     if which not in WHICH:
-        raise ValueError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
+        raise InputError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     tol, seed = positive("tol", tol), seed_of(seed)
     largest = largest_of(A)
     k = integer("k", k, 1, largest)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasthessian.algorithms.arguments import Progress, integer, positive
-from fasthessian.algorithms.rounds import Guard
+from fasthessian.arguments import Progress, integer, positive
+from fasthessian.errors import InputError, InputTypeError
+from fasthessian.krylov.lockstep import Guard
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.scopes import restored
-from fasthessian.records import Landscape
+from fasthessian.operators.torch_state.scopes import restored
+from fasthessian.results.records import Landscape
 
 
 @restored
@@ -55,15 +56,15 @@ def landscape(
     loss = _loss_of(A)
     points, span = integer("points", points, 2), positive("span", span)
     if not isinstance(directions, Tensor):
-        raise TypeError(f"directions must be a tensor, got {type(directions).__name__}")
+        raise InputTypeError(f"directions must be a tensor, got {type(directions).__name__}")
     rows = directions.detach().reshape(-1, directions.shape[-1] if directions.dim() else 1)
     if directions.dim() not in (1, 2) or rows.shape[0] not in (1, 2) or rows.shape[1] != A.n:
-        raise ValueError(
+        raise InputError(
             f"directions must have shape ({A.n},), (1, {A.n}) or (2, {A.n}), "
             f"got {tuple(directions.shape)}"
         )
     if rows.dtype != A.dtype or rows.device != A.device:
-        raise ValueError(
+        raise InputError(
             f"directions must be {A.dtype} on {A.device}, got {rows.dtype} on {rows.device}"
         )
     alphas = torch.linspace(-span, span, points, dtype=torch.float64, device="cpu")
@@ -88,7 +89,7 @@ def landscape(
 def _loss_of(A: Any) -> Callable[[Any], float]:
     loss = getattr(A, "loss", None)
     if not isinstance(A, SymmetricOperator) or loss is None:
-        raise TypeError(
+        raise InputTypeError(
             f"A must know its loss, got {type(A).__name__}; "
             "make one with fh.Hessian(model, criterion, data)"
         )

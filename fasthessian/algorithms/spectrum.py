@@ -7,19 +7,15 @@ from typing import Any, overload
 
 import torch
 
-from fasthessian.algorithms.arguments import (
-    Progress,
-    integer,
-    positive,
-    seed_of,
-)
 from fasthessian.algorithms.density import grow, smoothed
 from fasthessian.algorithms.eigsh import converge, default_limit, default_rows, largest_of
-from fasthessian.algorithms.lanczos import Lanczos
-from fasthessian.algorithms.rounds import Run, solve
 from fasthessian.algorithms.trace import FIRST_LOOK, MOST, estimate, known_trace
+from fasthessian.arguments import Progress, integer, positive, seed_of
+from fasthessian.errors import InputError
+from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.krylov.lockstep import Run, solve
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.records import Spectrum
+from fasthessian.results.records import Spectrum
 
 PAIRS = 5  # at each end, unless told
 
@@ -172,8 +168,8 @@ def _ends(k: Any, n: int) -> tuple[int, int]:
     if not isinstance(k, (tuple, list)):
         return integer("k", k, 1, n), int(k)
     if len(k) != 2:
-        raise ValueError(f"k must be a number or (largest, smallest), got {k!r}")
+        raise InputError(f"k must be a number or (largest, smallest), got {k!r}")
     top, bottom = (integer("k", count, 0, n) for count in k)
     if top + bottom == 0:
-        raise ValueError("k must ask for a pair at one end at least, got (0, 0)")
+        raise InputError("k must ask for a pair at one end at least, got (0, 0)")
     return top, bottom

@@ -11,19 +11,13 @@ import torch
 from torch import Tensor
 
 from fasthessian import kernels
-from fasthessian.algorithms.arguments import (
-    ConvergenceWarning,
-    Progress,
-    integer,
-    operator,
-    positive,
-    seed_of,
-)
 from fasthessian.algorithms.intervals import Spread
-from fasthessian.algorithms.lanczos import NOISE
-from fasthessian.algorithms.rounds import Asking, Request, Run, solve
-from fasthessian.operators.base import SymmetricOperator
-from fasthessian.records import Eigenpairs, Estimate
+from fasthessian.arguments import Progress, integer, positive, seed_of
+from fasthessian.errors import ConvergenceWarning, InputError, InputTypeError
+from fasthessian.krylov.lanczos import NOISE
+from fasthessian.krylov.lockstep import Asking, Request, Run, solve
+from fasthessian.operators.base import SymmetricOperator, operator
+from fasthessian.results.records import Eigenpairs, Estimate
 from fasthessian.vectors import empty_rows
 
 METHODS = ("auto", "hutchinson")
@@ -104,7 +98,7 @@ def trace(  # type: ignore[misc]  # the overloads leave the options to this one
         5050.0
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+        raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
     limit = MOST if max_matvecs is None else integer("max_matvecs", max_matvecs, 2)
     seed = seed_of(seed)
@@ -125,18 +119,18 @@ def _by_operator(A: Any, pairs: Any) -> dict[int, Eigenpairs]:
     single = not isinstance(A, Mapping)
     operators, given = ({"A": A}, {"A": pairs}) if single else (A, pairs)
     if not isinstance(given, Mapping) or set(given) != set(operators):
-        raise ValueError("deflate must be a dictionary of A's names, as eigsh returns it for A")
+        raise InputError("deflate must be a dictionary of A's names, as eigsh returns it for A")
     for name, found in given.items():
         B = operator(operators[name])
         if not isinstance(found, Eigenpairs):
-            raise TypeError(
+            raise InputTypeError(
                 f"deflate must be Eigenpairs as eigsh returns them, got {type(found).__name__}"
             )
         Q, values = found.vectors, found.values
         if not (isinstance(Q, Tensor) and isinstance(values, Tensor) and values.dim() == 1):
-            raise TypeError("deflate must hold tensors, values (k,) and vectors (k, n)")
+            raise InputTypeError("deflate must hold tensors, values (k,) and vectors (k, n)")
         if Q.shape != (len(values), B.n) or (Q.dtype, Q.device) != (B.dtype, B.device):
-            raise ValueError(
+            raise InputError(
                 f"deflate must hold vectors ({len(values)}, {B.n}) of {B.dtype} on {B.device}, "
                 f"got {tuple(Q.shape)} of {Q.dtype} on {Q.device}"
             )
@@ -266,7 +260,7 @@ def _deflated(pairs: Eigenpairs, serve: ModuleType) -> Callable[[Tensor, Tensor]
         gram = torch.cat(blocks, 1)
         off = float((gram - torch.eye(len(Q), dtype=gram.dtype, device=gram.device)).abs().max())
         if not (off < SKEW and math.isfinite(shift)):
-            raise ValueError(
+            raise InputError(
                 f"deflate must hold orthonormal vectors and finite values as eigsh returns them, "
                 f"but max |Q Q' - I| is {off:.2g} and the values' sum {shift * Q.shape[1]:.3g}"
             )

@@ -12,7 +12,9 @@ from types import ModuleType
 
 import torch
 
-from fasthessian.kernels import native, reference, triton_backend
+from fasthessian.errors import InputError, UnsupportedError
+from fasthessian.kernels import native, reference
+from fasthessian.kernels.triton import backend as triton_backend
 
 BACKENDS: dict[str, ModuleType] = {
     "native": native,
@@ -38,17 +40,17 @@ def select(device: torch.device | str, backend: str | None = None) -> ModuleType
     if name is None:
         forced = native.unavailable() if os.environ.get("FASTHESSIAN_ISA") else None
         if forced is not None and "FASTHESSIAN_ISA" in forced and device.type == "cpu":
-            raise RuntimeError(forced)
+            raise UnsupportedError(forced)
         for candidate in AUTOMATIC.get(device.type, ()):
             if BACKENDS[candidate].unavailable(device) is None:
                 return BACKENDS[candidate]
         return reference
     if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
+        raise InputError(f"backend must be one of {', '.join(BACKENDS)}, got {name!r}")
     module = BACKENDS[name]
     reason: str | None = module.unavailable(device)
     if reason is not None:
-        raise RuntimeError(f"backend {name!r} cannot serve: {reason}; leave backend unset")
+        raise UnsupportedError(f"backend {name!r} cannot serve: {reason}; leave backend unset")
     return module
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fasthessian.errors import InputError
+
 FLOATS = (torch.float32, torch.float64)
 STORED = (*FLOATS, torch.float16)  # what a basis V may be kept in
 MAX_BLOCK = 8
@@ -18,12 +20,12 @@ Count = int | Tensor | None  # rows of V that take part; a tensor is read by the
 def _rows(name: str, rows: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
     if rows.dim() != 2 or rows.dtype not in dtypes:
         accepted = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(
+        raise InputError(
             f"{name} must be a 2-D {accepted} tensor of rows, "
             f"got shape {tuple(rows.shape)} of {rows.dtype}"
         )
     if rows.shape[1] > 1 and rows.stride(1) != 1:
-        raise ValueError(
+        raise InputError(
             f"{name} must have unit stride along its rows, got strides {rows.stride()}; "
             f"pass {name}.contiguous()"
         )
@@ -32,7 +34,7 @@ def _rows(name: str, rows: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
 def _count(count: Count, most: int, like: Tensor, cells: int = 1) -> None:
     if isinstance(count, Tensor):
         if count.dtype != torch.int64 or count.numel() != cells or count.device != like.device:
-            raise ValueError(
+            raise InputError(
                 f"count must be an int64 tensor of {cells} on {like.device}, got "
                 f"{count.numel()} of {count.dtype} on {count.device}"
             )
@@ -40,7 +42,7 @@ def _count(count: Count, most: int, like: Tensor, cells: int = 1) -> None:
             return  # reading it would wait for the device; kernels keep to the rows there are
         count = int(count.flatten()[0])
     if count is not None and not 0 <= count <= most:
-        raise ValueError(f"count must be in 0..{most}, got {count}")
+        raise InputError(f"count must be in 0..{most}, got {count}")
 
 
 def _smalls(V: Tensor, smalls: Sequence[tuple[str, Tensor | None, tuple[int, ...]]]) -> None:
@@ -48,9 +50,9 @@ def _smalls(V: Tensor, smalls: Sequence[tuple[str, Tensor | None, tuple[int, ...
         if small is None:
             continue
         if tuple(small.shape) != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(small.shape)}")
+            raise InputError(f"{name} must have shape {shape}, got {tuple(small.shape)}")
         if small.device != V.device:
-            raise ValueError(f"V is on {V.device} but {name} is on {small.device}; move one")
+            raise InputError(f"V is on {V.device} but {name} is on {small.device}; move one")
 
 
 def check_block(
@@ -67,16 +69,16 @@ def check_block(
     k, n = V.shape
     b = W.shape[0]
     if W.shape[1] != n:
-        raise ValueError(f"V and W must have rows of one length, got {n} and {W.shape[1]}")
+        raise InputError(f"V and W must have rows of one length, got {n} and {W.shape[1]}")
     if not 1 <= b <= MAX_BLOCK:
-        raise ValueError(f"W must have 1 to {MAX_BLOCK} rows, got {b}; split the block")
+        raise InputError(f"W must have 1 to {MAX_BLOCK} rows, got {b}; split the block")
     if W.device != V.device:
-        raise ValueError(f"V is on {V.device} but W is on {W.device}; move one")
+        raise InputError(f"V is on {V.device} but W is on {W.device}; move one")
     _smalls(V, (("H", H, (k, b)), ("S", S, (b, b))))
     if append is None:
         _count(count, k, V)
     elif count is None:
-        raise ValueError("append needs count, the index of the free row of V")
+        raise InputError("append needs count, the index of the free row of V")
     else:
         _count(count, k - 1, V)
 
@@ -95,7 +97,7 @@ def check_recurrence(C: Tensor, G: Tensor, T: Tensor, gauges: Tensor, count: int
     )
     for name, small in (("C", C), ("G", G), ("T", T), ("gauges", gauges)):
         if small.dtype != torch.float64 or small.stride(-1) != 1:
-            raise ValueError(
+            raise InputError(
                 f"{name} must be float64 with unit stride along its rows, got {small.dtype} "
                 f"with strides {small.stride()}"
             )
@@ -105,20 +107,20 @@ def check_recurrence(C: Tensor, G: Tensor, T: Tensor, gauges: Tensor, count: int
 def check_stream(out: Tensor, seed: int, offset: int) -> None:
     """Raise unless ``out`` is a contiguous float vector and seed and offset fit 64 and 62 bits."""
     if out.dim() != 1 or out.dtype not in FLOATS or not out.is_contiguous():
-        raise ValueError(
+        raise InputError(
             f"out must be a contiguous 1-D float32 or float64 tensor, "
             f"got shape {tuple(out.shape)} of {out.dtype}"
         )
     if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in [0, 2**64), got {seed}")
+        raise InputError(f"seed must be in [0, 2**64), got {seed}")
     if not 0 <= offset < 2**62:
-        raise ValueError(f"offset must be in [0, 2**62), got {offset}")
+        raise InputError(f"offset must be in [0, 2**62), got {offset}")
 
 
 def check_pack(out: Tensor, tensors: Sequence[Tensor]) -> None:
     """Raise ValueError unless ``tensors`` fill the flat vector ``out`` exactly."""
     if out.dim() != 1 or out.dtype not in FLOATS or not out.is_contiguous():
-        raise ValueError(
+        raise InputError(
             f"out must be a contiguous 1-D float32 or float64 tensor, "
             f"got shape {tuple(out.shape)} of {out.dtype}"
         )
@@ -126,18 +128,18 @@ def check_pack(out: Tensor, tensors: Sequence[Tensor]) -> None:
     for tensor in tensors:
         total += tensor.numel()
         if tensor.dtype != out.dtype or tensor.device != out.device:
-            raise ValueError(
+            raise InputError(
                 f"tensors must be {out.dtype} on {out.device} like out, "
                 f"got {tensor.dtype} on {tensor.device}"
             )
     if total != out.numel():
-        raise ValueError(f"tensors hold {total} numbers but out has room for {out.numel()}")
+        raise InputError(f"tensors hold {total} numbers but out has room for {out.numel()}")
 
 
 def check_softmax(U: Tensor, Z: Tensor, scale: Tensor) -> None:
     """Raise ValueError unless U and Z (o, c, i) and scale (o, i) fit and are contiguous."""
     if U.dim() != 3 or U.dtype not in FLOATS:
-        raise ValueError(
+        raise InputError(
             f"U must be a float32 or float64 tensor (outer, classes, inner), got shape "
             f"{tuple(U.shape)} of {U.dtype}; give a matrix of rows as (rows, classes, 1)"
         )
@@ -148,12 +150,12 @@ def check_softmax(U: Tensor, Z: Tensor, scale: Tensor) -> None:
         ("scale", scale, rows, torch.float64),
     ):
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != U.device:
-            raise ValueError(
+            raise InputError(
                 f"{name} must have shape {shape} of {dtype} on {U.device} to fit U, got "
                 f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
             )
         if not tensor.is_contiguous():
-            raise ValueError(
+            raise InputError(
                 f"{name} must be contiguous, got strides {tensor.stride()}; "
                 f"pass {name}.contiguous()"
             )

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fasthessian import kernels
-from fasthessian.operators.scopes import grad_mode, ordinary, restored
+from fasthessian.errors import InputError, InputTypeError
+from fasthessian.operators.torch_state.scopes import grad_mode, ordinary, restored
 
 FLOATS = (torch.float32, torch.float64)
 # Allowed |u'Av - v'Au| over ||Au|| + ||Av||, u and v of N(0, 1). Far above rounding, and above
@@ -71,11 +72,11 @@ class SymmetricOperator:
         check: bool = True,
     ) -> None:
         if not callable(matvec):
-            raise TypeError(f"matvec must be callable, got {type(matvec).__name__}")
+            raise InputTypeError(f"matvec must be callable, got {type(matvec).__name__}")
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise ValueError(f"n must be a positive integer, got {n!r}")
+            raise InputError(f"n must be a positive integer, got {n!r}")
         if dtype not in FLOATS:
-            raise TypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+            raise InputTypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self._matvec = matvec
         self._unchecked = check
         self._describe(n, dtype, torch.device(device))
@@ -124,7 +125,7 @@ class SymmetricOperator:
         self._accepts("V", V, (2,))
         self._accepts("out", out, (2,))
         if V.shape != out.shape:
-            raise ValueError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
+            raise InputError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
 
     def relative_error(self) -> float:
         """The relative error of a product, as far as it is known beforehand: rounding."""
@@ -166,8 +167,8 @@ class SymmetricOperator:
         """Count the products ``out`` of V, and raise ValueError if one is not finite."""
         if not trusted and not _finite(out):
             if not _finite(V):
-                raise ValueError("v holds NaN or Inf; a product needs finite numbers")
-            raise ValueError(f"{self} returned NaN or Inf for a finite vector")
+                raise InputError("v holds NaN or Inf; a product needs finite numbers")
+            raise InputError(f"{self} returned NaN or Inf for a finite vector")
         self.matvecs += V.shape[0]
 
     def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
@@ -182,15 +183,15 @@ class SymmetricOperator:
         with grad_mode(True):  # matvec may differentiate, also when called under no_grad
             w = self._matvec(v)
         if not isinstance(w, Tensor):
-            raise TypeError(f"matvec must return a torch.Tensor, got {type(w).__name__}")
+            raise InputTypeError(f"matvec must return a torch.Tensor, got {type(w).__name__}")
         if w.shape != (self.n,):
-            raise ValueError(f"matvec must return shape ({self.n},), got {tuple(w.shape)}")
+            raise InputError(f"matvec must return shape ({self.n},), got {tuple(w.shape)}")
         if w.dtype != self.dtype or w.device != self.device:
-            raise TypeError(
+            raise InputTypeError(
                 f"matvec must return {self.dtype} on {self.device}, got {w.dtype} on {w.device}"
             )
         if v._version != version:
-            raise ValueError("matvec wrote into its argument; return a new tensor instead")
+            raise InputError("matvec wrote into its argument; return a new tensor instead")
         return w.detach()
 
     def _probe(self) -> None:
@@ -201,10 +202,10 @@ class SymmetricOperator:
         backend.normal_(v, 2, 0)
         Au, Av = self._one(u).double(), self._one(v).double()
         if not bool(torch.isfinite(Au).all() and torch.isfinite(Av).all()):
-            raise ValueError("matvec returned NaN or Inf for a random vector")
+            raise InputError("matvec returned NaN or Inf for a random vector")
         uAv, vAu = float(u.double() @ Av), float(v.double() @ Au)
         if abs(uAv - vAu) > ASYMMETRY[self.dtype] * float(Au.norm() + Av.norm()):
-            raise ValueError(
+            raise InputError(
                 f"matvec is not symmetric: u'Av = {uAv:.6g} but v'Au = {vAu:.6g} for random u, v; "
                 f"pass a symmetric one, or check=False if its error is meant"
             )
@@ -212,18 +213,18 @@ class SymmetricOperator:
     def _accepts(self, name: str, v: Any, dims: tuple[int, ...]) -> None:
         shapes = " or ".join({1: f"({self.n},)", 2: f"(b, {self.n})"}[dim] for dim in dims)
         if not isinstance(v, Tensor):
-            raise TypeError(
+            raise InputTypeError(
                 f"{name} must be a torch.Tensor of shape {shapes}, got {type(v).__name__}"
             )
         if v.dim() not in dims or v.shape[-1] != self.n:
-            raise ValueError(f"{name} must have shape {shapes}, got {tuple(v.shape)}")
+            raise InputError(f"{name} must have shape {shapes}, got {tuple(v.shape)}")
         if v.dtype != self.dtype or v.device != self.device:
-            raise TypeError(
+            raise InputTypeError(
                 f"{name} must be {self.dtype} on {self.device}, got {v.dtype} on {v.device}; "
                 f"use {name}.to()"
             )
         if dims == (2,) and self.n > 1 and v.stride(1) != 1:
-            raise ValueError(
+            raise InputError(
                 f"{name} must have contiguous rows, got strides {v.stride()}; "
                 f"use {name}.contiguous()"
             )
@@ -245,3 +246,13 @@ class SymmetricOperator:
             (self.n, self.n), matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat,
             dtype=dtype,
         )  # fmt: skip
+
+
+def operator(A: Any) -> SymmetricOperator:
+    """``A``, or a TypeError that shows how to make an operator."""
+    if not isinstance(A, SymmetricOperator):
+        raise InputTypeError(
+            f"A must be an operator, got {type(A).__name__}; make one with "
+            "fh.Hessian(model, criterion, data) or fh.SymmetricOperator(matvec, n)"
+        )
+    return A

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.scopes import grad_mode, ordinary
+from fasthessian.operators.torch_state.scopes import grad_mode, ordinary
 
 if TYPE_CHECKING:
     from fasthessian.operators.curvature import Curvature
@@ -120,18 +121,18 @@ def partition(
         pattern = _compiled(by)
         found = _grouped(names, lambda name: _label(pattern.search(name)))
         if not found:
-            raise ValueError(_nothing(f"the pattern {pattern.pattern!r}", names))
+            raise InputError(_nothing(f"the pattern {pattern.pattern!r}", names))
         return found
     if isinstance(by, Mapping):
         return _by_patterns(names, by)
     if not callable(by):
-        raise TypeError(
+        raise InputTypeError(
             f"by must be 'layer', 'stage', a regular expression, a mapping of block names to "
             f"regular expressions, or a callable of a parameter's name, got {type(by).__name__}"
         )
     found = _grouped(names, by)
     if not found:
-        raise ValueError(_nothing("the callable", names))
+        raise InputError(_nothing("the callable", names))
     return found
 
 
@@ -142,7 +143,7 @@ def _grouped(names: tuple[str, ...], key: Callable[[str], Any]) -> dict[str, lis
         if label is None:
             continue
         if not isinstance(label, str):
-            raise TypeError(
+            raise InputTypeError(
                 f"by must return a block's name or None, got {type(label).__name__} for {name!r}"
             )
         found.setdefault(label, []).append(position)
@@ -151,17 +152,17 @@ def _grouped(names: tuple[str, ...], key: Callable[[str], Any]) -> dict[str, lis
 
 def _by_patterns(names: tuple[str, ...], by: Mapping[Any, Any]) -> dict[str, list[int]]:
     if not by:
-        raise ValueError("by is an empty mapping; give block names and regular expressions")
+        raise InputError("by is an empty mapping; give block names and regular expressions")
     found: dict[str, list[int]] = {}
     owner: dict[int, str] = {}
     for label, text in by.items():
         pattern = _compiled(text)
         positions = [i for i, name in enumerate(names) if pattern.search(name)]
         if not positions:
-            raise ValueError(_nothing(f"the pattern {pattern.pattern!r} of {label!r}", names))
+            raise InputError(_nothing(f"the pattern {pattern.pattern!r} of {label!r}", names))
         for i in positions:
             if i in owner:
-                raise ValueError(
+                raise InputError(
                     f"the blocks {owner[i]!r} and {label!r} overlap: both patterns match "
                     f"{names[i]!r}; make one of them narrower"
                 )
@@ -174,7 +175,7 @@ def _compiled(text: Any) -> re.Pattern[str]:
     try:
         return re.compile(text)
     except (re.error, TypeError) as error:
-        raise ValueError(f"{text!r} is no regular expression: {error}") from None
+        raise InputError(f"{text!r} is no regular expression: {error}") from None
 
 
 def _label(match: re.Match[str] | None) -> str | None:

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from fasthessian import kernels
+from fasthessian.errors import UnsupportedError
 from fasthessian.operators.base import ASYMMETRY
-from fasthessian.operators.losses import REPEATED, ROUNDED, Part
-from fasthessian.operators.slopes import ALLOWED, distance
-from fasthessian.operators.watched import wrong
-from fasthessian.records import Record
+from fasthessian.operators.loss.model_loss import REPEATED, ROUNDED, Part
+from fasthessian.operators.products.function_guard import wrong
+from fasthessian.operators.products.slopes import ALLOWED, distance
+from fasthessian.results.records import Record
 
 if TYPE_CHECKING:
     from fasthessian.operators.curvature import Curvature
@@ -141,7 +142,7 @@ def compared(A: Passes, part: Part, names: str) -> str:
     if distance <= DIFFERENCE[A.dtype]:
         return ""
     if spread <= distance / 4:
-        raise RuntimeError(wrong(names))
+        raise UnsupportedError(wrong(names))
     return (
         f"; the second derivative of {names} could not be checked: differences disagree among "
         f"themselves, as they do at kinks"

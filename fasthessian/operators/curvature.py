@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from fasthessian import kernels
+from fasthessian.errors import InputError
 from fasthessian.operators import parameters
 from fasthessian.operators.blocks import Block, partition
 from fasthessian.operators.checks import Check, check, distances
-from fasthessian.operators.engines import gradient
-from fasthessian.operators.losses import ModelLoss, Part
-from fasthessian.operators.options import Options
+from fasthessian.operators.loss.model_loss import ModelLoss, Part
 from fasthessian.operators.passes import Passes
-from fasthessian.operators.scopes import Scope, Undo, set_to
-from fasthessian.operators.slopes import ALLOWED, distance
-from fasthessian.operators.state import in_turn, keep_values
+from fasthessian.operators.products.engines import gradient
+from fasthessian.operators.products.options import Options
+from fasthessian.operators.products.slopes import ALLOWED, distance
+from fasthessian.operators.torch_state.conditions import in_turn, keep_values
+from fasthessian.operators.torch_state.scopes import Scope, Undo, set_to
 from fasthessian.vectors import like, real
 
 
@@ -61,7 +62,7 @@ class Curvature(Passes):
         weight_decay: float = 0.0,
     ) -> None:
         if group is not None:
-            raise ValueError(f"group must be None, got {group!r}")
+            raise InputError(f"group must be None, got {group!r}")
         options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay)
         model, wrapper = parameters.unwrapped(model)
         chosen = parameters.of_model(model, params, wrapper)

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthessian.operators.batches import samples
-from fasthessian.operators.criteria import is_torchs
-from fasthessian.operators.likelihood import class_per_sample, sampled_scores, weighted
-from fasthessian.operators.linearised import Middle
-from fasthessian.operators.losses import Part
-from fasthessian.operators.outer import OuterCurvature, Scores
+from fasthessian.errors import InputError, InputTypeError
+from fasthessian.operators.jmj import OuterCurvature, Scores
+from fasthessian.operators.loss.batches import samples
+from fasthessian.operators.loss.criteria import is_torchs
+from fasthessian.operators.loss.likelihood import class_per_sample, sampled_scores, weighted
+from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.products.linearised import Middle
 
 
 class EmpiricalFisher(OuterCurvature):
@@ -58,7 +59,7 @@ class EmpiricalFisher(OuterCurvature):
             return Scores(slopes[None], (found.axis,), factor.to(z.dtype).unsqueeze(found.axis))
         count = samples(part.batch)
         if z.dim() == 0 or z.shape[0] != count:
-            raise ValueError(
+            raise InputError(
                 f"the outputs must have one row a sample for EmpiricalFisher ({count} here), got "
                 f"shape {tuple(z.shape)}; put the batch first"
             )
@@ -66,7 +67,7 @@ class EmpiricalFisher(OuterCurvature):
         if not terms.summed and class_per_sample(part.batch) and not self._given.counted_at_a_point:
             mean = self._given.terms_of(part, loss)
         elif terms.uneven:
-            raise ValueError(
+            raise InputError(
                 "criterion must be a mean or a sum over the samples for EmpiricalFisher, but some "
                 "have more terms than others here; use its sum, of which each sample has its own"
             )
@@ -115,7 +116,7 @@ class Fisher(OuterCurvature):
     ) -> None:
         for name, value, least in (("samples", samples, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+                raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
         self._samples, self._seed = samples, seed
         super().__init__(model, criterion, data, **options)
 
@@ -130,7 +131,7 @@ class Fisher(OuterCurvature):
         if drawn[0] is None:
             name = getattr(criterion, "__name__", type(criterion).__name__)
             name = "the model's own loss" if criterion is None else name
-            raise TypeError(
+            raise InputTypeError(
                 f"criterion must be cross-entropy with class indices, mean squared error or binary "
                 f"cross-entropy with logits for Fisher, as torch has them, got {name}; GaussNewton "
                 f"takes any convex one"

@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasthessian.operators.batches import is_sequence, to_device
+from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.checks import distances
-from fasthessian.operators.criteria import option
-from fasthessian.operators.engines import gradient
-from fasthessian.operators.likelihood import Softmax
-from fasthessian.operators.linearised import Middle, SecondDerivative, second_derivative
-from fasthessian.operators.losses import Part
-from fasthessian.operators.outer import OuterCurvature
+from fasthessian.operators.jmj import OuterCurvature
+from fasthessian.operators.loss.batches import is_sequence, to_device
+from fasthessian.operators.loss.criteria import option
+from fasthessian.operators.loss.likelihood import Softmax
+from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.products.engines import gradient
+from fasthessian.operators.products.linearised import Middle, SecondDerivative, second_derivative
 
 PROBES = 8  # random directions in which the criterion is looked at
 CONCAVE = 1e-4  # of |u| |M u|: how far below 0 rounding takes u'Mu
@@ -73,7 +74,7 @@ class GaussNewton(OuterCurvature):
             z = self._outputs(outputs)
             middle = self._middle(part, z, loss)
             if outputs is not z or not is_sequence(part.batch) or self._given.whole:
-                raise RuntimeError(
+                raise UnsupportedError(
                     f"GaussNewton cannot check the second derivative of {', '.join(self._behind)} "
                     f"in the loss; use Hessian, or a criterion of torch's operations"
                 )
@@ -101,7 +102,7 @@ def check_convex(z: Tensor, middle: Middle) -> None:
         Mu = middle(u)
         curvature, size = float((u * Mu).sum()), float(u.norm() * Mu.norm())
         if curvature < -CONCAVE * size:
-            raise ValueError(
+            raise InputError(
                 f"criterion is not convex in the outputs (u'Mu = {curvature:.3g} for a random "
                 f"u), so GaussNewton is not positive semidefinite; use Hessian"
             )

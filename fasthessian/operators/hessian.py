@@ -7,15 +7,22 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from fasthessian.operators import layers, parameters
-from fasthessian.operators.closures import ClosureLoss
+from fasthessian.operators import parameters
 from fasthessian.operators.curvature import Curvature
-from fasthessian.operators.engines import Difference, DoubleBackward, Forward, Graph, gradient
-from fasthessian.operators.layers import Layers
-from fasthessian.operators.linearised import second_derivative
-from fasthessian.operators.losses import Part
-from fasthessian.operators.options import Options
-from fasthessian.operators.state import in_turn
+from fasthessian.operators.loss.closures import ClosureLoss
+from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.products import layer_factors as layers
+from fasthessian.operators.products.engines import (
+    Difference,
+    DoubleBackward,
+    Forward,
+    Graph,
+    gradient,
+)
+from fasthessian.operators.products.layer_factors import Layers
+from fasthessian.operators.products.linearised import second_derivative
+from fasthessian.operators.products.options import Options
+from fasthessian.operators.torch_state.conditions import in_turn
 
 
 class Hessian(Curvature):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fasthessian.errors import InputError, InputTypeError, UnsupportedError
 from fasthessian.operators.base import FLOATS
 from fasthessian.vectors import Layout, real
 
@@ -46,17 +47,19 @@ def of_model(model: Any, params: Any, wrapper: str = "") -> dict[str, Tensor]:
     Names may carry the prefixes of a ``wrapper`` that was taken off.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
+        raise InputTypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; "
             f"for other losses use Hessian.from_closure(closure, params)"
         )
     if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
-        raise TypeError("model is or holds a ScriptModule; pass the torch.nn.Module it came from")
+        raise InputTypeError(
+            "model is or holds a ScriptModule; pass the torch.nn.Module it came from"
+        )
     named = dict(model.named_parameters())
     if params is None:
         chosen: dict[str, Tensor] = {k: p for k, p in named.items() if p.requires_grad}
         if not chosen:
-            raise ValueError(
+            raise InputError(
                 f"model has no trainable parameters ({len(named)} in all, none with requires_grad)"
             )
     else:
@@ -68,7 +71,7 @@ def _pick(
     model: nn.Module, named: dict[str, nn.Parameter], params: Any, prefixed: bool
 ) -> dict[str, Tensor]:
     if isinstance(params, (str, Tensor)) or not isinstance(params, Iterable):
-        raise TypeError(
+        raise InputTypeError(
             f"params must be None, or an iterable of names or parameters of the model, "
             f"got {type(params).__name__}; use params=[...]"
         )
@@ -85,37 +88,37 @@ def _pick(
         name = by_id.get(id(found))
         if found is None or name is None:
             label = repr(item) if isinstance(item, str) else f"a {type(item).__name__}"
-            raise ValueError(
+            raise InputError(
                 f"params holds {label}, which is not a parameter of the model; "
                 f"its names are {', '.join(list(named)[:4])}{', ...' if len(named) > 4 else ''}"
             )
         if name in chosen:
-            raise ValueError(f"params holds {name!r} twice")
+            raise InputError(f"params holds {name!r} twice")
         chosen[name] = found
     if not chosen:
-        raise ValueError("params is empty; pass None for all parameters")
+        raise InputError("params is empty; pass None for all parameters")
     return chosen
 
 
 def of_closure(params: Any) -> dict[str, Tensor]:
     """The tensors of a closure: a mapping by name, an iterable, or ``named_parameters()``."""
     if isinstance(params, (str, Tensor)) or not isinstance(params, Iterable):
-        raise TypeError(
+        raise InputTypeError(
             f"params must be an iterable of tensors or a mapping of names to tensors, "
             f"got {type(params).__name__}; use [tensor]"
         )
     items = list(params.items()) if isinstance(params, Mapping) else list(params)
     if not items:
-        raise ValueError("params is empty; pass the tensors that the loss depends on")
+        raise InputError("params is empty; pass the tensors that the loss depends on")
     pairs = [
         item if isinstance(item, tuple) and len(item) == 2 else (str(index), item)
         for index, item in enumerate(items)
     ]
     for name, tensor in pairs:
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"params[{name!r}] must be a tensor, got {type(tensor).__name__}")
+            raise InputTypeError(f"params[{name!r}] must be a tensor, got {type(tensor).__name__}")
     if len({id(tensor) for _, tensor in pairs}) < len(pairs):
-        raise ValueError("params holds the same tensor twice")
+        raise InputError("params holds the same tensor twice")
     return checked(dict(pairs))
 
 
@@ -124,10 +127,10 @@ def checked(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
     first_name, first = next(iter(chosen.items()))
     for name, p in chosen.items():
         if is_lazy(p):
-            raise ValueError(f"parameter {name!r} has no shape yet; run the model once on a batch")
+            raise InputError(f"parameter {name!r} has no shape yet; run the model once on a batch")
         if p.dtype not in (*FLOATS, *LOW, *COMPLEX):
             way = ".to(torch.complex64)" if p.is_complex() else ".float() or .double()"
-            raise TypeError(
+            raise InputTypeError(
                 f"parameter {name!r} is {p.dtype}; accepted are torch.float32 and torch.float64, "
                 f"bfloat16, float16, complex64 and complex128; use {way}"
             )
@@ -136,27 +139,27 @@ def checked(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
             either = p if p.is_complex() else first
             to = torch.complex64 if either.dtype is torch.complex128 else torch.complex128
             way = f"p.data = p.data.to({to}) for the complex ones"
-            raise ValueError(
+            raise InputError(
                 f"parameters mix dtypes: {first_name!r} is {first.dtype}, {name!r} is {p.dtype}; "
                 f"use {way if either.is_complex() else '.float() or .double()'}"
             )
         if p.device != first.device:
-            raise ValueError(
+            raise InputError(
                 f"parameters are on several devices: {first_name!r} on {first.device}, "
                 f"{name!r} on {p.device}; move them to one"
             )
         if not p.requires_grad:
-            raise ValueError(
+            raise InputError(
                 f"parameter {name!r} does not require gradients; "
                 f"use requires_grad_() or leave it out of params"
             )
         if p.is_inference():
-            raise TypeError(
+            raise InputTypeError(
                 f"parameter {name!r} was made under torch.inference_mode(); "
                 f"build the model outside of it"
             )
         if not p.is_leaf:
-            raise ValueError(f"parameter {name!r} is computed from other tensors; pass those")
+            raise InputError(f"parameter {name!r} is computed from other tensors; pass those")
     return chosen
 
 
@@ -171,9 +174,9 @@ def followed(
     for name, shape in zip(layout.names, layout.shapes, strict=True):
         p = named.get(name)
         if p is None:
-            raise RuntimeError(f"parameter {name!r} left the model; build a new Hessian")
+            raise UnsupportedError(f"parameter {name!r} left the model; build a new Hessian")
         if (real(p).shape, p.dtype, p.device) != (shape, dtypes[name], layout.device):
-            raise RuntimeError(
+            raise UnsupportedError(
                 f"parameter {name!r} was {tuple(shape)} {dtypes[name]} on {layout.device} and is "
                 f"now {tuple(p.shape)} {p.dtype} on {p.device}; build a new Hessian"
             )

@@ -11,22 +11,24 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fasthessian.errors import InputError, InsufficientMemoryError, UnsupportedError
 from fasthessian.memory import out_of_memory
-from fasthessian.operators import hooks, parameters
+from fasthessian.operators import parameters
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.checks import compared, precision_error
-from fasthessian.operators.closures import ClosureLoss
-from fasthessian.operators.coupling import Coupling, coupling
-from fasthessian.operators.engines import Graph, Task, coarsest, examine, metered, unused
-from fasthessian.operators.kept import KeptGraphs
-from fasthessian.operators.layers import Layers
-from fasthessian.operators.losses import REPEATED, ROUNDED, ModelLoss, Part
-from fasthessian.operators.options import Options
-from fasthessian.operators.padding import Padding, check_untied, padding
-from fasthessian.operators.rewrite import rewritten
-from fasthessian.operators.scopes import Scope, Undo
-from fasthessian.operators.state import engaged, in_turn
-from fasthessian.operators.watched import Functions
+from fasthessian.operators.kept_graphs import KeptGraphs
+from fasthessian.operators.loss.closures import ClosureLoss
+from fasthessian.operators.loss.coupling import Coupling, coupling
+from fasthessian.operators.loss.model_loss import REPEATED, ROUNDED, ModelLoss, Part
+from fasthessian.operators.products.engines import Graph, Task, coarsest, examine, metered, unused
+from fasthessian.operators.products.function_guard import Functions
+from fasthessian.operators.products.layer_factors import Layers
+from fasthessian.operators.products.options import Options
+from fasthessian.operators.products.padding import Padding, check_untied, padding
+from fasthessian.operators.torch_state import hooks
+from fasthessian.operators.torch_state.conditions import engaged, in_turn
+from fasthessian.operators.torch_state.layer_rewrites import rewritten
+from fasthessian.operators.torch_state.scopes import Scope, Undo
 from fasthessian.vectors import Layout
 
 Result = TypeVar("Result")
@@ -76,7 +78,7 @@ class Passes(KeptGraphs):
         if self._options.microbatch:
             change, index, unseen = self.coupling()
             if change > self._repeated():
-                raise ValueError(
+                raise InputError(
                     f"microbatch={self._options.microbatch} changes the gradient of batch {index} "
                     f"by {change:.1%}: the model or the criterion couples the samples of a batch; "
                     f"use microbatch=None"
@@ -110,7 +112,7 @@ class Passes(KeptGraphs):
             # a model that uses torch.func inside cannot be metered
             second, measured = self._look(part, params), 0
         if abs(second - first) > REPEATED * abs(first):
-            raise RuntimeError(
+            raise UnsupportedError(
                 f"{self._loss.origin} returned {first:.6g} and then {second:.6g} at the same "
                 f"parameters and random seeds; H needs a loss that is a function of the parameters"
             )
@@ -277,7 +279,7 @@ class Passes(KeptGraphs):
         outputs, loss = self._loss.evaluate(part)
         value = float(loss.detach())
         if not math.isfinite(value):
-            raise ValueError(
+            raise InputError(
                 f"the loss is {value} (batch {part.position} of data); "
                 f"check the parameters, the inputs and the targets"
             )
@@ -324,4 +326,5 @@ class Passes(KeptGraphs):
         # outside of the handler: its traceback holds what was allocated so far
         self._forget()
         cuttable = isinstance(self._loss, ModelLoss)
-        raise MemoryError(self._options.shortage(what, words, self._needs, self.device, cuttable))
+        shortage = self._options.shortage(what, words, self._needs, self.device, cuttable)
+        raise InsufficientMemoryError(shortage)

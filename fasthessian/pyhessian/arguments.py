@@ -7,23 +7,23 @@ import os
 import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import fasthessian
-from fasthessian.algorithms.arguments import ConvergenceWarning
+from fasthessian.errors import ConvergenceWarning, InputError, InputTypeError, UnsupportedError
 from fasthessian.memory import available_bytes, readable
-from fasthessian.operators.batches import Batch, leaves
-from fasthessian.operators.calls import raised_in
-from fasthessian.operators.sources import Stream
+from fasthessian.operators.loss.batches import Batch, leaves
+from fasthessian.operators.loss.calls import raised_in
+from fasthessian.operators.loss.sources import Stream
 
 # `torch.load` refuses what it does not know: scripts save the results and load them again
 torch.serialization.add_safe_globals([float])
 
-PACKAGE = os.path.dirname(fasthessian.__file__) + os.sep
+PACKAGE = str(Path(__file__).parents[1]) + os.sep
 _warned_no_cuda = False
 _OPTIONS = re.compile(r"\b(engine|weights|mode|microbatch|memory_budget)=")
 
@@ -48,7 +48,7 @@ def numbers(values: Tensor) -> Any:
 def check_model(model: Any) -> None:
     """Raise unless the model is a module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(
+        raise InputTypeError(
             f"model is a {type(model).__name__}; pass the torch.nn.Module whose parameters count"
         )
 
@@ -57,9 +57,9 @@ def check_source(data: Any, dataloader: Any) -> None:
     """Raise unless exactly one of the two is given and can be read again."""
     if (data is None) == (dataloader is None):
         given = "neither" if data is None else "both"
-        raise ValueError(f"pass exactly one of data and dataloader, got {given}")
+        raise InputError(f"pass exactly one of data and dataloader, got {given}")
     if hasattr(dataloader, "__next__"):
-        raise TypeError(
+        raise InputTypeError(
             f"dataloader is a {type(dataloader).__name__}, which can be read only once; "
             "pass list(dataloader) or a DataLoader"
         )
@@ -71,7 +71,7 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
         return batch, None
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
         return (batch[0] if len(batch) == 2 else tuple(batch[:-1])), batch[-1]
-    raise TypeError(
+    raise InputTypeError(
         f"data must be one batch (inputs, targets) or a mapping, got a {type(batch).__name__}; "
         "pass batches as dataloader"
     )
@@ -80,7 +80,7 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 def tolerance(tol: float) -> float:
     """``tol`` as the algorithms take it; 0 or less meant to use all of ``maxIter``."""
     if not isinstance(tol, (int, float)) or tol != tol:
-        raise ValueError(f"tol is {tol!r}; pass a number")
+        raise InputError(f"tol is {tol!r}; pass a number")
     return max(float(tol), 1e-16)
 
 
@@ -124,7 +124,7 @@ def one_pass(loader: Iterable[Batch]) -> list[Batch]:
         for batch in stream:
             held += sum(tensor.nbytes for tensor in leaves(batch))
             if held > room:
-                raise RuntimeError(
+                raise UnsupportedError(
                     "dataloader yields different batches at each pass, and those of one pass take "
                     f"more than half of the free memory, {readable(room)}; pass some of them, as "
                     "dataloader=list(itertools.islice(dataloader, 10)), or a loader without "

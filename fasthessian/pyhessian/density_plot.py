@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from fasthessian.errors import InputError
+
 # what PyHessian's module holds; matplotlib is imported once plt or mpl is asked for
 _LAZY = {"mpl": "matplotlib", "plt": "matplotlib.pyplot"}
 __all__ = ["density_generate", "gaussian", "get_esd_plot", "math", "np"]
@@ -74,13 +76,13 @@ def density_generate(
     """
     nodes, mass = _real(eigenvalues, "eigenvalues"), _real(weights, "weights")
     if nodes.shape != mass.shape:
-        raise ValueError(
+        raise InputError(
             f"weights has shape {mass.shape} and eigenvalues {nodes.shape}; pass one weight a node"
         )
     if num_bins < 2:
-        raise ValueError(f"num_bins is {num_bins}; pass at least 2")
+        raise InputError(f"num_bins is {num_bins}; pass at least 2")
     if not sigma_squared > 0 or not overhead >= 0:
-        raise ValueError(
+        raise InputError(
             f"sigma_squared is {sigma_squared} and overhead {overhead}; "
             "pass a positive variance and an overhead of at least 0"
         )
@@ -106,7 +108,7 @@ def _real(values: ArrayLike, name: str) -> NDArray[np.float64]:
     """Return ``values`` as float64 rows of real finite numbers."""
     rows: NDArray[np.float64] = np.atleast_2d(np.asarray(values)).real.astype(np.float64)
     if rows.ndim != 2 or rows.size == 0:
-        raise ValueError(f"{name} has shape {rows.shape}; pass one list of numbers per run")
+        raise InputError(f"{name} has shape {rows.shape}; pass one list of numbers per run")
     if not np.isfinite(rows).all():
-        raise ValueError(f"{name} holds NaN or infinity; pass finite numbers")
+        raise InputError(f"{name} holds NaN or infinity; pass finite numbers")
     return rows

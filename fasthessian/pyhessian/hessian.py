@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from fasthessian.algorithms.arguments import ConvergenceWarning, integer
 from fasthessian.algorithms.density import density
 from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.trace import trace
-from fasthessian.operators.batches import to_device
+from fasthessian.arguments import integer
+from fasthessian.errors import ConvergenceWarning, InputError
+from fasthessian.operators.loss.batches import to_device
 from fasthessian.pyhessian.arguments import (
     asks_cuda,
     check_model,
@@ -115,7 +116,7 @@ class hessian(State):
         self.model, self.criterion = model.eval(), criterion
         self.params = self._trainable()
         if not self.params:
-            raise ValueError("model has no trainable parameters; set requires_grad on some")
+            raise InputError("model has no trainable parameters; set requires_grad on some")
         self.device = device_name(self.params[0].device, wanted=asks_cuda(cuda, device))
         self.full_dataset = data is None
         self._initialised = True

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthessian.errors import InputError, InsufficientMemoryError
 from fasthessian.memory import out_of_memory
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.calls import call, loss_of, scalar
-from fasthessian.operators.engines import examine
-from fasthessian.operators.losses import ModelLoss
-from fasthessian.operators.scopes import Undo, grad_mode, ordinary, scope
-from fasthessian.operators.state import engaged, in_turn, own_buffers
+from fasthessian.operators.loss.calls import call, loss_of, scalar
+from fasthessian.operators.loss.model_loss import ModelLoss
+from fasthessian.operators.products.engines import examine
+from fasthessian.operators.torch_state.conditions import engaged, in_turn, own_buffers
+from fasthessian.operators.torch_state.scopes import Undo, grad_mode, ordinary, scope
 from fasthessian.vectors import Layout
 
 Product = Callable[[list[Tensor]], Sequence[Tensor | None]]
@@ -45,7 +46,7 @@ def gradients(
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            raise MemoryError(
+            raise InsufficientMemoryError(
                 f"the graph of the gradients does not fit the memory of {params[0].device}; pass "
                 "the batch in parts: dataloader=list(zip(inputs.split(16), targets.split(16)))"
             ) from error
@@ -66,7 +67,7 @@ def operator(product: Product, params: Sequence[Tensor]) -> tuple[SymmetricOpera
         zeros = layout.views(torch.zeros_like(v))
         pieces = product(layout.views(v.clone()))  # a copy: the user's code may write into it
         if len(pieces) != len(zeros):
-            raise ValueError(
+            raise InputError(
                 f"the product has {len(pieces)} tensors and params {len(zeros)}; "
                 "return one tensor for each parameter"
             )

@@ -8,12 +8,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.batches import leaves
 from fasthessian.operators.hessian import Hessian
-from fasthessian.operators.snapshot import Snapshot
-from fasthessian.operators.sources import CHANGED
-from fasthessian.operators.state import turn
+from fasthessian.operators.loss.batches import leaves
+from fasthessian.operators.loss.sources import CHANGED
+from fasthessian.operators.torch_state.conditions import turn
+from fasthessian.operators.torch_state.snapshot import Snapshot
 from fasthessian.pyhessian.arguments import Number, explained, one_pass
 from fasthessian.pyhessian.products import gradients, operator, same, surroundings
 from fasthessian.pyhessian.utils import hessian_vector_product
@@ -124,7 +125,7 @@ class State:
             if not str(error).startswith(CHANGED):
                 raise
             if self._held is not None and self._held[1].matvecs:
-                raise RuntimeError(
+                raise UnsupportedError(
                     "dataloader yields other batches than at the products before; "
                     "pass dataloader=list(dataloader)"
                 ) from None
@@ -185,14 +186,14 @@ class State:
         """The product by ``gradsH`` and ``params`` as the user set them."""
         grads = self.gradsH
         if self._gradients is not None and not self._gradients[1].matches(self._point()):
-            raise ValueError(
+            raise InputError(
                 "gradsH was assigned before the parameters or the data changed and belongs to "
                 "their old values; make a new hessian object"
             )
         if self._made_here():  # only params was assigned
             of = {id(p): g for p, g in zip(self._trainable(), grads, strict=True)}
             if not all(id(p) in of for p in self.params):
-                raise ValueError("params holds a tensor that is no parameter; assign gradsH too")
+                raise InputError("params holds a tensor that is no parameter; assign gradsH too")
             grads = [of[id(p)] for p in self.params]
         return hessian_vector_product(grads, self.params, v)
 

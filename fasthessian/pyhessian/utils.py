@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
+from fasthessian.errors import InputError
+
 # what PyHessian's module holds: scripts that import * use the other modules' names from here
 __all__ = [
     "Optional",
@@ -37,7 +39,7 @@ def _pairs(first: str, xs: Iterable[Any], second: str, ys: Iterable[Any]) -> lis
     """
     xs, ys = list(xs), list(ys)
     if len(xs) != len(ys):
-        raise ValueError(
+        raise InputError(
             f"{first} has {len(xs)} tensors and {second} {len(ys)}; pass lists of one length"
         )
     return list(zip(xs, ys, strict=True))
@@ -161,13 +163,13 @@ def _listed(group: Tensor | Iterable[Any]) -> list[Any]:
 def _fitting(gradsH: list[Any], v: list[Tensor]) -> list[tuple[Any, Tensor]]:
     """Gradients and vector side by side; the one-line error where they do not fit."""
     if len(gradsH) != len(v):
-        raise ValueError(
+        raise InputError(
             f"v has {len(v)} tensors and gradsH {len(gradsH)}; "
             "pass one tensor for each gradient (assign h.params and h.gradsH together)"
         )
     for i, (g, x) in enumerate(zip(gradsH, v, strict=True)):
         if isinstance(g, Tensor) and g.shape != x.shape:
-            raise ValueError(
+            raise InputError(
                 f"v[{i}] has shape {tuple(x.shape)} and gradsH[{i}] {tuple(g.shape)}; "
                 "pass tensors shaped like the gradients"
             )

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fasthessian.errors import InputError, MissingPackageError
+
 PIXELS = 3 * 32 * 32  # one image: the planes red, green, blue, each 32 rows of 32
 COARSE_CLASSES = 20  # CIFAR-100 stores this label too; it is checked and dropped
 
@@ -71,7 +73,7 @@ def digits(*, size: int = 32, channels: int = 3, seed: int = 0) -> ImageData:
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackageError(
             "the digits come with scikit-learn, which is missing; pip install scikit-learn"
         ) from error
     pixels, labels = load_digits(return_X_y=True)
@@ -98,10 +100,10 @@ def cifar(folder: str | os.PathLike[str]) -> ImageData:
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f"data: {root} is not a folder; give the unpacked CIFAR folder")
+        raise InputError(f"data: {root} is not a folder; give the unpacked CIFAR folder")
     layout = next((row for row in LAYOUTS if present(root, row)), None)
     if layout is None:
-        raise ValueError(
+        raise InputError(
             f"data: {root} holds no CIFAR file; expected data_batch_1.bin, train.bin, "
             "data_batch_1 or train"
         )
@@ -109,7 +111,7 @@ def cifar(folder: str | os.PathLike[str]) -> ImageData:
     found = present(root, layout)
     missing = [name for name in (*train_names, test_name) if name not in found]
     if missing:
-        raise ValueError(f"data: {root} has {found[0]} but lacks {', '.join(missing)}")
+        raise InputError(f"data: {root} has {found[0]} but lacks {', '.join(missing)}")
     read = read_binary if test_name.endswith(".bin") else read_python
     parts = [read(root / name, classes) for name in train_names]
     train_x, train_y = normalised(
@@ -136,7 +138,7 @@ def read_binary(path: Path, classes: int) -> tuple[Bytes, Labels]:
     head = 1 if classes == 10 else 2
     raw = np.fromfile(path, dtype=np.uint8)
     if raw.size == 0 or raw.size % (head + PIXELS):
-        raise ValueError(
+        raise InputError(
             f"data: {path} has {raw.size} bytes, not a positive multiple of the CIFAR-{classes} "
             f"record of {head + PIXELS}; it is cut short or another file, download it again"
         )
@@ -156,15 +158,15 @@ def read_python(path: Path, classes: int) -> tuple[Bytes, Labels]:
     except OSError:
         raise
     except Exception as error:
-        raise ValueError(f"data: {path} is not a CIFAR python file ({error})") from error
+        raise InputError(f"data: {path} is not a CIFAR python file ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"data: {path} holds a {type(content).__name__}, not a dictionary")
+        raise InputError(f"data: {path} holds a {type(content).__name__}, not a dictionary")
     # Python 2 wrote the keys as bytes; copies written again by Python 3 have text.
     table = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in content.items()}
     label_key = "labels" if classes == 10 else "fine_labels"
     for key in ("data", label_key):
         if key not in table:
-            raise ValueError(f"data: {path} has no entry {key!r}; it is not CIFAR-{classes}")
+            raise InputError(f"data: {path} has no entry {key!r}; it is not CIFAR-{classes}")
     pixels = table["data"]
     if not (
         isinstance(pixels, np.ndarray)
@@ -178,13 +180,13 @@ def read_python(path: Path, classes: int) -> tuple[Bytes, Labels]:
             if isinstance(pixels, np.ndarray)
             else type(pixels).__name__
         )
-        raise ValueError(f"data: {path} has images {found}, not uint8 (N, {PIXELS})")
+        raise InputError(f"data: {path} has images {found}, not uint8 (N, {PIXELS})")
     try:
         labels = np.asarray(table[label_key])
     except ValueError:
         labels = np.empty(0)
     if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-        raise ValueError(f"data: {path} has no whole-number label for each of {len(pixels)} images")
+        raise InputError(f"data: {path} has no whole-number label for each of {len(pixels)} images")
     check_labels(path, labels, classes)
     return pixels, labels.astype(np.int64)
 
@@ -212,6 +214,6 @@ def check_labels(path: Path, labels: npt.NDArray[Any], classes: int) -> None:
     """Raise ValueError if a label is not in 0 .. classes - 1."""
     wrong = np.flatnonzero((labels < 0) | (labels >= classes))
     if wrong.size:
-        raise ValueError(
+        raise InputError(
             f"data: {path}, record {wrong[0]}: label {labels[wrong[0]]} is not in 0..{classes - 1}"
         )

@@ -7,6 +7,8 @@ from collections.abc import Collection
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fasthessian.errors import InputError
+
 STAGES = (1, 2, 3)
 
 
@@ -129,10 +131,10 @@ def resnet(
         272474
     """
     if isinstance(depth, bool) or not isinstance(depth, int) or depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth={depth!r} is not 6 m + 2; use 8, 14, 20, 26, 32, 38, 44, 56, ...")
+        raise InputError(f"depth={depth!r} is not 6 m + 2; use 8, 14, 20, 26, 32, 38, 44, 56, ...")
     for name, size in (("num_classes", num_classes), ("width", width)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise ValueError(f"{name}={size!r} is not a positive integer")
+            raise InputError(f"{name}={size!r} is not a positive integer")
     bn_stages = [s for s in STAGES if s not in checked("no_bn_stages", no_bn_stages)]
     res_stages = [s for s in STAGES if s not in checked("no_res_stages", no_res_stages)]
     return ResNet(
@@ -148,5 +150,5 @@ def resnet(
 def checked(name: str, stages: Collection[int]) -> set[int]:
     """The stages as a set, or a ValueError that names the argument."""
     if not isinstance(stages, Collection) or not set(stages) <= set(STAGES):
-        raise ValueError(f"{name}={stages!r} is not a collection of stages among 1, 2, 3")
+        raise InputError(f"{name}={stages!r} is not a collection of stages among 1, 2, 3")
     return set(stages)

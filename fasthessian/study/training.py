@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fasthessian.errors import InputError
+
 Progress = Callable[[int, "int | None"], None]
 
 
@@ -62,7 +64,7 @@ def train(
         ("limit", len(y) if limit is None else limit, 1),
     ):
         if size < least:
-            raise ValueError(f"{name}={size} is below {least}")
+            raise InputError(f"{name}={size} is below {least}")
     generator = torch.Generator().manual_seed(seed)
     count = len(y) if limit is None else min(limit, len(y))
     steps = epochs * math.ceil(count / batch_size)
@@ -88,7 +90,7 @@ def train(
             if progress is not None:
                 progress(done, steps)
         if not math.isfinite(loss_sum):
-            raise ValueError(f"training diverged at lr={lr}; use a smaller learning rate")
+            raise InputError(f"training diverged at lr={lr}; use a smaller learning rate")
         history.append(Epoch(loss_sum / count, right / count))
     optimizer.zero_grad(set_to_none=True)
     model.eval()

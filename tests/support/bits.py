@@ -3,7 +3,7 @@
     python tests/support/bits.py record FILE
     python tests/support/bits.py compare FILE      exit code 1 if a bit differs
 
-Sums depend on the instruction set and the number of threads, so a record holds for one machine. Only
+Sums depend on the instruction set and the number of threads: a record holds for one machine. Only
 public names are used: the script runs on any commit.
 """
 

@@ -1,6 +1,6 @@
 """The rooms of the package and the imports between them; ``make map`` prints them.
 
-A room is a folder of the package, or a module at its top. Imports under ``TYPE_CHECKING`` and inside
+A room is a folder of the package, or a module at its top. Imports under ``TYPE_CHECKING`` and in
 functions count like all others.
 """
 
@@ -11,6 +11,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "fasthessian"
+# From the bottom: a module imports rooms of its own floor and of those below.
+FLOORS = (
+    ("__about__", "errors", "arguments", "memory"),
+    ("kernels",),
+    ("vectors",),
+    ("results",),
+    ("operators.torch_state",),
+    ("operators.loss",),
+    ("operators.products",),
+    ("operators",),
+    ("krylov",),
+    ("algorithms",),
+    ("pyhessian", "study"),
+    ("app",),
+    ("", "__main__"),
+)
+HEIGHT = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def room(module: str) -> str:
+    """The innermost room of FLOORS that a module lies in; the top of the package is its own."""
+    while module and module not in HEIGHT:
+        module = module.rpartition(".")[0]
+    return module
 
 
 def modules(root: Path = ROOT) -> dict[str, Path]:

@@ -1,6 +1,6 @@
 """Every message of the package - errors, warnings - as its text with the inserted values left open.
 
-    python tests/support/messages.py > tests/house/messages.txt      after a change that is meant
+python tests/support/messages.py > tests/house/messages.txt      after a change that is meant
 """
 
 import ast

@@ -1,6 +1,6 @@
 """The public API as text: every public name with its signature, methods and fields included.
 
-    python tests/support/public_api.py > tests/house/public_api.txt      after a change that is meant
+python tests/support/public_api.py > tests/house/public_api.txt    after a change that is meant
 """
 
 import dataclasses

@@ -1,0 +1,1 @@
+"""The command line: commands, progress, the analysis of a problem and its report."""

@@ -1,0 +1,50 @@
+"""The entry point of ``fasthessian``: bad input ends in one line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from fasthessian.errors import Refusal
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command in ``args`` (default: ``sys.argv``) and leave with its exit code.
+
+    0: done. 1: an extra package is missing, or the work is done and its report failed. 2: bad
+    input. 130: interrupted. Each but 0 with one line ``error: ...`` on stderr; errors that are not
+    about the input keep their traceback.
+    """
+    try:
+        import click
+
+        import fasthessian.app.progress  # noqa: F401  (brings rich)
+    except ImportError as error:
+        package = (error.name or "click and rich").partition(".")[0]
+        fail(1, f"the command line needs {package}; pip install 'fasthessian[cli]'")
+    from fasthessian.app.commands import cli
+
+    try:
+        code = cli.main(args, prog_name="fasthessian", standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message())
+        sys.exit(0)
+    except click.ClickException as error:
+        fail(error.exit_code, error.format_message())
+    except click.Abort:  # what click makes of Ctrl-C
+        fail(130, "interrupted; nothing was written")
+    except OSError as error:
+        name = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        fail(2, name)
+    except Refusal as error:
+        from fasthessian.app.advice import as_options
+
+        fail(2, as_options(str(error)))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def fail(code: int, message: str) -> NoReturn:
+    """Say it in one line and leave."""
+    print("error:", " ".join(message.split()), file=sys.stderr)
+    sys.exit(code)

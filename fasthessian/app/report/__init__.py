@@ -1,0 +1,1 @@
+"""The report of an analysis: result.json, figures and report.html."""

@@ -1,0 +1,1 @@
+"""The kernel contract in Triton."""

@@ -1,0 +1,272 @@
+"""Where the rows of a Krylov basis are kept, and the two streams over them.
+
+* ``full``: rows of the operator's dtype on its device.
+* ``compressed``: float16 times one scale, half the memory and half the traffic of float32. Entries
+  of a unit vector are about n^(-1/2), so rows are stored times n^(1/2): float16 then rounds them
+  to 2^-12 of their size (measured: orthogonality 2e-4 after 100 steps). CB-GMRES of Ginkgo (Aliaga,
+  Anzt, Grutzmacher, Quintana-Orti, Tomas 2020) compresses its basis likewise.
+* ``offload``: rows in pinned host memory, streamed through two buffers on the GPU while the
+  kernels work on the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from fasthessian.errors import InputError, InputTypeError, InsufficientMemoryError
+from fasthessian.kernels.contract import Count
+from fasthessian.memory import available_bytes, readable
+from fasthessian.vectors import empty_rows, stride_bytes
+
+FORMATS = ("full", "compressed", "offload")
+LARGEST = 65504.0  # of float16
+CPU_COLUMNS = 1 << 16  # columns rotated at a time: stays in cache
+GPU_NUMBERS = 1 << 25  # numbers widened to float64 at a time on a GPU: 256 MiB
+
+
+class Basis:
+    """Rows of a basis in one tensor ``stored`` (rows, n), V = stored / scale.
+
+    ``project_`` and ``update_`` are those of the kernel contract on the stored rows: dots come
+    out, and coefficients go in, in the units of the stored rows (see ``coefficients``).
+    """
+
+    def __init__(self, stored: Tensor, scale: float, kernels: ModuleType) -> None:
+        self.stored, self.scale, self.kernels = stored, scale, kernels
+
+    @property
+    def graphable(self) -> bool:
+        """Whether the streams can be captured in a CUDA graph."""
+        return True
+
+    def rows(self, count: int) -> Tensor:
+        """The first ``count`` rows V (count, n), widened to float64 if they are compressed."""
+        V = self.stored[:count]
+        return V if self.scale == 1.0 else V.double() / self.scale
+
+    def coefficients(self, C: Tensor) -> Tensor:
+        """From dots as ``project_`` gives them to the H that subtracts those parts of V."""
+        return C / self.scale**2
+
+    def project_(
+        self, W: Tensor, H: Tensor | None = None, *, count: Count
+    ) -> tuple[Tensor, Tensor]:
+        """``kernels.project_`` over the first ``count`` rows."""
+        found: tuple[Tensor, Tensor] = self.kernels.project_(self.stored, W, H, count=count)
+        return found
+
+    def update_(
+        self,
+        W: Tensor,
+        H: Tensor,
+        S: Tensor | None = None,
+        *,
+        count: Count,
+        append: bool = False,
+    ) -> None:
+        """``kernels.update_`` over the first ``count`` rows; ``append`` makes row ``count``."""
+        scale = self.scale if append else None
+        self.kernels.update_(self.stored, W, H, S, count=count, append=scale)
+
+    def store(self, row: int, v: Tensor) -> None:
+        """Make v (n,) the row ``row``."""
+        self.stored[row].copy_(v * self.scale)
+
+    def rotate(self, S: Tensor, out: Tensor | None = None) -> None:
+        """``S^T V`` for S (size, p) into out (p, n), or into the first p rows if out is None."""
+        mix = S.T.to(self._device)
+        factor = 1.0 if out is None else 1 / self.scale
+        target = self.stored if out is None else out
+        width = CPU_COLUMNS if self._device.type == "cpu" else GPU_NUMBERS // max(1, len(S))
+        for start in range(0, self.stored.shape[1], width):
+            tile = self.stored[: len(S), start : start + width].to(self._device).double()
+            target[: len(mix), start : start + width] = (mix @ tile).mul_(factor)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.stored.device
+
+
+class Offloaded(Basis):
+    """Rows in host memory; every stream brings them through two buffers of ``chunk`` rows."""
+
+    def __init__(self, stored: Tensor, like: Tensor, kernels: ModuleType, chunk: int) -> None:
+        super().__init__(stored, 1.0, kernels)
+        self._like, self._chunk = like, chunk
+        # one row more than is streamed: the finished row is made there
+        self._buffers = [
+            empty_rows(chunk + 1, like.shape[1], like.dtype, like.device) for _ in range(2)
+        ]
+        self._copies: torch.cuda.Stream | None = None
+        if like.device.type == "cuda":
+            self._copies = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
+        self._used: list[torch.cuda.Event | None] = [None, None]
+
+    @property
+    def graphable(self) -> bool:
+        """Never: the number of copies grows with the basis."""
+        return False
+
+    @property
+    def _device(self) -> torch.device:
+        return self._like.device
+
+    def project_(
+        self, W: Tensor, H: Tensor | None = None, *, count: Count
+    ) -> tuple[Tensor, Tensor]:
+        """One stream without H; with it two, since all rows are subtracted before the dots."""
+        if H is not None:
+            self.update_(W, H, count=count)
+        C = torch.zeros(self.stored.shape[0], W.shape[0], dtype=torch.float64, device=W.device)
+        G = None
+        for buffer, first, rows in self._chunks(_known(count)):
+            part, G = self.kernels.project_(buffer, W, count=rows)
+            C[first : first + rows] = part[:rows]
+        if G is None:
+            _, G = self.kernels.project_(self._buffers[0][:0], W)
+        return C, G
+
+    def update_(
+        self,
+        W: Tensor,
+        H: Tensor,
+        S: Tensor | None = None,
+        *,
+        count: Count,
+        append: bool = False,
+    ) -> None:
+        """As the kernel's, chunk by chunk; the last one mixes and appends."""
+        total = _known(count)
+        chunks = list(range(0, total, self._chunk)) or [0]
+        part = torch.zeros(self._chunk + 1, W.shape[0], dtype=torch.float64, device=W.device)
+        for buffer, first, rows in self._chunks(total) if total else [(self._buffers[0], 0, 0)]:
+            part[:rows] = H[first : first + rows]
+            last = first == chunks[-1]
+            self.kernels.update_(
+                buffer, W, part, S if last else None, count=rows,
+                append=1.0 if last and append else None,
+            )  # fmt: skip
+            if last and append:
+                self.stored[total].copy_(buffer[rows], non_blocking=True)
+
+    def _chunks(self, total: int) -> Iterator[tuple[Tensor, int, int]]:
+        """(buffer, first row, rows), each copied while the kernels work on the other."""
+        starts = range(0, total, self._chunk)
+        if self._copies is not None:  # rows appended, and buffers read, by the work so far
+            self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        arrived = [self._fetch(i % 2, start, total) for i, start in enumerate(starts[:1])]
+        for i, start in enumerate(starts):
+            if i + 1 < len(starts):
+                arrived.append(self._fetch((i + 1) % 2, starts[i + 1], total))
+            event = arrived[i]
+            if event is not None:
+                torch.cuda.current_stream(self._device).wait_event(event)
+            yield self._buffers[i % 2], start, min(self._chunk, total - start)
+            if self._copies is not None:
+                self._used[i % 2] = torch.cuda.current_stream(self._device).record_event()
+
+    def _fetch(self, which: int, start: int, total: int) -> torch.cuda.Event | None:
+        """Begin the copy of rows start .. into a buffer once its last reader is done."""
+        rows = min(self._chunk, total - start)
+        stream = self._copies
+        with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
+            used = self._used[which]
+            if stream is not None and used is not None:
+                stream.wait_event(used)
+            source = self.stored[start : start + rows]
+            self._buffers[which][:rows].copy_(source, non_blocking=True)
+            return stream.record_event() if stream is not None else None
+
+
+def _known(count: Count) -> int:
+    if not isinstance(count, int):
+        raise InputTypeError(f"an offloaded basis needs its count on the host, got {count!r}")
+    return count
+
+
+def allocate(
+    kind: str,
+    rows: int,
+    n: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: ModuleType,
+    beside: int = 0,
+) -> Basis:
+    """A basis of ``rows`` rows in one of FORMATS, where ``beside`` vectors fit too.
+
+    Raises:
+        ValueError: an unknown format, or ``offload`` for an operator that is not on a GPU.
+        MemoryError: it does not fit; the message says what would.
+    """
+    if kind not in FORMATS:
+        raise InputError(f"basis must be one of {', '.join(FORMATS)}, got {kind!r}")
+    if kind == "offload" and device.type != "cuda":
+        raise InputError(
+            f"basis='offload' keeps the rows of a GPU's operator in host memory, but this operator "
+            f"is on {device}; use 'full' or 'compressed'"
+        )
+    stored = torch.float16 if kind == "compressed" else dtype
+    if kind == "offload":
+        # at most 1 GiB each, and an eighth of what the card has left
+        room = min(1 << 30, available_bytes(device) // 8)
+        chunk = max(1, min(rows, room // stride_bytes(n, dtype) - 1))
+        check_room(kind, rows, n, dtype, dtype, torch.device("cpu"), device, 0)
+        check_room(kind, 2 * (chunk + 1), n, dtype, dtype, device, device, 2 + beside)
+        like = torch.empty(0, n, dtype=dtype, device=device)
+        pinned = torch.empty(rows, n, dtype=dtype, device="cpu", pin_memory=True)
+        return Offloaded(pinned, like, kernels, chunk)
+    check_room(kind, rows, n, stored, dtype, device, device, 2 + beside)
+    scale = min(math.sqrt(n), LARGEST) if kind == "compressed" else 1.0
+    return Basis(empty_rows(rows, n, stored, device), scale, kernels)
+
+
+def check_room(
+    kind: str,
+    rows: int,
+    n: int,
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    where: torch.device,
+    device: torch.device,
+    vectors: int,
+) -> None:
+    """MemoryError unless ``rows`` rows of the ``stored`` type fit into the memory of ``where``.
+
+    ``vectors`` of the operator's ``dtype`` have to fit too: the candidate, its product, results.
+    """
+    row, free = stride_bytes(n, stored), available_bytes(where)
+    beside, pinned = vectors * stride_bytes(n, dtype), kind == "offload" and where.type == "cpu"
+    needs = _pinned(rows * row) if pinned else rows * row + beside
+    if needs <= free:
+        return
+    ways = []
+    half = rows * stride_bytes(n, torch.float16) + beside
+    if kind == "full" and half <= free:
+        ways.append(f"basis='compressed' needs {readable(half)}")
+    if kind in ("full", "compressed") and device.type == "cuda":
+        away, host = _pinned(rows * stride_bytes(n, dtype)), available_bytes(torch.device("cpu"))
+        if away <= host:
+            ways.append(
+                f"basis='offload' needs {readable(away)} of the {readable(host)} of the host"
+            )
+    room = _pinned(free + 1) // 2 if pinned else free - beside
+    if room >= row and (kind in ("full", "compressed") or pinned):
+        rows_fit = "1 row" if room < 2 * row else f"{room // row} rows"
+        ways.append(f"{rows_fit} would fit (fewer steps or pairs, or a smaller ncv)")
+    ways = ways or ["use a machine with more memory"]
+    raise InsufficientMemoryError(
+        f"the basis of {rows} rows of {n} {str(stored).removeprefix('torch.')} numbers needs "
+        f"{readable(needs)} on {where}, {readable(free)} are free; {', or '.join(ways)}"
+    )
+
+
+def _pinned(size: int) -> int:
+    """What torch takes for a pinned block of this many bytes: the next power of two."""
+    return 1 << (size - 1).bit_length()

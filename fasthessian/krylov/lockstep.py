@@ -1,0 +1,144 @@
+"""Algorithms as generators that ask for products, so that many can advance in one pass.
+
+A run yields `Request`s, finds the products in their ``out`` when it goes on, and returns its
+record. ``solve`` answers the requests of one run by its operator, and those of the runs over a
+dictionary of operators together: one pass over the data a round for the blocks of one matrix.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Generator, Iterable, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from torch import Tensor
+
+from fasthessian.arguments import Progress
+from fasthessian.errors import InputError, UnsupportedError
+from fasthessian.operators.base import SymmetricOperator, operator
+from fasthessian.operators.blocks import Job, multiply
+from fasthessian.operators.torch_state.scopes import restored
+from fasthessian.results.records import Record
+
+R = TypeVar("R", bound=Record)
+
+
+class Request(NamedTuple):
+    """Products wanted: of the rows of V (b, n), into ``out`` (b, n)."""
+
+    V: Tensor
+    out: Tensor
+    trusted: bool = False  # see ``SymmetricOperator.apply``
+
+
+Asking = Generator[Request, None, None]
+Run = Generator[Request, None, tuple[R, list[Warning]]]  # the record, and where it falls short
+Start = Callable[[SymmetricOperator, "Progress | None"], Run[R]]
+
+
+class Guard:
+    """For the span of a run, notices changes of what the operators depend on.
+
+    The products before and after would be of two matrices. Changes between runs are followed.
+    """
+
+    def __init__(self, operators: Iterable[SymmetricOperator]) -> None:
+        self._operators = {id(getattr(A, "parent", A)): A for A in operators}.values()
+        self._runs = contextlib.ExitStack()
+
+    def __enter__(self) -> Guard:
+        self._held = [(A, A.changes(look=True)[0]) for A in self._operators]
+        for A in self._operators:
+            self._runs.enter_context(A.run())
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        """Look once more: at the end, and where a change may be the cause of an error."""
+        self._runs.close()
+        if kind is None or issubclass(kind, (ValueError, RuntimeError)):
+            self.check(look=True)
+
+    def check(self, look: bool = False) -> None:
+        """Raise RuntimeError if a product found a change, or if a ``look`` finds one."""
+        for A, count in self._held:
+            now, name = A.changes(look)
+            if now != count:
+                owner = name.partition(".")[0].partition("[")[0]
+                owner = owner if owner in ("criterion", "data") else "model"
+                raise UnsupportedError(
+                    f"{name} changed during the run, whose products then belong to two matrices; "
+                    f"change it before or after the run, or analyse a copy: copy.deepcopy({owner})"
+                )
+
+
+def alone(A: SymmetricOperator, requests: Asking) -> None:
+    """Answer every request by A."""
+    for V, out, trusted in requests:
+        A.apply(V, out, trusted=trusted)
+
+
+@restored
+def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R]:
+    """The record of one run over an operator, or one a name over a dictionary of operators."""
+    if not isinstance(A, Mapping):
+        with Guard([operator(A)]) as guard:
+            run = start(A, progress)
+            while True:
+                try:
+                    V, out, trusted = next(run)
+                except StopIteration as stop:
+                    record, shortfalls = stop.value
+                    break
+                A.apply(V, out, trusted=trusted)
+                guard.check()
+                del V, out  # the run may give their rows back before it asks again
+        for shortfall in shortfalls:
+            warnings.warn(shortfall, stacklevel=4)
+        return record  # type: ignore[no-any-return]
+    return _together(A, start, progress)
+
+
+def _together(
+    operators: Mapping[str, SymmetricOperator], start: Start[R], progress: Progress | None
+) -> dict[str, R]:
+    """All runs in rounds: one request of each, answered in one pass where they share a matrix."""
+    if not operators:
+        raise InputError("A is an empty dictionary; pass an operator, or blocks such as A.blocks()")
+    if len({id(A) for A in operators.values()}) < len(operators):
+        raise InputError("A holds one operator under two names; name each once")
+    done: dict[str, tuple[int, int | None]] = {}
+
+    def told(name: str) -> Progress | None:
+        if progress is None:
+            return None
+
+        def tell(made: int, total: int | None) -> None:
+            done[name] = made, total
+            totals = [t for _, t in done.values()]
+            whole = None if None in totals or len(done) < len(operators) else sum(totals)  # type: ignore[arg-type]
+            progress(sum(made for made, _ in done.values()), whole)
+
+        return tell
+
+    found: dict[str, R] = {}
+    with Guard(map(operator, operators.values())) as guard:
+        runs = {name: start(A, told(name)) for name, A in operators.items()}
+        while runs:
+            jobs = []
+            for name in list(runs):
+                try:
+                    V, out, trusted = next(runs[name])
+                except StopIteration as stop:
+                    del runs[name]
+                    found[name], shortfalls = stop.value
+                    for shortfall in shortfalls:
+                        warnings.warn(type(shortfall)(f"{name}: {shortfall}"), stacklevel=5)
+                    continue
+                except (ValueError, MemoryError) as error:
+                    raise type(error)(f"{name}: {error}") from error
+                jobs.append(Job(operators[name], V, out, trusted))
+                del V, out
+            multiply(jobs)
+            guard.check()
+    return {name: found[name] for name in operators}

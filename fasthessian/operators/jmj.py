@@ -1,0 +1,264 @@
+"""Matrices of the form J' M J: the Jacobian J of the outputs, and a middle M at the outputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fasthessian.errors import InputError, InputTypeError
+from fasthessian.operators.checks import distances
+from fasthessian.operators.curvature import Curvature
+from fasthessian.operators.loss.calls import logits
+from fasthessian.operators.loss.criteria import is_torchs
+from fasthessian.operators.loss.likelihood import Categorical, categorical, is_slope, readings
+from fasthessian.operators.loss.model_loss import ModelLoss, Part
+from fasthessian.operators.products import layer_factors as layers
+from fasthessian.operators.products.engines import Graph, difference
+from fasthessian.operators.products.layer_factors import Layers
+from fasthessian.operators.products.linearised import Linearised, Middle, along
+from fasthessian.operators.torch_state.conditions import in_turn
+from fasthessian.vectors import real
+
+OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
+Tangent = Callable[[Sequence[int], Sequence[Tensor]], "Tensor | None"]  # J v for one block
+
+
+class OuterCurvature(Curvature):
+    """J' M J over the data; a subclass says what M is (``_middle``)."""
+
+    def __init__(self, model: nn.Module, criterion: Any, data: Any, **options: Any) -> None:
+        self._examined = False
+        self._readings: dict[int, int | None] = {}  # how each part is a cross-entropy, if it is
+        super().__init__(model, criterion, data, **options)
+        if not self._examined:  # no graph is kept
+
+            def examine() -> None:
+                with self._pass() as params, closing(self._loss.parts()) as parts:
+                    self._graph(next(parts), params)
+
+            in_turn(self._roomy)(examine, f"a product of {type(self).__name__}")
+
+    def _survey(self) -> None:
+        super()._survey()
+        self._examined = False
+        self._readings.clear()
+
+    @property
+    def _given(self) -> ModelLoss:
+        """The loss: always of a model, since the outputs are needed."""
+        return cast(ModelLoss, self._loss)
+
+    def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
+        """M of one part at its outputs z; None if it is 0."""
+        raise NotImplementedError
+
+    def _examine(self, z: Tensor, loss: Tensor, middle: Middle | None, params: Any) -> None:
+        """Raise ValueError for a loss that the matrix is not defined for; once, on a part."""
+        check_path(z, loss, params, type(self).__name__)
+
+    def _categorical(self, part: Part, z: Tensor, loss: Tensor) -> Categorical | None:
+        """How the loss is a cross-entropy of z.
+
+        A loss that is not torch's is compared once for each part with what it may be.
+        """
+        criterion = self._given.criterion
+        found = categorical(criterion, part, z)
+        if found is not None or is_torchs(criterion):
+            return found
+        if part.position not in self._readings:
+            (slopes,) = torch.autograd.grad(
+                loss, z, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            ways = enumerate(readings(criterion, part.batch, z))
+            held = (number for number, way in ways if is_slope(way, z, slopes))
+            self._readings[part.position] = next(held, None)
+        number = self._readings[part.position]
+        if number is None:
+            return None
+        return next(itertools.islice(readings(criterion, part.batch, z), number, None), None)
+
+    def _graph(self, part: Part, params: list[Tensor]) -> Graph:
+        outputs, loss = self._evaluated(part)
+        z = self._outputs(outputs)
+        if not (z.is_floating_point() and z.requires_grad and loss.requires_grad):
+            raise InputError(
+                f"the outputs ({z.dtype}) do not depend on the parameters; "
+                f"{type(self).__name__} needs real outputs that do"
+            )
+        middle = self._middle(part, z, loss)
+        if not self._examined:
+            self._examine(z, loss, middle, params)
+            self._examined = True
+        if middle is None:
+            return OuterGraph(z, params, part.weight, lambda places, tangents: None, _same)
+        return OuterGraph(z, params, part.weight, self._tangent(part, z, params), middle)
+
+    def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
+        z = self._outputs(outputs)
+        if z.is_complex():
+            raise InputTypeError(
+                f"the model returns {z.dtype} for {type(self).__name__}, which needs real outputs; "
+                f"return torch.view_as_real(outputs), or use Hessian"
+            )
+        return z.sum() if z.requires_grad else loss  # which says that it does not depend on them
+
+    @property
+    def _twice(self) -> bool:
+        return True  # M by any engine
+
+    def _suspects(self, outputs: Any, loss: Tensor) -> list[str]:
+        if self._options.engine == "difference":
+            return []
+        return self._functions.untrusted(self._outputs(outputs), self._options.engine == "forward")
+
+    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
+        """Of J v, since M is known or looked at by itself."""
+        with self._pass() as params:
+            z = self._outputs(self._evaluated(part)[0])
+            task = self._task(None, v, torch.zeros_like(v))
+            places = list(task.places)
+            Jv = self._tangent(part, z, params)(places, [*task.rows[0]])
+            Jv = torch.zeros_like(z) if Jv is None else Jv
+
+            def outputs(h: float) -> Tensor:
+                with self._at(params, h * v[0]), torch.no_grad():
+                    return self._outputs(self._loss.evaluate(part)[0])
+
+            return distances(outputs, float(self.theta().norm() or 1.0) / float(v.norm()), Jv)
+
+    def _layers(
+        self, model: nn.Module, part: Part, params: list[Tensor], room: float
+    ) -> Layers | None:
+        def outputs() -> tuple[Tensor, Tensor]:
+            found, loss = self._evaluated(part)
+            return self._outputs(found), loss
+
+        def middle(z: Tensor, loss: Tensor) -> Middle | None:
+            return self._middle(part, z, loss)
+
+        return layers.build(model, params, outputs, middle, room, through=False)
+
+    def _outputs(self, outputs: Any) -> Tensor:
+        z = logits(outputs)
+        own = self._given.criterion is None or self._given.whole
+        if own and isinstance(z, (tuple, list)):  # (outputs, loss)
+            several = [each for each in z if isinstance(each, Tensor) and each.dim()]
+            z = several[0] if len(several) == 1 else z
+        if z is outputs and self._given.criterion is None:
+            raise InputTypeError(
+                f"criterion must be given: {type(self).__name__} needs the loss as a function of "
+                f"the outputs; for a model that returns its loss alone use Hessian"
+            )
+        if not isinstance(z, Tensor):
+            got = "no call of it" if outputs is None else type(outputs).__name__
+            raise InputTypeError(
+                f"the model must return a tensor or an output with .logits for "
+                f"{type(self).__name__}, got {got}; use Hessian"
+            )
+        return z
+
+    def _tangent(self, part: Part, z: Tensor, params: list[Tensor]) -> Tangent:
+        if self._options.engine == "forward":
+            names = self.layout.names
+
+            def forward(places: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
+                def outputs(*values: Tensor) -> Tensor:
+                    named = {names[i]: value for i, value in zip(places, values, strict=True)}
+                    return self._outputs(self._loss.evaluate(part, named)[0])
+
+                at = [params[i].detach() for i in places]
+                return along(outputs, at, tangents)  # type: ignore[no-any-return]
+
+            return forward
+        if self._options.engine == "difference":
+
+            def central(places: Sequence[int], tangents: Sequence[Tensor]) -> Tensor | None:
+                def outputs() -> list[Tensor]:
+                    with torch.no_grad():
+                        return [self._outputs(self._loss.evaluate(part)[0])]
+
+                found = difference(outputs, [params[i] for i in places], tangents)
+                return None if found is None else found[0]
+
+            return central
+        return Linearised(z, params)
+
+
+def check_path(z: Tensor, loss: Tensor, params: Sequence[Tensor], name: str) -> None:
+    """Raise ValueError if the loss depends on the parameters other than through z."""
+    options: dict[str, Any] = {
+        "retain_graph": True, "allow_unused": True, "materialize_grads": True,
+    }  # fmt: skip
+    (slopes,) = torch.autograd.grad(loss, z, **options)
+    whole = torch.autograd.grad(loss, params, **options)
+    through = torch.autograd.grad(z, params, slopes, **options)
+    size = sum(float(real(g).double().square().sum()) for g in whole) ** 0.5
+    pairs = zip(whole, through, strict=True)
+    missed = sum(float(real(a - b).double().square().sum()) for a, b in pairs) ** 0.5
+    if missed > OTHER_WAY * size:
+        raise InputError(
+            f"the loss depends on the parameters other than through the outputs (or .logits): "
+            f"{missed / size:.1%} of its gradient; {name} needs a criterion of one output alone, "
+            f"use Hessian"
+        )
+
+
+def _same(u: Tensor) -> Tensor:
+    return u
+
+
+class OuterGraph(Graph):
+    """J' M J of one part."""
+
+    def __init__(
+        self,
+        z: Tensor,
+        params: Sequence[Tensor],
+        weight: float,
+        tangent: Tangent,
+        middle: Middle,
+    ) -> None:
+        super().__init__(params, weight)
+        self._z, self._tangent, self._middle = z, tangent, middle
+
+    def _pieces(
+        self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool
+    ) -> Sequence[Tensor] | None:
+        u = self._tangent(places, tangents)
+        if u is None:
+            return None
+        return torch.autograd.grad(
+            self._z,
+            [self._params[i] for i in places],
+            self._middle(u.to(self._z.dtype)),
+            retain_graph=keep,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+
+class Scores:
+    """M u = sum over the terms of factor s (s'u): one outer product a term.
+
+    Args:
+        scores: (samples, *z.shape), one score of each term a sample.
+        dims: those of z that belong to one term.
+        factor: broadcast against z.
+    """
+
+    def __init__(self, scores: Tensor, dims: tuple[int, ...], factor: Tensor | float) -> None:
+        self._scores, self._dims, self._factor = scores, dims, factor
+
+    def __call__(self, u: Tensor) -> Tensor:
+        """M u, a new tensor."""
+        out = torch.zeros_like(u)
+        for s in self._scores:
+            # torch sums over all dimensions where none are named
+            along = (s * u).sum(self._dims, keepdim=True) if self._dims else s * u
+            out.addcmul_(s, along * self._factor)
+        return out

@@ -1,0 +1,162 @@
+"""Whether batches are what their parts make up, as far as the gradient of the loss tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fasthessian.errors import InputError
+from fasthessian.memory import out_of_memory
+from fasthessian.operators.loss.batches import Batch, cut, halves, items, samples
+from fasthessian.operators.loss.model_loss import ModelLoss
+
+ATOMS = (str, bytes, bool, int, float, complex, type(None))
+
+
+class Coupling(NamedTuple):
+    """What ``coupling`` found."""
+
+    change: float  # the largest relative change over the batches; NaN where none can be cut
+    batch: int  # its index
+    reason: str  # why a batch could not be cut; empty if all could
+
+
+def coupling(loss: ModelLoss, params: Sequence[Tensor], allowed: float) -> Coupling:
+    """Relative change of a batch's gradient when it is cut into microbatches, or in two.
+
+    Costs two gradients of every batch. Where the change is more than ``allowed``, it is measured
+    once more at parameters a little off, because near a minimum gradients are rounding alone.
+
+    Without ``microbatch`` nothing relies on the cut. Then a batch whose halves are no batches of
+    this model, or mean something else, is cut along the second dimension, as data with time first
+    have their samples there; if that does not tell either, the reason is given.
+    """
+    largest, which, why = math.nan, -1, ""
+    with closing(loss.batches()) as batches:
+        for index, batch in batches:
+            if loss.microbatch:
+                change, reason = _of_microbatches(loss, index, batch, params, allowed)
+            else:
+                change, reason = _of_halves(loss, batch, params, allowed)
+            why = why or reason
+            if change > largest or math.isnan(largest):
+                largest, which = change, index
+    return Coupling(largest, which, why)
+
+
+def _of_microbatches(
+    loss: ModelLoss, index: int, batch: Batch, params: Sequence[Tensor], allowed: float
+) -> tuple[float, str]:
+    """The change of a batch, or of as much of it as fits, or NaN and why that does not tell."""
+    most, whole = loss.microbatch, batch
+    while True:
+        try:
+            change, reason = _smaller(loss, batch, cut(batch, most), params, allowed)
+            break
+        except RuntimeError as error:
+            if not (out_of_memory(error) and most and samples(batch) > most):
+                raise
+        batch = next(halves(batch))  # outside of the handler, which holds what was allocated
+    if reason:
+        raise InputError(
+            f"microbatch={most} does not serve, a part of batch {index} is no batch of this model: "
+            f"{reason}; use microbatch=None"
+        )
+    if math.isnan(change) and batch is not whole:
+        return change, f"more than microbatch={most} does not fit, so samples may couple unseen"
+    return change, ""
+
+
+def _of_halves(
+    loss: ModelLoss, batch: Batch, params: Sequence[Tensor], allowed: float
+) -> tuple[float, str]:
+    """The change of a batch that is cut in two, or NaN and why that does not tell."""
+    if samples(batch) < 2:
+        return math.nan, "a batch of one sample cannot be cut"
+    change, reason = _smaller(loss, batch, halves(batch), params, allowed)
+    if change <= allowed:
+        return change, ""
+    if not reason and loss.varies(batch):
+        reason = "the loss draws random numbers, others for each part"
+    reason = reason or _unlike(loss, batch)
+    across, _ = _smaller(loss, batch, halves(batch, dim=1), params, allowed)
+    if across <= allowed:
+        if reason:
+            return across, ""
+        reason = "halves along the second dimension make up the batch, along the first they do not"
+    return (math.nan, reason) if reason else (change, "")
+
+
+def _unlike(loss: ModelLoss, batch: Batch) -> str:
+    """Why halves that do not make up a batch may be no halves of its samples; empty if nothing."""
+    count = samples(batch)
+    for item in items(batch):
+        shape = tuple(item.shape) if isinstance(item, Tensor) else None
+        if shape is None and not isinstance(item, ATOMS):
+            return f"data holds a {type(item).__name__}, which is not cut with the samples"
+        if shape and shape[0] not in (1, count):
+            return f"data holds a tensor of shape {shape}, which is not cut with {count} samples"
+    for name, module in loss.model.named_modules():
+        if getattr(module, "batch_first", None) is False:
+            return f"{name or 'the model'} has batch_first=False, its first dimension may be time"
+    return ""
+
+
+def _smaller(
+    loss: ModelLoss,
+    batch: Batch,
+    chunks: Iterable[Batch],
+    params: Sequence[Tensor],
+    allowed: float,
+) -> tuple[float, str]:
+    """The change of a batch, here or at parameters a little off, or NaN and why it has none."""
+    whole = loss.gradient(batch, params, False)
+    try:
+        parts = list(chunks)
+        if len(parts) < 2:
+            return math.nan, ""
+        change = _change(loss, batch, whole, parts, params, moved=False)
+        if not change <= allowed:
+            whole = loss.gradient(batch, params, True)
+            change = min(change, _change(loss, batch, whole, parts, params, moved=True))
+        return change, ""
+    except Exception as error:  # whatever a model raises at half of its batch
+        if out_of_memory(error):
+            raise
+        cause = error.__cause__ or error
+        return math.nan, f"{cause}".strip().partition("\n")[0] or type(cause).__name__
+
+
+def _change(
+    loss: ModelLoss,
+    batch: Batch,
+    whole: tuple[Sequence[Tensor], Any],
+    chunks: Sequence[Batch],
+    params: Sequence[Tensor],
+    moved: bool,
+) -> float:
+    """How far the gradient of a batch is from what its chunks make up."""
+    terms = loss.terms
+    if not terms.number(batch, whole[1]):
+        return 0.0
+    counts, total, size = terms.told(batch, chunks), 0.0, 0.0
+    together = [torch.zeros_like(piece) for piece in whole[0]]
+    for place, chunk in enumerate(chunks):
+        pieces, found = loss.gradient(chunk, params, moved)
+        count = counts[place] if counts else terms.number(chunk, found)
+        if count:  # the mean over no term is NaN
+            total += count
+            size += count * _norm(pieces)
+            torch._foreach_add_(together, list(pieces), alpha=count)
+    total = 1.0 if terms.summed else total or 1.0
+    gap = _norm([a - b / total for a, b in zip(whole[0], together, strict=True)])
+    return gap / (size / total or 1.0)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))

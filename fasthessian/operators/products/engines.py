@@ -1,0 +1,318 @@
+"""How the products of one part are made: by double backward, forward mode, or differences."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
+
+from fasthessian import kernels
+from fasthessian.errors import InputError, UnsupportedError
+from fasthessian.operators.products.layer_factors import Layers
+from fasthessian.operators.products.linearised import along
+from fasthessian.operators.torch_state.conditions import keep_values
+from fasthessian.operators.torch_state.scopes import Undo, scope
+from fasthessian.vectors import like, real
+
+ENGINES = ("auto", "retained", "recompute", "forward", "difference")
+# What torch says of an operation that it cannot differentiate twice, and forward over reverse.
+NOT_TWICE = ("not implemented", "not been implemented", "differentiate twice")
+NOT_FORWARD = ("forward AD", "forward mode AD", "jvp", "ZeroTensors", "setup_context",
+               "functorch transform", *NOT_TWICE)  # fmt: skip
+
+Gradient = Callable[[Sequence[int]], Sequence[Tensor]]  # with respect to parameters at places
+
+
+class Task(NamedTuple):
+    """Products with one block of the matrix.
+
+    ``places`` are those of the block's parameters; ``rows`` holds the pieces of each vector in
+    their shapes, ``out`` (b, n of the block) receives the products.
+    """
+
+    places: Sequence[int]
+    rows: Sequence[Sequence[Tensor]]
+    out: Tensor
+
+
+class Graph:
+    """The products of one part of the loss; a subclass makes the pieces of one (``_pieces``)."""
+
+    def __init__(self, params: Sequence[Tensor], weight: float) -> None:
+        self._params, self._weight = params, weight
+        self.layers: Layers | None = None  # for blocks of single layers, where they are kept
+        self.padded: dict[int, int | slice] = {}  # rows without gradient, by place
+
+    def products(self, tasks: Sequence[Task], *, first: bool, keep: bool) -> None:
+        """Add ``weight * H v`` to each row of each ``out``, or write it there if ``first``.
+
+        The graph can serve again only if ``keep``.
+        """
+        last = sum(len(task.rows) for task in tasks)
+        for task in tasks:
+            pack_ = kernels.select(task.out.device).pack_
+            params = [self._params[i] for i in task.places]
+            for views, row in zip(task.rows, task.out, strict=True):
+                last -= 1
+                tangents = [like(v, p) for v, p in zip(views, params, strict=True)]
+                for i, place in enumerate(task.places):
+                    if place in self.padded:
+                        tangents[i] = tangents[i].clone()
+                        tangents[i][self.padded[place]] = 0
+                pieces: Sequence[Tensor] | None
+                with _named(isinstance(self, Forward)):
+                    if self.layers is not None and self.layers.serves(task.places):
+                        pieces = self.layers.pieces(task.places, tangents)
+                    else:
+                        pieces = self._pieces(task.places, tangents, keep or last > 0)
+                if pieces is not None:
+                    pieces = [real(piece).to(row.dtype) for piece in pieces]
+                    pack_(row, pieces, alpha=self._weight, beta=0.0 if first else 1.0)
+                elif first:
+                    row.zero_()
+
+    def _pieces(
+        self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool
+    ) -> Sequence[Tensor] | None:
+        """The product by parameter, unweighted; None if the block is 0."""
+        raise NotImplementedError
+
+
+class DoubleBackward(Graph):
+    """H v = d(g'v)/d theta (Pearlmutter 1994) from the differentiable gradient of the part."""
+
+    def __init__(self, loss: Tensor, params: Sequence[Tensor], weight: float) -> None:
+        super().__init__(params, weight)
+        grads: tuple[Tensor | None, ...] = (None,) * len(params)
+        if loss.requires_grad:
+            grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
+        # a gradient that is constant in the parameters has no rows in H; edges of the graph stand
+        # for the others, so that their values need not stay in memory
+        self._edges = {
+            i: get_gradient_edge(g)
+            for i, g in enumerate(grads)
+            if g is not None and g.requires_grad
+        }
+
+    def _pieces(
+        self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool
+    ) -> Sequence[Tensor] | None:
+        curved = [(self._edges[i], v) for i, v in zip(places, tangents, strict=True)
+                  if i in self._edges]  # fmt: skip
+        if not curved:
+            return None
+        return torch.autograd.grad(
+            [edge for edge, _ in curved],
+            [self._params[i] for i in places],
+            [v for _, v in curved],
+            retain_graph=keep,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+
+
+class Forward(Graph):
+    """H v as the derivative of the gradient along v, forward over reverse: no graph is kept.
+
+    ``loss(places, values)`` is the loss of the part with ``values`` for the parameters at
+    ``places``. Reverse over forward is avoided: torch 2.13 is silently wrong there.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[Sequence[int], Sequence[Tensor]], Tensor],
+        params: Sequence[Tensor],
+        weight: float,
+    ) -> None:
+        super().__init__(params, weight)
+        self._loss = loss
+
+    def _pieces(
+        self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool
+    ) -> Sequence[Tensor]:
+        def gradient(*values: Tensor) -> tuple[Tensor, ...]:
+            found: tuple[Tensor, ...] = torch.func.grad(lambda values: self._loss(places, values))(
+                values
+            )
+            return found
+
+        at = [self._params[i].detach() for i in places]
+        return along(gradient, at, tangents)  # type: ignore[no-any-return]
+
+
+class Difference(Graph):
+    """H v as the central difference of gradients at theta +- h v, for what has no second ones.
+
+    ``gradient(places)`` is the gradient of the part where the parameters stand. The error is of
+    the order eps^(2/3) of the dtype relative to the third derivative, about 1e-4 in float32. At
+    kinks (ReLU) there is none: differences see those within the step, whatever its size.
+    """
+
+    def __init__(self, gradient: Gradient, params: Sequence[Tensor], weight: float) -> None:
+        super().__init__(params, weight)
+        self._gradient = gradient
+
+    def _pieces(
+        self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool
+    ) -> Sequence[Tensor] | None:
+        return difference(
+            lambda: self._gradient(places), [self._params[i] for i in places], tangents
+        )
+
+
+def difference(
+    function: Callable[[], Sequence[Tensor]], params: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Sequence[Tensor] | None:
+    """Central difference of a function of the parameters along the tangents; None along 0.
+
+    The step keeps its size relative to the parameters, whatever the size of the tangents.
+    """
+    size = _norm(tangents)
+    if not size:
+        return None
+    eps = max(torch.finfo(p.dtype).eps for p in params)
+    h = eps ** (1 / 3) * (_norm(params) or 1.0) / size
+    ends = []
+    for step in (h, -h):
+        with _moved(params, tangents, step):
+            ends.append([end.detach() for end in function()])
+    return [(a - b).div_(2 * h) for a, b in zip(*ends, strict=True)]
+
+
+@scope
+def _moved(undo: Undo, params: Sequence[Tensor], tangents: Sequence[Tensor], step: float) -> None:
+    for p, at, v in zip(params, keep_values(undo, params), tangents, strict=True):
+        p.data = torch.add(at, v, alpha=step)
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    squares = [real(t.detach()).double().square().sum() for t in tensors]
+    return float(torch.stack(squares).sum().sqrt())
+
+
+@contextlib.contextmanager
+def _named(forward: bool) -> Iterator[None]:
+    """Say which engine would serve where torch has no such derivative."""
+    try:
+        yield
+    except RuntimeError as error:  # NotImplementedError is one
+        first = str(error).splitlines()[0]
+        if "RuntimeError: KeyboardInterrupt" in str(error):  # a Ctrl-C inside TorchScript
+            raise KeyboardInterrupt from error
+        if forward and any(words in str(error) for words in NOT_FORWARD):
+            raise UnsupportedError(
+                f"torch cannot differentiate the gradient in forward mode: {first}; "
+                f"use engine='retained' or 'recompute', or 'difference' if they fail too"
+            ) from error
+        if any(words in str(error) for words in NOT_TWICE):
+            raise UnsupportedError(
+                f"the loss has no second derivative in torch: {first}; "
+                f"engine='difference' needs first ones only, and no kinks such as ReLU's"
+            ) from error
+        raise
+
+
+def gradient(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradient of the loss, zeros where it does not depend on a parameter."""
+    if not loss.requires_grad:
+        return [torch.zeros_like(p) for p in params]
+    return torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
+
+
+def unused(loss: Tensor, params: Sequence[Tensor], places: Sequence[int]) -> list[int]:
+    """Those of the places whose parameters no gradient reaches."""
+    if not loss.requires_grad:
+        return list(places)
+    grads = torch.autograd.grad(loss, [params[i] for i in places], allow_unused=True)
+    return [i for i, grad in zip(places, grads, strict=True) if grad is None]
+
+
+def examine(loss: Tensor, params: Sequence[Tensor], freed: str, twice: bool = True) -> list[int]:
+    """Check that the loss depends on the parameters and can be differentiated (``twice``).
+
+    Returns the places of the parameters that no gradient reaches. ``freed`` is said of a loss whose
+    graph is gone.
+
+    torch gives zeros, without a word, where the second derivative runs into a custom function
+    marked ``once_differentiable``: its error node hangs off the way to the parameters. A seed that
+    requires gradients makes every such node appear in the graph, also behind constants.
+    """
+    grads: tuple[Tensor | None, ...] = ()
+    if loss.requires_grad:
+        seed = torch.ones_like(loss, requires_grad=True)
+        try:
+            grads = torch.autograd.grad(loss, params, seed, create_graph=twice, allow_unused=True)
+        except RuntimeError as error:
+            if "graph a second time" not in str(error):
+                raise
+            raise UnsupportedError(freed) from error
+    if all(grad is None for grad in grads):
+        raise InputError(
+            f"the loss does not depend on any of the {len(params)} parameters; "
+            f"is it computed from detached tensors, or by a model that differentiates inside in "
+            f"training only (mode='train')?"
+        )
+    for node in nodes_from([g.grad_fn for g in grads if g is not None] if twice else []):
+        if node.name() == "torch::autograd::Error":
+            raise UnsupportedError(
+                "the loss has no second derivative: a custom autograd function in it is marked "
+                "once_differentiable; write its backward with differentiable operations, or use "
+                "engine='difference', which needs first derivatives only"
+            )
+    return [i for i, grad in enumerate(grads) if grad is None]
+
+
+def nodes_from(starts: Iterable[Node | None]) -> Iterator[Node]:
+    """The nodes of a graph that lead to some of them, those included."""
+    nodes = list(starts)
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        if node is None:
+            continue
+        yield node
+        fresh = {following for following, _ in node.next_functions} - seen
+        seen |= fresh
+        nodes += fresh
+
+
+def coarsest(loss: Tensor) -> torch.dtype:
+    """The dtype of the fewest bits in which a part of the loss is computed.
+
+    That is not the parameters' where the model sets autocast, or converts its outputs.
+    """
+    found = {loss.dtype}
+    for node in nodes_from([loss.grad_fn]):
+        found |= {each.dtype for each in getattr(node, "_input_metadata", ())}
+    floats = [dtype for dtype in found if dtype.is_floating_point or dtype.is_complex]
+    return max(floats, key=lambda dtype: torch.finfo(dtype).eps).to_real()
+
+
+@contextlib.contextmanager
+def metered(params: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
+    """A function that tells the bytes saved by graphs built inside, parameters left out.
+
+    The graphs cannot be used after the end of the context.
+    """
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> int:
+        saved.append(tensor)
+        return len(saved) - 1
+
+    def total() -> int:
+        storages = [t.untyped_storage() for t in saved if t.layout is torch.strided]
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+        own = {p.untyped_storage().data_ptr() for p in params}
+        return sum(size for address, size in held.items() if address not in own)
+
+    try:
+        with saved_tensors_hooks(pack, saved.__getitem__):
+            yield total
+    finally:
+        # a graph that owned its tensors through hooks would be a cycle that no collector sees
+        saved.clear()

@@ -1,0 +1,116 @@
+"""How the products of a curvature matrix are to be made, as the user asked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import sys
+
+import torch
+
+from fasthessian.errors import InputError
+from fasthessian.memory import available_bytes, readable
+from fasthessian.operators.products.engines import ENGINES
+
+PRECISIONS = ("bf16", "tf32")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Keyword arguments of ``Hessian`` that are common to all curvature matrices."""
+
+    engine: str = "auto"
+    precision: str | None = None
+    mode: str = "eval"
+    memory_budget: int | None = None
+    microbatch: int | None = None
+    weight_decay: float = 0.0
+
+    @property
+    def keeps_graphs(self) -> bool:
+        """Whether products come from differentiable gradients."""
+        return self.engine not in ("forward", "difference")
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for a value that is not accepted."""
+        if self.engine not in ENGINES:
+            raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        if self.precision not in (None, *PRECISIONS):
+            raise InputError(f"precision must be None, 'bf16' or 'tf32', got {self.precision!r}")
+        if self.precision == "bf16" and not self.keeps_graphs:
+            raise InputError(
+                f"precision must be None with engine={self.engine!r}, got 'bf16'; it serves "
+                f"'retained' and 'recompute'"
+            )
+        if self.mode not in ("eval", "train"):
+            raise InputError(f"mode must be 'eval' or 'train', got {self.mode!r}")
+        budget = self.memory_budget
+        if budget is not None and not (isinstance(budget, (int, float)) and budget >= 0):
+            raise InputError(
+                f"memory_budget must be None or a number of bytes >= 0, got {budget!r}"
+            )
+        size = self.microbatch
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise InputError(f"microbatch must be None or a positive integer, got {size!r}")
+        decay = self.weight_decay
+        if not (isinstance(decay, (int, float)) and math.isfinite(decay) and decay >= 0):
+            raise InputError(f"weight_decay must be a finite number >= 0, got {decay!r}")
+
+    def check(self, device: torch.device, closure: bool) -> None:
+        """Raise ValueError where the device or a closure cannot serve what was asked."""
+        if self.precision == "tf32" and device.type != "cuda":
+            raise InputError(
+                f"precision must be None or 'bf16' on {device.type}, got 'tf32', which is for "
+                f"NVIDIA GPUs"
+            )
+        if closure and self.engine == "forward":
+            raise InputError(
+                "engine must be 'retained', 'recompute', 'difference' or 'auto' for a closure, got "
+                "'forward': a closure reads its parameters itself"
+            )
+
+    def room(self, device: torch.device) -> float:
+        """Bytes that what is kept may take."""
+        return available_bytes(device) // 2 if self.memory_budget is None else self.memory_budget
+
+    def choose(
+        self, needs: float, count: int, replayable: bool, device: torch.device
+    ) -> tuple[int, str]:
+        """How many parts keep their graph, and the words that say why.
+
+        ``needs`` are the bytes of the graphs of all ``count`` parts.
+        """
+        size = f"{readable(needs)} of graphs for {count} part{'s' if count > 1 else ''}"
+        if self.engine != "auto":
+            kept = sys.maxsize if self.engine == "retained" else 0
+            return kept, f"{self.engine}: as asked, {size}"
+        budget = self.room(device)
+        limit = f"the budget of {readable(budget)}"
+        if needs <= budget:
+            return sys.maxsize, f"retained: {size}, within {limit}"
+        # a loader may shuffle: then no kept graph stands for a part of the next pass
+        capacity = int(budget / needs * count) if replayable else 0
+        if capacity:
+            return capacity, f"retained for {capacity} parts: {size}, above {limit}"
+        return 0, f"recompute: {size}, above {limit}"
+
+    def shortage(
+        self, what: str, words: str, needs: float, device: torch.device, cuttable: bool
+    ) -> str:
+        """What a failed allocation, in torch's ``words``, means and which option would help."""
+        ways = []
+        if self.engine != "recompute" and self.keeps_graphs:
+            ways.append("engine='recompute' keeps no graph")
+        if cuttable and self.microbatch != 1:
+            ways.append(
+                f"microbatch={max(1, (self.microbatch or 2) // 2)} and more cut the batches"
+            )
+        size = re.search(r"[\d.]+ (?:[KMGT]iB|bytes)", words)
+        asked = f"an allocation of {size.group(0)} failed" if size else "an allocation failed"
+        graphs = f"; graphs take about {readable(needs)} in all" if needs else ""
+        return (
+            f"{what} does not fit the memory of {device}: {asked}, "
+            f"{readable(available_bytes(device))} are free now{graphs}; "
+            f"{', '.join(ways) or 'use a machine with more memory'}"
+        )

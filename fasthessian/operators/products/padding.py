@@ -1,0 +1,72 @@
+"""Rows of embeddings that have no gradient: their ``padding_idx``, found in the graph of the loss.
+
+torch leaves such a row out of first derivatives only. Row and column of the matrix are 0 where the
+tangents are 0 there. A row that also serves elsewhere, as in a tied output layer or in a weight
+that is computed, has a gradient from there: double backward alone then makes what torch makes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fasthessian.errors import InputError
+from fasthessian.operators.products.engines import nodes_from
+
+
+class Padding(NamedTuple):
+    """A padding row of the parameter at ``place``, and whether the row also serves elsewhere."""
+
+    place: int
+    row: int
+    tied: bool
+
+
+def padding(loss: Tensor, params: Sequence[Tensor]) -> Iterator[Padding]:
+    """The padding rows of the parameters in the graph of the loss."""
+    place = {id(p): i for i, p in enumerate(params)}
+    rows: defaultdict[Any, set[int | None]] = defaultdict(set)  # of a node: what is read from it
+    for node in nodes_from([loss.grad_fn]):
+        for i, (source, _) in enumerate(node.next_functions):
+            if source is not None:
+                rows[source].add(_row(node) if i == 0 else None)
+    for source, read in rows.items():
+        for row in read - {None}:
+            for at in {place[id(p)] for p in _leaves(source) if id(p) in place}:
+                computed = not hasattr(source, "variable")
+                yield Padding(at, row or 0, computed or len(read) > 1)
+
+
+def check_untied(found: Sequence[Padding], names: Sequence[str], engine: str) -> None:
+    """Raise ValueError where tangents of 0 would not be right: for engines without graphs."""
+    for place, row, tied in found:
+        if tied:
+            name = names[place].removesuffix(".weight")
+            raise InputError(
+                f"engine must be 'retained' or 'recompute' for this loss, got {engine!r}: "
+                f"{name!r} is tied, and its row padding_idx={row} has a gradient from one of its "
+                f"places only"
+            )
+
+
+def _row(node: Any) -> int | None:
+    """The row that an embedding leaves out; None of any other node."""
+    if not node.name().startswith("Embedding"):
+        return None
+    if node._saved_sparse:
+        raise InputError(
+            "the loss uses an embedding with sparse gradients, which have no second derivative; "
+            "set its sparse to False"
+        )
+    row, count = node._saved_padding_idx, node._saved_weight_sym_argsize_0
+    return row if row < count else None  # where there is none it is 2^64 - 1
+
+
+def _leaves(source: Any) -> Iterator[Tensor]:
+    """The tensors from which a node computes."""
+    for node in nodes_from([source]):
+        if hasattr(node, "variable"):
+            yield node.variable

@@ -1,0 +1,1 @@
+"""What torch must be during a product: modes, random states, hooks, rewritten layers."""

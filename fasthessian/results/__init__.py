@@ -1,0 +1,1 @@
+"""Result records, their file format and their figures."""

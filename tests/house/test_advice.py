@@ -1,0 +1,210 @@
+"""Every piece of advice in a message of the package is followed by a test that takes it.
+
+The source is searched for texts that advise. Each must contain words of one row at least of
+``TAKEN``, or of the cases of test_advice_taken.py and test_advice_of_results.py, which run what
+the message advises. A message with new advice needs a row: words that stand in the source as they
+are here, without values in braces, and the test that does what they say, as "file::function".
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import fasthessian
+from tests.house import test_advice_of_results, test_advice_taken
+
+ROOT = Path(fasthessian.__file__).parent
+TESTS = {path.name: path for path in Path(__file__).parents[1].rglob("test_*.py")}
+# The drop-in has a list of its own; these patterns turn one advice into another.
+ELSEWHERE = ("pyhessian/", "app/advice.py")
+
+VERBS = (
+    "ask|call|check|choose|convert|draw|fix|give|install|leave|let|make|move|pass|pip install|put|"
+    "raise|reinstall|return|save|set|split|take|try|unset|update|use|wrap|write"
+)
+ADVICE = re.compile(
+    rf"(?:^|[;:,?(] |\b(?:or|and|else|then|folder) )(?:{VERBS})\b(?! is\b| are\b)"
+    r"|\b(?:basis|check|engine|microbatch|mode|overwrite|reduction)=(?:'\w+'|None|True|False)"
+    r"|\bway out\b|\bwould fit\b|\bmore cut the batches\b|\.(?:contiguous|to)\(\)"
+)
+
+MEMORY = "test_advice_of_results.py::test_a_basis_that_does_not_fit"
+FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
+INSTALLED = "test_advice.py::test_what_messages_ask_to_install_serves"
+TAKEN = {
+    "pass a criterion, or mode='train'":
+        "test_detectors.py::test_a_loss_in_training_only_is_told_of_training",
+    "closure frees its graph":
+        "test_closure_accidents.py::test_an_optimizers_closure_leaves_gradients",
+    "closure writes into ":
+        "test_closure_accidents.py::test_a_tensor_that_is_no_buffer_is_named_and_the_advice_works",
+    "engine='difference' needs first ones only":
+        "test_formulas.py::test_what_has_no_formula_names_an_engine_that_serves",
+    "; pass smaller batches":
+        "test_checks_that_do_not_apply.py::test_a_batch_that_cannot_be_cut_into_microbatches_is_refused",
+    "does not serve, a part of batch":
+        "test_checks_that_do_not_apply.py::test_a_batch_that_cannot_be_cut_into_microbatches_is_refused",
+    "return torch.view_as_real(outputs)": "test_complex_parameters.py::test_complex_outputs",
+    "with sigma=": "test_compressed.py::test_a_density_finer_than_float16_resolves_says_so",
+    "or basis='none' needs ": MEMORY,
+    "basis='compressed' needs ": MEMORY,
+    " would fit (fewer steps or pairs, or a smaller ncv)": MEMORY,
+    "use a machine with more memory": MEMORY,
+    "basis='offload' needs ": "test_machines.py::test_what_would_fit_beside_a_gpu",
+    "; pip install 'fasthessian[cli]'": INSTALLED,
+    "figures need matplotlib; pip install matplotlib": INSTALLED,
+    "which is missing; pip install scikit-learn": INSTALLED,
+    "nvcc on PATH": INSTALLED,
+    "install a C++17 compiler, then reinstall ": INSTALLED,
+    "Triton is not installed; pip install triton": INSTALLED,
+    "; pip install -U triton": "test_machines.py::test_the_version_of_triton",
+    "); reinstall it": "test_machines.py::test_a_triton_of_ones_own_build_is_taken",
+    "and finds none; put gcc on PATH": "test_machines.py::test_triton_needs_a_c_compiler",
+    "serves CPU tensors only; unset it": "test_advice.py::test_an_interpreter_that_is_unset",
+    ", update fasthessian": "test_result_files.py::test_the_pattern_of_these_results_is_drawn",
+    " is a folder; give ": "test_result_files.py::test_a_folder_is_no_result_but_may_hold_one",
+    "draw them with: ": "test_delivery.py::test_numbers_are_written_before_anything_is_drawn",
+    "use another engine": "test_advice_of_checks.py::test_a_check_that_advises_another_engine",
+    "try another engine": "test_advice_of_checks.py::test_a_check_that_advises_another_engine",
+    "fix its random numbers":
+        "test_advice_of_checks.py::test_a_check_that_advises_to_fix_random_numbers",
+    "try mode='train'":
+        "test_advice_of_checks.py::test_a_check_of_a_model_that_detaches_in_eval_mode",
+    "pass weights=, or samples are":
+        "test_advice_of_checks.py::test_a_check_of_samples_that_are_coupled",
+    "pass weights=lambda batch: <its number of terms>":
+        "test_loss_terms.py::test_single_samples_of_an_opaque_loss_ask_for_weights",
+    "engine='recompute' keeps no graph":
+        "test_advice_of_checks.py::test_memory_that_smaller_parts_or_no_graphs_would_fit",
+    " and more cut the batches":
+        "test_advice_of_checks.py::test_memory_that_smaller_parts_or_no_graphs_would_fit",
+    "use Hessian, or a criterion of torch's operations":
+        "test_advice_of_checks.py::test_gauss_newton_of_an_unknown_function_in_the_loss_of_an_output_object",
+    "use its sum, of which each sample has its own":
+        "test_advice.py::test_an_empirical_fisher_of_uneven_samples",
+    "use --overwrite or another --out": FOLDER,
+    "choose another --out": FOLDER,
+    "ask for --top, --bottom, --trace or --density":
+        "test_cli_options.py::test_the_advice_of_a_plan_works",
+    "give --top 1 or more, or ": "test_cli_options.py::test_the_advice_of_a_plan_works",
+    "or module:function of your own": "test_cli_options.py::test_the_advice_about_a_problem_works",
+    "from its folder write ": "test_cli_options.py::test_the_advice_about_a_problem_works",
+    "use a smaller learning rate": "test_cli_options.py::test_the_advice_of_an_error_works",
+    "takes no --data; use resnet20": "test_cli.py::test_resnet20_on_a_cifar_folder",
+    "give the unpacked CIFAR folder": "test_cli.py::test_resnet20_on_a_cifar_folder",
+}  # fmt: skip
+CASES = {**test_advice_taken.CASES, **test_advice_of_results.CASES}
+
+
+def texts(tree):
+    """Constant texts and f-strings, values as {}; without docstrings and decorators."""
+    skipped = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
+            if isinstance(node.body[0], ast.Expr):
+                skipped.add(node.body[0].value)
+            for decorator in getattr(node, "decorator_list", ()):
+                skipped.update(ast.walk(decorator))
+        elif isinstance(node, ast.JoinedStr):
+            skipped.update(set(ast.walk(node)) - {node})
+    for node in set(ast.walk(tree)) - skipped:
+        if isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            yield node.lineno, "".join(map(str, parts))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, node.value
+
+
+def advice(source):
+    """Line and text of each advice in a module's source."""
+    found = (
+        (line, text) for line, text in texts(ast.parse(source))
+        if " " in text and "\n" not in text and ADVICE.search(text)
+    )  # fmt: skip
+    return sorted(found)
+
+
+def everything():
+    for path in sorted(ROOT.rglob("*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        if not name.startswith(ELSEWHERE):
+            yield from ((f"{name}:{line}", text) for line, text in advice(path.read_text()))
+
+
+def test_every_advice_is_followed_by_a_test():
+    rows = {**CASES, **TAKEN}
+    missing = [f"{at}: {said}" for at, said in everything() if not any(row in said for row in rows)]
+    assert not missing, "advice without a row in tests/house/test_advice.py:\n" + "\n".join(missing)
+
+
+def test_every_row_is_about_a_message():
+    said = [text for path in ROOT.rglob("*.py") for _, text in texts(ast.parse(path.read_text()))]
+    stale = [row for row in {**CASES, **TAKEN} if not any(row in text for text in said)]
+    assert not stale, f"no message of the package holds these words any more: {stale}"
+
+
+def test_every_test_that_is_named_exists():
+    for row, place in TAKEN.items():
+        name, _, function = place.partition("::")
+        tree = ast.parse(TESTS[name].read_text())
+        assert any(isinstance(n, ast.FunctionDef) and n.name == function for n in tree.body), row
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("raise ValueError(f'n={n} is odd; use {n + 1}')", "n={} is odd; use {}"),
+        ("way = 'raise max_matvecs or tol'", "raise max_matvecs or tol"),
+        ("ways.append(f\"basis='{name}' needs room, or engine='recompute'\")",
+         "basis='{}' needs room, or engine='recompute'"),
+        ("def f():\n    'Use it, or pass x.'\n    raise ValueError('the use is unclear')", None),
+    ],
+)  # fmt: skip
+def test_advice_is_told_from_other_texts(source, found):
+    assert [text for _, text in advice(source)] == ([found] if found else [])
+
+
+def test_what_messages_ask_to_install_serves():
+    """Where a package or compiler is there, nothing asks for it."""
+    from fasthessian import kernels
+    from fasthessian.results import plots
+    from fasthessian.study import data
+
+    plots.figure()
+    assert len(data.digits(size=8, channels=1, seed=0).train_y) > 1000
+    for name, module in kernels.BACKENDS.items():
+        assert "install" not in (module.unavailable("cpu") or ""), name
+
+
+def test_an_interpreter_that_is_unset(monkeypatch):
+    import torch
+
+    from fasthessian.kernels.triton import backend as triton_backend
+
+    monkeypatch.delitem(
+        __import__("sys").modules, "fasthessian.kernels.triton.streams", raising=False
+    )
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_backend, "_cannot_compile", lambda: None)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "unset it" in triton_backend.unavailable("cuda")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    assert triton_backend.unavailable("cuda") is None
+
+
+def test_an_empirical_fisher_of_uneven_samples():
+    import torch
+
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    y[0, 1] = y[3] = float("nan")
+
+    def known(z, y):
+        return (z - y)[~y.isnan()].square()
+
+    model = torch.nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="use its sum, of which each sample has its own"):
+        fasthessian.EmpiricalFisher(model, lambda z, y: known(z, y).mean(), (x, y))
+    A = fasthessian.EmpiricalFisher(model, lambda z, y: known(z, y).sum(), (x, y))
+    assert (A @ torch.ones(A.n)).any()

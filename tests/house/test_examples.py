@@ -1,0 +1,71 @@
+"""The examples in docstrings and in the README run as written."""
+
+import contextlib
+import doctest
+import importlib
+import io
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fasthessian
+
+ROOT = Path(fasthessian.__file__).parent
+NAMES = [m.name for m in pkgutil.walk_packages([str(ROOT)], "fasthessian.")]
+NAMES = [name for name in NAMES if not name.endswith(("_native", "__main__"))]
+EXTRAS = {"fasthessian.app.commands": "click", "fasthessian.app.progress": "rich"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_examples(name):
+    pytest.importorskip(EXTRAS.get(name, "torch"))
+    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
+    assert results.failed == 0
+
+
+def test_public_functions_have_an_example():
+    for name in (
+        "Hessian",
+        "SymmetricOperator",
+        "eigsh",
+        "trace",
+        "density",
+        "landscape",
+        "doctor",
+    ):
+        assert ">>>" in getattr(fasthessian, name).__doc__, name
+
+
+def test_readme_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    names = {"__name__": "readme"}  # later blocks go on with the names of earlier ones
+    with contextlib.redirect_stdout(io.StringIO()):
+        for block in blocks:
+            exec(compile(block, "README.md", "exec"), names)
+
+
+EXAMPLES = sorted((ROOT.parent / "examples").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+def test_example_scripts_run(path, tmp_path):
+    if path.stem == "language_model":
+        pytest.importorskip("transformers")
+    command = [sys.executable, "-W", "error", str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT.parent), "HF_HUB_OFFLINE": "1"}
+    run = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert run.returncode == 0, run.stderr[-500:]
+    assert run.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) == 5

@@ -1,0 +1,153 @@
+"""``make gpu`` without a GPU: its parts, its verdicts, and the bodies of test_cuda.py on a CPU."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasthessian import kernels
+from tests.support import cuda_checks
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT / "bench"))
+gpu = importlib.import_module("gpu")
+CPU = torch.device("cpu")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="here it would be no rehearsal")
+
+
+def python(code):
+    return [sys.executable, "-c", code]
+
+
+def test_a_failing_part_is_named_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OUT", str(tmp_path))
+    parts = [
+        gpu.Part("good", python("print('fine')"), 20),
+        gpu.Part("bad one", python("print('the reason'); raise SystemExit(3)"), 20),
+        gpu.Part("elsewhere", python("raise SystemExit(77)"), 20),
+        gpu.Part("last", python("import os; print(os.environ['WORD'])"), 20, {"WORD": "kept"}),
+    ]
+    outcomes = gpu.carry_out_all(parts, tmp_path, 60)
+    assert [o.state for o in outcomes] == ["ok", "FAILED", "not here", "ok"]
+    assert [o.bad for o in outcomes] == [False, True, False, False]
+    told = capsys.readouterr().out
+    assert "bad one: FAILED" in told and "the reason" in told and "fine" not in told
+    whole = (tmp_path / "gpu.log").read_text()
+    assert "fine" in whole and "the reason" in whole and "kept" in whole
+
+
+def test_a_part_over_its_limit_is_killed_with_its_children(tmp_path):
+    child = "import time; time.sleep(60)"
+    code = (
+        "import subprocess, sys, time; "
+        f"child = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+        "print(child.pid, flush=True); time.sleep(60)"
+    )
+    start = time.monotonic()
+    outcome = gpu.carry_out(gpu.Part("slow", python(code), 3), 3, tmp_path)
+    assert outcome.state == "OVER TIME" and outcome.bad and time.monotonic() - start < 20
+    status = Path(f"/proc/{int(outcome.log)}/status")
+    for _ in range(50):  # killed, perhaps not yet collected by init
+        if not status.exists() or "State:\tZ" in status.read_text():
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child lives on")
+
+
+def test_time_is_kept_back_for_what_must_run(tmp_path):
+    parts = [
+        gpu.Part("long", python("import time; time.sleep(60)"), 60),
+        gpu.Part("measurement", python("pass"), 10, must=True),
+        gpu.Part("late", python("pass"), 600),
+    ]
+    outcomes = gpu.carry_out_all(parts, tmp_path, 15.5)
+    assert [o.state for o in outcomes] == ["OVER TIME", "ok", "ok"]
+    assert gpu.carry_out(parts[2], 1, tmp_path).state == "NO TIME"
+
+
+@without_gpu
+def test_rehearsal():
+    before = sorted((ROOT / "bench" / "results").glob("*"))
+    env = {key: value for key, value in os.environ.items() if key != "OUT"}
+    left_out = "build,on the gpu,conformance triton,sanitizer,suite"
+    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--without", left_out]
+    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
+    for words in ("lanczos: ok", "(rehearsal: no GPU here)", "REHEARSAL", "pack 65 tensors",
+                  "softmax curvature of 50257", "replay eager: cpu has no CUDA graphs",
+                  "all parts passed"):  # fmt: skip
+        assert words in run.stdout, words
+    assert "error" not in run.stdout and len(run.stdout) < 12_000
+    assert sorted((ROOT / "bench" / "results").glob("*")) == before
+
+
+def test_tuning_checks_and_times_every_candidate(tmp_path):
+    pytest.importorskip("triton")
+    command = [sys.executable, "bench/gpu_tune.py", "--device", "cpu", "--n", "300", "--k", "3"]
+    command += ["--blocks", "2", "--registers", "80", "168", "--repeats", "1"]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    run = subprocess.run(
+        [*command, "--json", tmp_path / "tune.json"],
+        cwd=ROOT, env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout[-2000:] + run.stderr[-2000:]
+    rows = json.loads((tmp_path / "tune.json").read_text())
+    assert len(rows) == 3 * 4 and all(row["tried"] == 3 and row["refused"] == 0 for row in rows)
+    kinds = ("project b=2", "project b=1", "project with H b=1", "update S append b=2")
+    names = [f"{kind} k=3 {t} n=300" for t in ("float32", "float16", "float64") for kind in kinds]
+    assert [row["what"] for row in rows] == names
+
+
+def test_the_parts_on_a_gpu_are_those_rehearsed(tmp_path):
+    facts = {"gpu": True, "capability": "90", "nvcc": "some"}
+    real, rehearsed = (gpu.parts_of(tmp_path, f, set()) for f in (facts, {"gpu": False}))
+    assert [p.name for p in real] == [p.name for p in rehearsed]
+    assert not any("cpu" in word or "--rehearse" in word for p in real for word in p.command)
+    assert sum(p.limit for p in real if p.must) < gpu.SECONDS / 2
+    files = {word for p in real for word in p.command if word.endswith(".py") and "/" in word}
+    assert all((ROOT / name).exists() for name in files)
+    assert {
+        "tests/kernels/test_cuda.py",
+        "tests/kernels/test_kernels.py",
+        "tests/house/test_layers.py",
+    } <= files
+
+
+@pytest.mark.parametrize("name", ["mlp", "pinn", "logistic"])
+def test_problem_body(name):
+    cuda_checks.check_problem(name, CPU)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_curvatures_body(name):
+    cuda_checks.check_curvatures(name, CPU)
+
+
+@pytest.mark.parametrize("graph", [True, False])
+def test_quiet_body(graph):
+    cuda_checks.check_quiet_steps(CPU, graph)
+
+
+@pytest.mark.parametrize("basis", ["full", "compressed"])
+def test_captured_body(basis):
+    cuda_checks.check_captured(CPU, basis)
+
+
+def planted(count):
+    raise RuntimeError("planted")
+
+
+def test_other_bodies(monkeypatch):
+    cuda_checks.check_failed_capture(CPU, monkeypatch, planted)
+    cuda_checks.check_unchanged(CPU)
+    cuda_checks.check_launches(CPU, None)
+    for name in kernels.AUTOMATIC["cpu"]:
+        if kernels.BACKENDS[name].unavailable("cpu") is None:
+            cuda_checks.check_long_rows(kernels.BACKENDS[name], CPU, 4096 + 64)
+            cuda_checks.check_long_logits(kernels.BACKENDS[name], CPU, 67, 100)

@@ -1,0 +1,128 @@
+"""Every Triton kernel compiles for GPUs that are not here, without spills and with 16-byte loads.
+
+For sm_90 every type of V and W in blocks of 1, 2, 4 and 8 rows, with and without H; S and append at
+2 and 8, where registers are scarcest. For sm_80, sm_100 and gfx942 those of a Lanczos step, those
+that are tight on any chip, and one of each other kernel.
+"""
+
+import functools
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from fasthessian.kernels.contract import FLOATS, STORED
+from fasthessian.kernels.triton.tiles import BOTH, DOTS, UPDATE, tile
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+)
+TARGETS = ("sm_90", "sm_80", "sm_100", "gfx942")
+PLAIN = r'("H": .*"project"|"S": false, "append": false)'
+SUBSET = "|".join((
+    r'sm_90.*"b": [28], "aligned": true.*"(project|update)"',
+    rf'sm_90.*"b": [13], "aligned": true.*{PLAIN}',
+    r'"types": "(f16/f32|f32/f32|f64/f64)", "b": 2, "aligned": true.*"(project|update)"',
+    rf'"types": "(f16/f64", "b": [123]|f32/f..", "b": 3), "aligned": true.*{PLAIN}',
+    r'"b": 8, "aligned": true.*("H": .*"project"|"append": false)',
+    r'"b": 2, "aligned": false.*"S": false, "append": false',
+    r'"b": 8, "aligned": false.*"H": true.*"project"',
+    r'"f32/f32", "b": 2, "aligned": true.*"total"',
+    r'"m"|float32|sm_90.*float64',
+))  # fmt: skip
+REGISTERS = 65536  # of a multiprocessor; a CDNA3 compute unit has twice as many
+
+
+@functools.cache
+def compiled(*arguments):
+    """The reports of tests/support/triton_aot.py, one a kernel."""
+    script = Path(__file__).with_name("triton_aot.py")
+    run = subprocess.run(
+        [sys.executable, str(script), *arguments], capture_output=True, text=True,
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@functools.cache
+def table():
+    """The reports of SUBSET, a process for every processor there is."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        found = list(pool.map(lambda target: compiled(target, "--only", SUBSET), TARGETS))
+    return dict(zip(TARGETS, found, strict=True))
+
+
+def wide_loads(found):
+    """How many 16-byte loads a thread makes, from the shapes."""
+    c = found["constants"]
+    if found["kernel"] == "curvature":  # U and Z, twice, of whole tiles and of the last
+        numbers = 4 if found["types"] == "float32" else 2
+        line = found["shape"][1] if found["shape"][2] == 1 else found["shape"][2]
+        tiles = c["R"] * c["T"] * c["F"] // (found["threads"] * numbers)
+        return 0 if line % numbers else 8 * tiles
+    if not found["aligned"]:
+        return 0
+    v_bytes, w_bytes = (int(name[1:]) // 8 for name in found["types"].split("/"))
+    w_loads = w_bytes // v_bytes if w_bytes >= v_bytes else 0  # those of 8 bytes are not counted
+    rows = c["BK"] + c["B"] * w_loads
+    if found["kernel"] == "update":
+        return rows
+    gram = (min(c["B"], c["BK"]) + c["B"]) * w_loads
+    return gram + rows * (2 if found["H"] else 1)
+
+
+def faults(found):
+    """What is wrong with a compiled kernel, in words."""
+    backend = "hip" if found["target"].startswith("gfx") else "cuda"
+    if found["outside"]:
+        yield f"{found['outside']} bytes of spills or local memory"
+    if found["registers"] * found["threads"] > REGISTERS:
+        yield f"{found['registers']} registers of {found['threads']} threads do not fit"
+    if backend == "cuda" and found["registers"] > (found["most"] or 255):
+        yield f"{found['registers']} registers, more than {found['most']}"
+    if found["kernel"] in ("project", "update") and found["wide"] != wide_loads(found):
+        yield f"{found['wide']} loads of 16 bytes, not {wide_loads(found)}"
+    # those of the scales may come on top
+    if found["kernel"] == "curvature" and found["wide"] < wide_loads(found):
+        yield f"{found['wide']} loads of 16 bytes, fewer than {wide_loads(found)}"
+    most = {"project": 1024, "update": 0}.get(found["kernel"])  # for sums across threads
+    if most is not None and found["aligned"] and found["shared"] > most:
+        yield f"tiles pass through {found['shared']} bytes of shared memory"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_compile_without_spills_and_with_wide_loads(target):
+    here = table()[target]
+    assert {found["kernel"] for found in here} == {
+        "project", "total", "update", "recur", "signs", "normal", "pack", "curvature",
+    }  # fmt: skip
+    assert len(here) == (134 if target == "sm_90" else 75)
+    bad = {str(found): list(faults(found)) for found in here if list(faults(found))}
+    assert not bad, bad
+
+
+def test_these_checks_can_fail():
+    """Too many rows at a time; a leading dimension of unknown divisibility; W by narrow parts."""
+    case = r'"f16/f32", "b": 8, "aligned": true.*"S": true, "append": true'
+    (found,) = compiled("sm_90", "--only", case, "--set", "BK=4,UNIT_V=1,PARTS=1")
+    words = " ".join(faults(found))
+    assert "bytes of spills" in words and "loads of 16 bytes" in words and "shared" in words
+    (found,) = compiled("sm_90", "--only", "float32.*50304", "--set", "UNIT=1")
+    assert "0 loads of 16 bytes, fewer than 8" in " ".join(faults(found))
+
+
+@pytest.mark.parametrize("kind", [DOTS, BOTH, UPDATE])
+def test_blocks_of_other_sizes_are_of_the_same_kernels(kind):
+    for vtype, wtype in itertools.product(STORED, FLOATS):
+        V = torch.empty(9, 64, dtype=vtype, device="meta")
+        W = torch.empty(8, 64, dtype=wtype, device="meta")
+        tiles = [tile(V, W[:b], kind) for b in range(1, 9)]
+        assert [tiles.index(each) + 1 for each in tiles] == [1, 2, 3, 3, 5, 5, 5, 5]

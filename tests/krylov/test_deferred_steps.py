@@ -1,0 +1,173 @@
+"""Lanczos steps as a GPU makes them: enqueued, counted on the device, looked at late."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fasthessian as fh
+from fasthessian.krylov.lanczos import Lanczos
+from tests.krylov.test_lanczos import BACKENDS, F64, SCHEDULES, defects, diagonal, grown, outliers
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_deferred_steps_are_the_same_steps(schedule):
+    """Looking late changes nothing: the same bits as looking at every step."""
+    spectrum = outliers(2000)
+    late = Lanczos(diagonal(spectrum), 30, seed=0, schedule=schedule, deferred=True)
+    assert not late.look(wait=False)
+    for _ in range(12):
+        late.step()
+    late.look(wait=False)
+    for _ in range(4):
+        late.step()
+    assert late.look(wait=False)  # the state of the last look, of dcgs2 without its last row
+    known = 12 if schedule == "cgs2" else 11
+    direct = grown(diagonal(spectrum), known, schedule=schedule)
+    assert torch.equal(late.T[:known, :known], direct.T[:known, :known])
+    torch.testing.assert_close(late.T[known, :known], direct.T[known, :known], rtol=1e-12, atol=0)
+    assert late.beta == pytest.approx(direct.beta, rel=1e-12)
+    assert all(map(torch.allclose, late.ritz()[::2], direct.ritz()[::2]))
+    while late.size < 30:
+        late.step()
+    assert late.look(wait=True) and len(late.T) == 31
+    direct = grown(diagonal(spectrum), 30, schedule=schedule)
+    assert torch.equal(late.T, direct.T) and late.beta == direct.beta
+    assert torch.equal(late.basis.rows(30), direct.basis.rows(30))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("refill", [False, True])
+def test_a_breakdown_noticed_late_takes_the_later_rows_back(schedule, refill):
+    values = torch.tensor([2.0] * 30 + [5.0] * 10, dtype=F64)
+    krylov = Lanczos(diagonal(values), 12, seed=0, schedule=schedule, refill=refill, deferred=True)
+    while krylov.size < 12 and not krylov.exhausted:
+        krylov.step()
+        if krylov.size == 12 or krylov.size % 4 == 0:
+            krylov.look(wait=krylov.size == 12)
+    assert krylov.broke_down
+    if refill:
+        assert krylov.size == 12 and max(defects(krylov, values)) < 1e-13
+    else:
+        assert krylov.size == 2 and krylov.exhausted
+    ritz = krylov.ritz()[0]
+    assert bool((((ritz - 2).abs() < 1e-12) | ((ritz - 5).abs() < 1e-12)).all())
+
+
+def test_a_candidate_within_the_basis_takes_the_later_rows_back():
+    krylov = Lanczos(diagonal(outliers(2000)), 12, seed=0, deferred=True)
+    for _ in range(8):
+        krylov.step()
+    krylov.ledger.gauges[5, 1] = 0.9e-4 * krylov.ledger.gauges[5, 0]
+    krylov.look(wait=True)
+    assert krylov.broke_down and krylov.size == 5 and not krylov.T[5].any()
+    assert not krylov.deferred and krylov.look(wait=False)  # from here on each step is looked at
+
+
+@pytest.mark.parametrize("kept", [None, 5])
+def test_a_look_without_waiting_launches_no_kernel(kept):
+    """Four calls of the contract make a step; a look copies the ledger, also behind a restart."""
+    krylov, calls = Lanczos(diagonal(outliers(2000)), 30, seed=0, deferred=True), []
+    if kept is not None:
+        while krylov.size < 30:
+            krylov.step()
+        krylov.look(wait=True)
+        krylov.restart(torch.arange(kept))
+        assert not krylov.look(wait=False) and not krylov.look(wait=False)
+    krylov.step()
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            calls.append(func.overloadpacket._qualified_op_name.removeprefix("aten::"))
+            return func(*args, **(kwargs or {}))
+
+    module = SimpleNamespace(
+        **{name: (lambda *a, n=name, **k: calls.append(n)) for name in ("project_", "update_")}
+    )
+    krylov.kernels, krylov.basis.kernels = module, module
+    with Recorded():
+        krylov.look(wait=False)
+    assert set(calls) <= {"slice", "clone"} and "clone" in calls
+
+
+def test_nan_in_a_deferred_product_is_reported():
+    def matvec(v):
+        return v * float("nan") if calls.append(0) or len(calls) > 5 else v * values
+
+    values, calls = torch.arange(1.0, 41.0), []
+    A = fh.SymmetricOperator(matvec, 40, check=False)
+    krylov = Lanczos(A, 20, seed=0, deferred=True)
+    with pytest.raises(ValueError, match="NaN or Inf for a finite vector"):
+        for _ in range(10):
+            krylov.step()
+        krylov.look(wait=True)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("basis", ["full", "compressed"])
+def test_a_step_that_counts_for_itself_is_the_same_step(backend, basis):
+    """What a CUDA graph would replay: the same call each time, the row counted in a cell."""
+    spectrum = outliers(2000)
+    krylov = Lanczos(diagonal(spectrum), 20, seed=0, backend=backend, basis=basis)
+    counter = krylov.ledger.counter
+    for _ in range(20):
+        krylov.delayed_step(counter[:1], counter, counter[1:])
+    direct = grown(diagonal(spectrum), 20, backend=backend, basis=basis)
+    assert counter.tolist() == [20, 19]
+    assert torch.equal(krylov.ledger.T[:20, :20], direct.T[:20, :20])
+    assert torch.equal(krylov.basis.stored, direct.basis.stored)
+    for run in (krylov, direct):
+        run.size = 20
+        run._accept(run._state())
+        run.restart(torch.tensor([19, 18, 0]))
+    for _ in range(5):
+        krylov.delayed_step(counter[:1], counter, counter[1:])
+        direct.step()
+    assert counter.tolist() == [8, 7]
+    assert torch.equal(krylov.ledger.T[:8, :8], direct.T[:8, :8])
+
+
+def test_replay_says_why_steps_are_not_captured():
+    assert grown(diagonal(torch.arange(1.0, 50.0)), 5).replay == "eager: cpu has no CUDA graphs"
+    krylov = grown(diagonal(torch.arange(1.0, 50.0)), 5, graph=False)
+    assert krylov.replay == "eager: graph=False"
+
+
+def test_results_say_why_steps_were_not_captured():
+    A = diagonal(outliers(200))
+    cpu, off = "eager: cpu has no CUDA graphs", "eager: graph=False"
+    assert fh.eigsh(A).graph == fh.density(A, steps=9, probes=2).graph == cpu
+    assert fh.eigsh(A, graph=False).graph == fh.density(A, steps=9, graph=False).graph == off
+    assert "without a basis" in fh.density(A, steps=9, basis="none").graph
+    found = fh.spectrum(A, 1, steps=9, graph=False)
+    assert {found.top.graph, found.bottom.graph, found.density.graph} == {off}
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Fails on every operation that would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run the operation unless its result depends on the values of a tensor."""
+        name = str(func.overloadpacket)
+        waits = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
+        assert name.removeprefix("aten.") not in waits, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("basis", ["full", "compressed"])
+def test_a_deferred_step_reads_nothing_back(schedule, basis):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3))
+    data = torch.randn(9, 4), torch.randint(3, (9,))
+    A = fh.Hessian(model, torch.nn.CrossEntropyLoss(), data)
+    options = {"seed": 0, "schedule": schedule, "basis": basis}
+    krylov = Lanczos(A, 10, deferred=True, **options)
+    krylov.step()
+    with NothingReadBack():
+        for _ in range(5):
+            krylov.step()
+        krylov.look(wait=False)  # the first look only sends the state on its way
+    krylov = Lanczos(A, 10, deferred=False, **options)
+    with NothingReadBack(), pytest.raises(AssertionError, match="waits for the device"):
+        krylov.step()

@@ -1,0 +1,304 @@
+"""Gradients that are not the derivative of the loss: named, or made whole in eval mode."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fasthessian as fh
+from tests.support.models import EACH_ENGINE, columns, dense, error, refused
+
+F32, F64 = torch.float32, torch.float64
+FLAGS = "own modules have the flags of training"
+
+
+class Forces(nn.Module):
+    """Energies and forces; autograd records the forces in training only, unless ``always``."""
+
+    def __init__(self, always: bool = False, energies: bool = True, retain: bool = True) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(3, 5), nn.SiLU(), nn.Dropout(0.5), nn.Linear(5, 1)
+        )  # in eval mode whatever the flag of the model
+        self.always, self.energies, self.retain = always, energies, retain
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.clone().requires_grad_()
+        energy = self.net(x)
+        (slope,) = torch.autograd.grad(
+            energy.sum(), x, create_graph=self.always or self.training, retain_graph=self.retain
+        )
+        return torch.cat([energy, -slope], 1) if self.energies else -slope
+
+
+class Penalised(nn.Module):
+    """A penalty on the slope of the outputs, which is a constant in eval mode."""
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv1d(1, 4, 2), nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.always = always
+        nn.init.uniform_(self.norm.running_var, 0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x[:, None].clone().requires_grad_()
+        out = self.last(torch.tanh(self.norm(self.conv(x))).mean(2))
+        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
+        size = slope.square().sum((1, 2))[:, None]
+        return torch.cat([out, size if self.always or self.training else size.detach()], 1)
+
+
+class Weighted(nn.Module):
+    """A gate that is a constant in eval mode."""
+
+    def __init__(self, always: bool = False) -> None:
+        super().__init__()
+        self.gate, self.last = nn.Linear(3, 2), nn.Linear(3, 2)
+        self.always = always
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.always or self.training):
+            gate = torch.sigmoid(self.gate(x)) * self.last.weight.norm()
+        return gate * self.last(x)
+
+
+MODELS: dict[str, tuple[Callable[[bool], nn.Module], int]] = {
+    "forces": (Forces, 4), "penalty": (Penalised, 2), "gate": (Weighted, 2),
+}  # fmt: skip
+
+
+def made(
+    name: str, always: bool, dtype: torch.dtype = F64, seed: int = 0
+) -> tuple[nn.Module, Any, Any]:
+    torch.manual_seed(seed)
+    build, width = MODELS[name]
+    data = torch.randn(8, 3, dtype=F64).to(dtype), torch.randn(8, width, dtype=F64).to(dtype)
+    return build(always).to(dtype), nn.MSELoss(), data
+
+
+@pytest.mark.parametrize("engine", EACH_ENGINE)
+@pytest.mark.parametrize("name", MODELS)
+def test_what_eval_mode_detaches_is_part_of_the_matrix(name: str, engine: str) -> None:
+    want = dense(*made(name, always=True))
+    model, *rest = made(name, always=False)
+    held = [module.training for module in model.modules()]
+    A = fh.Hessian(model, *rest, engine=engine)
+    assert FLAGS in A.engine
+    if engine == "forward" and name != "gate":  # torch.func allows no requires_grad_ inside
+        with pytest.raises(RuntimeError, match="use engine='retained'"):
+            columns(A)
+        return
+    assert error(columns(A), want) < (1e-6 if engine == "difference" else 1e-12)
+    assert [module.training for module in model.modules()] == held
+    B = fh.Hessian(made(name, always=True)[0], *rest, engine=engine)
+    assert FLAGS not in B.engine and error(columns(B), want) < 1e-6
+    assert A.loss() == B.loss()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_so_it_is_in_single_precision_and_the_check_passes(name: str) -> None:
+    want = dense(*made(name, always=True))
+    A = fh.Hessian(*made(name, always=False, dtype=F32))
+    assert error(columns(A), want) < 1e-4 and A.check().ok
+    assert A.check().gradient <= 5e-3
+
+
+def test_other_losses_of_forces_name_the_mode_that_serves() -> None:
+    """Forces alone have no graph at all in eval mode; without retain_graph the energies lose it."""
+    torch.manual_seed(0)
+    x, y = torch.randn(8, 3, dtype=F64), torch.randn(8, 3, dtype=F64)
+    for options, data in (
+        ({"energies": False}, (x, y)),
+        ({"retain": None}, (x, torch.randn(8, 4, dtype=F64))),
+    ):
+        torch.manual_seed(0)
+        model = Forces(**options).double()
+        model.net[2].p = 0.0
+        kind = ValueError if "energies" in options else RuntimeError
+        refused(functools.partial(fh.Hessian, model, F.mse_loss, data), kind, "mode='train'")
+        torch.manual_seed(0)
+        exact = Forces(always=True, **options).double()
+        A = fh.Hessian(model, F.mse_loss, data, mode="train")
+        assert error(columns(A), dense(exact, F.mse_loss, data)) < 1e-12
+
+
+def focal(z: Tensor, y: Tensor) -> Tensor:
+    losses = F.cross_entropy(z, y, reduction="none")
+    return ((1 - torch.exp(-losses)).detach() * losses).mean()
+
+
+def teacher(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z, y) + (z - 2 * z.detach()).square().mean()
+
+
+def straight_through(z: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(z + (torch.tanh(z) - z).detach(), y)
+
+
+DETACHED = (focal, teacher, straight_through)
+
+
+def small(dtype: torch.dtype, seed: int = 0) -> tuple[nn.Module, Any]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
+    return model, (torch.randn(9, 5, dtype=dtype), torch.randint(3, (9,)))
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+@pytest.mark.parametrize("loss", DETACHED)
+def test_what_is_detached_on_purpose_is_served_and_named(loss: Any, dtype: torch.dtype) -> None:
+    model, data = small(dtype)
+    for curvature in (fh.Hessian, fh.GaussNewton):
+        with pytest.warns(UserWarning, match="detaches a part of itself") as caught:
+            A = curvature(model, loss, data)
+        message = str(caught[0].message)
+        assert len(caught) == 1 and "\n" not in message and len(message) < 300
+        assert A.check().gradient > 0.05 and not A.check().ok
+    params = list(model.parameters())
+    with pytest.warns(UserWarning, match="derivative of closure"):
+        B = fh.Hessian.from_closure(lambda: loss(model(data[0]), data[1]), params)
+    H = columns(B)
+    for i, want in enumerate(_differentiated_twice(model, loss, data)):
+        torch.testing.assert_close(H[i], want, rtol=1e-4, atol=1e-6)
+
+
+def _differentiated_twice(model: nn.Module, loss: Any, data: Any) -> list[Tensor]:
+    params = list(model.parameters())
+    grads = torch.autograd.grad(loss(model(data[0]), data[1]), params, create_graph=True)
+    flat = torch.cat([g.flatten() for g in grads])
+    rows = [torch.autograd.grad(g, params, retain_graph=True, materialize_grads=True,
+                                allow_unused=True) for g in flat]  # fmt: skip
+    return [torch.cat([piece.flatten() for piece in row]) for row in rows]
+
+
+def _relu(seed: int, dtype: torch.dtype, width: int, count: int) -> tuple[nn.Module, Any]:
+    torch.manual_seed(seed)
+    layers = [m for _ in range(3) for m in (nn.Linear(width, width), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(width, 3)).to(dtype)
+    return model, (torch.randn(count, width, dtype=dtype), torch.randint(3, (count,)))
+
+
+@pytest.mark.parametrize("dtype", [F64, F32], ids=str)
+def test_kinks_and_converged_models_raise_no_alarm(dtype: torch.dtype) -> None:
+    """A kink can lie within every step; a gradient of 0 is below the rounding of the loss."""
+    for seed in range(40):
+        for width, count in ((3, 1), (8, 30)):
+            model, data = _relu(seed, dtype, width, count)
+            for criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")):
+                assert not fh.Hessian(model, criterion, data).check().gradient > 5e-3
+    model, x = nn.Linear(3, 1).to(dtype), torch.randn(20, 3, dtype=dtype)
+    y = 100 + torch.randn(20, 1, dtype=dtype)
+    with torch.no_grad():
+        found = torch.linalg.lstsq(torch.cat([x, torch.ones_like(x[:, :1])], 1), y).solution
+        model.weight.copy_(found[:3].T)
+        model.bias.copy_(found[3])
+    assert not fh.Hessian(model, nn.MSELoss(), (x, y)).check().gradient > 5e-3
+
+
+def test_losses_that_jump_or_end_raise_no_alarm() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4, dtype=F64), torch.randn(6, 2, dtype=F64)
+
+    class Routed(nn.Module):
+        """Samples go to the better of two experts, and change it within a step."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.experts = nn.Linear(4, 2), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            gate = self.gate(1e-5 * x)
+            rows = self.experts(x).unflatten(1, (2, 2))
+            best = gate.argmax(1)
+            return rows[torch.arange(len(x)), best] * gate.softmax(1).amax(1, keepdim=True)
+
+    def ends(z: Tensor, y: Tensor) -> Tensor:
+        return (z.square().sum() - z.detach().square().sum() + 1e-9).sqrt() + z.square().mean()
+
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert not fh.Hessian(Routed().double(), nn.MSELoss(), (x, y)).check().gradient > 1e-3
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        w = torch.tensor([1.0, -2.0], dtype=F64, requires_grad=True)
+        H = fh.Hessian.from_closure(lambda: (w * w.detach()).sum() * 0 + w.pow(2).sum(), [w])
+    assert torch.equal(columns(H), 2 * torch.eye(2, dtype=F64))
+
+
+def test_a_model_whose_training_is_another_loss_keeps_its_eval_mode() -> None:
+    """Its own flag would change the loss itself: it is put back, and what is detached is named."""
+    model = made("forces", always=False)[0]
+    torch.manual_seed(0)
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = copy.deepcopy(model)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.dropout(self.inner(x), 0.5, self.training)
+
+    data = torch.randn(8, 3, dtype=F64), torch.randn(8, 4, dtype=F64)
+    noisy = Noisy()
+    with pytest.warns(UserWarning, match="detaches a part of itself"):
+        A = fh.Hessian(noisy, nn.MSELoss(), data)
+    assert FLAGS not in A.engine and not A.check().ok
+    assert A.loss() == nn.MSELoss()(noisy.eval()(data[0]), data[1]).item()
+
+
+class Through(torch.autograd.Function):
+    """Rounded forward, the identity backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (4 * x).round() / 4
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> Tensor:
+        return slope.clone()
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+def adversarial(z: Tensor, y: Tensor) -> Tensor:
+    return z.square().mean() + (Reversed.apply(z) - y).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("loss", "factor", "dtype"),
+    [
+        (lambda z, y: (Through.apply(z) - y).square().mean(), 1.0, F64),
+        (adversarial, 2.0, F64),
+        (adversarial, 2.0, F32),  # the loss with jumps has no differences in single precision
+    ],
+)
+def test_a_gradient_that_custom_functions_make_is_no_alarm_but_said(
+    loss: Any, factor: float, dtype: torch.dtype
+) -> None:
+    """The functions have the slope of their backward, 1 and -1: (-1)^2 adds to the square."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 4, dtype=dtype), torch.randn(64, 1, dtype=dtype)
+    model = nn.Linear(4, 1).to(dtype)
+    H = fh.Hessian(model, loss, (x, y))
+    assert "which custom functions make, differs by" in H.engine
+    assert not H.check().ok
+    padded = torch.cat([x, torch.ones(64, 1, dtype=dtype)], 1)
+    want = factor * 2 * padded.T @ padded / 64
+    assert error(columns(H), want) < (1e-12 if dtype == F64 else 1e-5)
