@@ -19,8 +19,8 @@ from gpu_meter import Rows, milliseconds, no_waiting, per_step
 
 import fasthessian as fh
 from fasthessian import kernels
-from fasthessian.algorithms.eigsh import LOOK
 from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.krylov.ritz import POLL_EVERY
 from fasthessian.study.resnet import resnet
 
 FEW, MANY, WARM = 4, 24, 3  # steps
@@ -41,7 +41,7 @@ def steps_of(krylov, every=None):
         for _ in range(count):
             krylov.step()
             if every is not None and krylov.size % every == 0:
-                krylov.look(wait=False)
+                krylov.poll(wait=False)
 
     return steps
 
@@ -66,9 +66,9 @@ def serving(device):
 
 
 def step_costs(rows, device, n):
-    """Kernels and copies of a step outside its product, with a look every LOOK steps, by backend.
+    """Kernels and copies of a step outside its product, by backend, with a poll as in `eigsh`.
 
-    The product is one multiplication. Waits are those of steps alone: a look waits until the device
+    The product is one multiplication. Waits are those of steps alone: a poll waits until the device
     has reached the one before.
     """
     d = torch.linspace(1, 3, n, device=device)
@@ -81,7 +81,7 @@ def step_costs(rows, device, n):
 
     for name in serving(device):
         with rows.section(f"step by {name}"):
-            looking = steps_of(started(A, backend=name), LOOK)
+            looking = steps_of(started(A, backend=name), POLL_EVERY)
             step = per_step(looking, device, FEW, MANY)
             own = per_step(products, device, FEW, MANY)
             outside = {kind: step[kind] - own[kind] for kind in step}
@@ -125,7 +125,7 @@ def densities(rows, device, net, steps, repeats):
         with rows.section(f"ESD {words}"):
             krylov = started(A, graph=graph)
             cost = per_step(steps_of(krylov), device, FEW, MANY)
-            waits, replay = first_wait(steps_of(krylov), device), krylov.replay
+            waits, replay = first_wait(steps_of(krylov), device), krylov.graph
             krylov.close()
             del krylov  # what it holds of A's graphs would keep the next run from a capture
             found = fh.density(A, steps=steps, graph=graph)

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fasthessian as fh
-from fasthessian.algorithms.density import Measured, smoothed
+from fasthessian.krylov.quadrature import Measured
+from fasthessian.krylov.smoothing import smoothed
 from tests.krylov.test_lanczos import diagonal, outliers
 from tests.operators.torch_state.test_untouched import _restless, world
 from tests.support.models import PROBLEMS, columns, refused
