@@ -46,7 +46,7 @@ def mismatch(A: SymmetricOperator, exact: Tensor) -> float:
 
 
 def refused(call: Callable[[], Any], kind: type[Exception], words: str) -> None:
-    """``call`` raises ``kind``, or the Refusal that is one, with one line that matches ``words``."""
+    """``call`` raises ``kind``, or the Refusal of that kind, in one line that matches ``words``."""
     with pytest.raises(kind, match=words) as caught:
         call()
     assert kind in (type(caught.value), *type(caught.value).__bases__)
