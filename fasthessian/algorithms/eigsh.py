@@ -17,9 +17,10 @@ from fasthessian.kernels.contract import MAX_BLOCK
 from fasthessian.krylov.basis import Basis
 from fasthessian.krylov.found import Found
 from fasthessian.krylov.lanczos import Lanczos
-from fasthessian.krylov.lockstep import Request, Run, solve
+from fasthessian.krylov.lockstep import Run, solve
 from fasthessian.krylov.missing import limits, outside, search
 from fasthessian.operators.base import SymmetricOperator, operator
+from fasthessian.operators.request import Request
 from fasthessian.results.records import Eigenpairs
 
 SLACK = 1e-8  # of ||A||: a missing eigenvalue so far beyond the wanted ones is looked for
@@ -224,7 +225,7 @@ def converge(
     krylov.close()  # the basis, before the products of the vectors
     values, residuals = values[chosen], residuals[chosen] + krylov.dropped + noise
     if compressed or not exact:
-        values, residuals = yield from _refined(vectors, values, krylov.kernels)
+        values, residuals = yield from _refined(A, vectors, values, krylov.kernels)
         converged = residuals <= torch.clamp(tol * values.abs(), min=2 * noise)
     return Found(values, vectors, residuals, converged, complete, graph)
 
@@ -255,12 +256,12 @@ def _judged(
 
 
 def _refined(
-    X: Tensor, values: Tensor, backend: ModuleType
+    A: SymmetricOperator, X: Tensor, values: Tensor, backend: ModuleType
 ) -> Generator[Request, None, tuple[Tensor, Tensor]]:
     """Rayleigh-Ritz on the rows of X (k, n), in place: values in the order given, residuals."""
     k = len(X)
     Y = torch.empty_like(X)
-    yield Request(X, Y)
+    yield Request(A, X, Y)
     grams = [torch.empty(k, k, dtype=torch.float64, device=X.device) for _ in range(2)]
     for start in range(0, k, MAX_BLOCK):
         rows = slice(start, start + MAX_BLOCK)

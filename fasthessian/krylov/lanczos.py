@@ -27,9 +27,10 @@ from fasthessian.kernels.contract import CANCELLED
 from fasthessian.krylov import basis as bases
 from fasthessian.krylov.coefficients import Ledger, State
 from fasthessian.krylov.cuda_graph import Replay
-from fasthessian.krylov.lockstep import Asking, Request, alone
+from fasthessian.krylov.lockstep import Asking, answer
 from fasthessian.krylov.rows import Rows
-from fasthessian.operators.base import ASYMMETRY, SymmetricOperator
+from fasthessian.operators.base import ASYMMETRY, SymmetricOperator, multiply
+from fasthessian.operators.request import Request
 from fasthessian.vectors import empty_rows
 
 SCHEDULES = ("dcgs2", "cgs2")
@@ -149,7 +150,7 @@ class Lanczos(Rows):
 
     def step(self) -> None:
         """One more final row by a product of the operator; see ``advance``."""
-        alone(self.A, self.advance())
+        answer(self.advance())
 
     def advance(self) -> Asking:
         """Ask for one product and make one more final row, unless the space is exhausted."""
@@ -160,7 +161,7 @@ class Lanczos(Rows):
             # the first product tells how large A is, before steps are captured
             if self._factor is None or not self._replay.step(self):
                 u, w = (self.W[i][None] for i in (self._u, 1 - self._u))
-                yield Request(u, w, self.deferred)
+                yield Request(self.A, u, w, self.deferred)
                 if self._factor is None:
                     self._factor = self._chosen_factor(w)
                 self._scale_(w)
@@ -225,7 +226,7 @@ class Lanczos(Rows):
 
     def delayed_step(self, made: int | Tensor, both: int | Tensor, making: int | Tensor) -> None:
         """One dcgs2 step; the counts are numbers, or cells of the ledger's counter."""
-        self.A.apply(self.W[:1], self.W[1:], trusted=self.deferred)
+        multiply([Request(self.A, self.W[:1], self.W[1:], self.deferred)])
         self._scale_(self.W[1:])
         self._absorb_delayed(made, both, making)
 

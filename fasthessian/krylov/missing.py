@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from fasthessian.krylov.lanczos import Lanczos
-from fasthessian.krylov.lockstep import Request
 from fasthessian.krylov.three_term import ThreeTerm
+from fasthessian.operators.request import Request
 
 MISS = 1e-3  # chance that a search overlooks an eigenvalue; of two missing ones it is 1e-6
 LOOK = 4  # steps between two looks at a GPU's run
