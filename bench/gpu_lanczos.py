@@ -21,6 +21,8 @@ import fasthessian as fh
 from fasthessian import kernels
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.ritz import POLL_EVERY
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from fasthessian.study.resnet import resnet
 
 FEW, MANY, WARM = 4, 24, 3  # steps
@@ -35,7 +37,7 @@ def started(A, capacity=WARM + FEW + 2 * MANY, **options):
 
 
 def steps_of(krylov, every=None):
-    """Steps as a function of their number; with ``every``, as eigsh makes them: with looks."""
+    """Steps as a function of their number; with ``every``, as eigsh makes them: with polls."""
 
     def steps(count):
         for _ in range(count):
@@ -77,12 +79,12 @@ def step_costs(rows, device, n):
 
     def products(count):
         for _ in range(count):
-            A.apply(u, w, trusted=True)
+            multiply([Request(A, u, w, deferred=True)])
 
     for name in serving(device):
         with rows.section(f"step by {name}"):
-            looking = steps_of(started(A, backend=name), POLL_EVERY)
-            step = per_step(looking, device, FEW, MANY)
+            polling = steps_of(started(A, backend=name), POLL_EVERY)
+            step = per_step(polling, device, FEW, MANY)
             own = per_step(products, device, FEW, MANY)
             outside = {kind: step[kind] - own[kind] for kind in step}
             steps = steps_of(started(A, backend=name))
@@ -159,8 +161,8 @@ def densities(rows, device, net, steps, repeats):
         params = list(model.parameters())
         v, out = (torch.randn(1, A.n, device=device) for _ in range(2))
         A.rebuild()  # on this stream
-        A.apply(v, out)
-        product = milliseconds(lambda: A.apply(v, out, trusted=True), device)
+        multiply([Request(A, v, out)])
+        product = milliseconds(lambda: multiply([Request(A, v, out, deferred=True)]), device)
         gradient = milliseconds(
             lambda: torch.autograd.grad(criterion(model(data[0]), data[1]), params), device
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Generator
 from types import ModuleType
@@ -15,8 +16,9 @@ from fasthessian.errors import ConvergenceWarning, InputError
 from fasthessian.krylov.breakdown import NOISE
 from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.intervals import Spread
-from fasthessian.krylov.lockstep import Asking, Request, Run
+from fasthessian.krylov.lockstep import Asking, Run
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.request import Request
 from fasthessian.results.records import Eigenpairs, Estimate
 from fasthessian.vectors import empty_rows
 
@@ -55,9 +57,9 @@ def estimate(
     """
     n, chosen, start = A.n, kernels.select(A.device, backend), A.matvecs
     known = 0.0  # size of the part of the trace that the pairs give
-    multiply: Callable[[Tensor, Tensor], Asking] = _plain
+    products_of: Callable[[Tensor, Tensor], Asking] = functools.partial(_plain, A)
     if pairs is not None:
-        multiply = _deflated(pairs, chosen)
+        products_of = _deflated(A, pairs, chosen)
         known = float(pairs.values.abs().sum())
         if exact and len(pairs.values) == n:
             return known_trace(float(pairs.values.sum()), known, A, confidence, 0), []
@@ -74,12 +76,12 @@ def estimate(
         s = len(samples)
         if exact and n <= needed - s and (s >= FIRST_CHECK or s == 0):
             total = s + n
-            value, size = yield from _diagonal(rows, products, chosen, lambda: callback(total))  # noqa: B023
+            value, size = yield from _diagonal(A, rows, products, chosen, lambda: callback(total))  # noqa: B023
             return known_trace(value, size, A, confidence, A.matvecs - start), []
         b = min(BLOCK, limit - s)
         for i in range(b):
             chosen.signs_(rows[i], seed, (skip + s + i) * n)
-        yield from multiply(rows[:b], products[:b])
+        yield from products_of(rows[:b], products[:b])
         C, _ = dots(chosen, rows[:b], products[:b])
         samples = torch.cat((samples, C.diagonal().cpu()))
         y = rows[:b].mul_(products[:b])
@@ -135,7 +137,11 @@ def _rounding(A: SymmetricOperator, size: float) -> float:
 
 
 def _diagonal(
-    rows: Tensor, products: Tensor, chosen: ModuleType, callback: Callable[[], None]
+    A: SymmetricOperator,
+    rows: Tensor,
+    products: Tensor,
+    chosen: ModuleType,
+    callback: Callable[[], None],
 ) -> Generator[Request, None, tuple[float, float]]:
     """The sum of the diagonal by n unit vectors, and its size ``sum |a_ii| + ||A||_F``."""
     n, diagonal, squares = rows.shape[1], [], 0.0
@@ -143,18 +149,20 @@ def _diagonal(
         b = min(len(products), n - i)
         units, out = rows[:b].zero_(), products[:b]
         units[:, i : i + b].fill_diagonal_(1.0)
-        yield Request(units, out)
+        yield Request(A, units, out)
         diagonal += out[:, i : i + b].diagonal().tolist()
         squares += float(gram(chosen, out).trace())
         callback()
     return math.fsum(diagonal), math.fsum(map(abs, diagonal)) + math.sqrt(squares)
 
 
-def _plain(V: Tensor, out: Tensor) -> Asking:
-    yield Request(V, out)
+def _plain(A: SymmetricOperator, V: Tensor, out: Tensor) -> Asking:
+    yield Request(A, V, out)
 
 
-def _deflated(pairs: Eigenpairs, chosen: ModuleType) -> Callable[[Tensor, Tensor], Asking]:
+def _deflated(
+    A: SymmetricOperator, pairs: Eigenpairs, chosen: ModuleType
+) -> Callable[[Tensor, Tensor], Asking]:
     """Products of P A P + (sum theta / n) I, which has the trace of A; P = I - Q'Q."""
     Q = pairs.vectors.contiguous()
     shift = float(pairs.values.sum()) / Q.shape[1]
@@ -169,11 +177,11 @@ def _deflated(pairs: Eigenpairs, chosen: ModuleType) -> Callable[[Tensor, Tensor
                 f"but max |Q Q' - I| is {off:.2g} and the values' sum {shift * Q.shape[1]:.3g}"
             )
 
-    def multiply(V: Tensor, out: Tensor) -> Asking:
+    def products_of(V: Tensor, out: Tensor) -> Asking:
         rest = V.clone()
         chosen.update_(Q, rest, dots(chosen, Q, rest)[0])
-        yield Request(rest, out)
+        yield Request(A, rest, out)
         chosen.update_(Q, out, dots(chosen, Q, out)[0])
         out.add_(V, alpha=shift)
 
-    return multiply
+    return products_of

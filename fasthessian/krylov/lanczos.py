@@ -41,10 +41,11 @@ from fasthessian.krylov.breakdown import NOISE, Tolerances, judged
 from fasthessian.krylov.candidate import draw_
 from fasthessian.krylov.coefficients import Coefficients, Snapshot
 from fasthessian.krylov.cuda_graph import CapturedStep, obstacle
-from fasthessian.krylov.lockstep import Asking, Request, alone
+from fasthessian.krylov.lockstep import Asking, answer
 from fasthessian.krylov.scale import factor_for
 from fasthessian.krylov.state import Item, RunState, configuration
-from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.base import SymmetricOperator, multiply
+from fasthessian.operators.request import Request
 from fasthessian.vectors import empty_rows
 
 SCHEDULES = ("dcgs2", "cgs2")
@@ -117,7 +118,7 @@ class Lanczos:
 
     def step(self) -> None:
         """One more final row by a product of the operator; see ``advance``."""
-        alone(self.A, self.advance())
+        answer(self.advance())
 
     def advance(self) -> Asking:
         """Ask for one product and make one more final row, unless the space is exhausted."""
@@ -131,7 +132,7 @@ class Lanczos:
                 self.A, state.coefficients.counter, state.size, self.delayed_step
             ):
                 w = state.product
-                yield Request(state.u, w, self.deferred)
+                yield Request(self.A, state.u, w, self.deferred)
                 if state.factor is None:
                     state.factor = factor_for(self.kernels, w)
                 state.scaled_(w)
@@ -147,7 +148,7 @@ class Lanczos:
     def delayed_step(self, made: Tensor, both: Tensor, making: Tensor) -> None:
         """One dcgs2 step, product included, that reads its row from cells of the row counter."""
         u, w = self.state.W[:1], self.state.W[1:]
-        self.A.apply(u, w, trusted=self.deferred)
+        multiply([Request(self.A, u, w, self.deferred)])
         self.state.scaled_(w)
         self._orthogonalise_delayed(made, both, making)
 

@@ -32,8 +32,8 @@ from torch import Tensor
 from fasthessian.krylov.candidate import add_part_
 from fasthessian.krylov.dots import dots
 from fasthessian.krylov.lanczos import Lanczos
-from fasthessian.krylov.lockstep import Request
 from fasthessian.krylov.three_term import ThreeTerm
+from fasthessian.operators.request import Request
 
 MISS = 1e-3  # chance that a search overlooks an eigenvalue; of two missing ones it is 1e-6
 POLL_EVERY = 4  # steps between two polls of a GPU's run

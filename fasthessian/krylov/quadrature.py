@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fasthessian.krylov.lockstep import Request
 from fasthessian.krylov.protocol import KrylovRun
+from fasthessian.operators.request import Request
 
 POLL_EVERY = 16  # steps between two polls of a GPU's run
 REACH = 8  # kernel widths; the mass of a Gaussian outside of it is below 1e-15

@@ -16,9 +16,9 @@ from fasthessian.krylov.basis import Basis
 from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.found import Found
 from fasthessian.krylov.lanczos import Lanczos
-from fasthessian.krylov.lockstep import Request
 from fasthessian.krylov.missing import limits, outside, search
-from fasthessian.operators.base import operator
+from fasthessian.operators.base import SymmetricOperator, operator
+from fasthessian.operators.request import Request
 
 SLACK = 1e-8  # of ||A||: a missing eigenvalue so far beyond the wanted ones is looked for
 LOCKED = 0.01  # of tol: what pairs converge to before their couplings are given up
@@ -111,7 +111,7 @@ def converge(
     krylov.close()  # the basis, before the products of the vectors
     values, residuals = values[chosen], residuals[chosen] + krylov.dropped + noise
     if compressed or not exact:
-        values, residuals = yield from _refined(vectors, values, krylov.kernels)
+        values, residuals = yield from _refined(A, vectors, values, krylov.kernels)
         converged = residuals <= torch.clamp(tol * values.abs(), min=2 * noise)
     return Found(values, vectors, residuals, converged, complete, graph)
 
@@ -158,7 +158,7 @@ def wanted(values: Tensor, which: str | tuple[int, int]) -> Tensor:
 
 
 def _refined(
-    X: Tensor, values: Tensor, kernels: ModuleType
+    A: SymmetricOperator, X: Tensor, values: Tensor, kernels: ModuleType
 ) -> Generator[Request, None, tuple[Tensor, Tensor]]:
     """Rayleigh-Ritz on the rows of X (k, n), in place: values in the order given, residuals.
 
@@ -167,7 +167,7 @@ def _refined(
     """
     k = len(X)
     Y = torch.empty_like(X)
-    yield Request(X, Y)
+    yield Request(A, X, Y)
     products = [torch.empty(k, k, dtype=torch.float64, device=X.device) for _ in range(2)]
     for start in range(0, k, MAX_BLOCK):
         rows = slice(start, start + MAX_BLOCK)

@@ -23,9 +23,10 @@ from fasthessian.errors import InputError
 from fasthessian.krylov.basis import check_room
 from fasthessian.krylov.breakdown import NOISE
 from fasthessian.krylov.dots import dots, gram
-from fasthessian.krylov.lockstep import Asking, Request, alone
+from fasthessian.krylov.lockstep import Asking, answer
 from fasthessian.krylov.state import Item, Shapes, State, configuration
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.request import Request
 from fasthessian.vectors import empty_rows
 
 ROWS = 3
@@ -117,13 +118,13 @@ class ThreeTerm:
 
     def step(self) -> None:
         """One more row of T by a product of the operator; see ``advance``."""
-        alone(self.A, self.advance())
+        answer(self.advance())
 
     def advance(self) -> Asking:
         """Ask for one product and make one more row of T."""
         state, j = self.state, self.state.size
         before, q, w = (state.rows[i % 3][None] for i in (j - 1, j, j + 1))
-        yield Request(q, w, self._deferred)
+        yield Request(self.A, q, w, self._deferred)
         if self._restrict is not None:
             self._restrict(q, w)
         if j:

@@ -7,6 +7,8 @@ import torch
 
 import fasthessian as fh
 from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from tests.krylov.test_deferred_steps import NothingReadBack
 from tests.support.models import PROBLEMS
 
@@ -173,7 +175,7 @@ def check_launches(device, backend):
 
     def products(count):
         for _ in range(count):
-            A.apply(u, w, trusted=True)
+            multiply([Request(A, u, w, deferred=True)])
 
     steps(3)
     step, product = per_step(steps, device), per_step(products, device)
