@@ -274,8 +274,8 @@ class Lanczos:
     def configuration(self) -> dict[str, Item]:
         """What a run must have in common with this one to take over its state."""
         common = configuration("Lanczos", self.A, self.capacity, self._deferred)
-        basis = str(self.state.basis.stored.dtype)
-        return common | {"schedule": self.schedule, "basis": basis, "refill": self.refill}
+        rows = str(self.state.basis.stored.dtype).removeprefix("torch.")
+        return common | {"schedule": self.schedule, "rows": rows, "refill": self.refill}
 
     # how it becomes known
 

@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fasthessian.arguments import integer
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import Basis
 from fasthessian.krylov.coefficients import Coefficients, Snapshot
@@ -66,19 +67,21 @@ class State:
             ValueError: a name, a type or a shape is not this run's; then nothing has changed.
         """
         kinds = self._kinds()
-        if set(numbers) != set(kinds):
-            raise InputError(f"its numbers are {', '.join(sorted(numbers))}")
+        if odd := set(numbers) ^ set(kinds):
+            raise InputError(f"numbers are missing or unknown: {', '.join(sorted(odd))}")
         for name, value in numbers.items():
             if type(value) not in kinds[name]:
-                raise InputError(f"{name} is {value!r:.40}")
+                accepted = " or ".join(kind.__name__ for kind in kinds[name])
+                raise InputError(f"{name} must be {accepted}, got {value!r:.40}")
         shapes = self._shapes(numbers, tensors)
-        if set(tensors) != set(shapes):
-            raise InputError(f"its tensors are {', '.join(sorted(tensors))}")
+        if odd := set(tensors) ^ set(shapes):
+            raise InputError(f"tensors are missing or unknown: {', '.join(sorted(odd))}")
         for name, (dtype, shape) in shapes.items():
             found = tensors[name]
             if found.dtype != dtype or tuple(found.shape) != shape:
                 raise InputError(
-                    f"{name} is {found.dtype} of shape {tuple(found.shape)}, not {dtype} of {shape}"
+                    f"{name} must be {dtype} of shape {shape}, "
+                    f"got {found.dtype} of shape {tuple(found.shape)}"
                 )
         for name, value in numbers.items():
             setattr(self, name, value)
@@ -190,16 +193,15 @@ class RunState(State):
         return found
 
     def _shapes(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Shapes:
-        V, cells, size = self.basis.stored, self.coefficients.cells, numbers["size"]
-        assert isinstance(size, int)
-        if not 0 <= size < len(cells):
-            raise InputError(f"size is {size}")
+        V, cells = self.basis.stored, self.coefficients.cells
+        size = integer("size", numbers["size"], 0, len(cells) - 1)
         rows = {name: len(tensors[name]) for name in {"T", "pending", "final"} & set(tensors)}
         shapes: Shapes = {
             "V": (V.dtype, (min(size + 1, len(V)), V.shape[1])),
             "W": (self.W.dtype, tuple(self.W.shape)),
             "cells": (cells.dtype, tuple(cells.shape)),
             "counter": (torch.int64, (2,)),
+            "T": (torch.float64, (0, 0)),
         }
         for name, count in rows.items():
             shapes[name] = (torch.float64, (count, count if name == "T" else cells.shape[1]))

@@ -60,12 +60,11 @@ def read(path: str | os.PathLike[str], run: Restorable) -> None:
         with open(path, "rb") as stream:
             archive = npz.Archive(stream)
             header = parse(archive.text())
-            if not isinstance(header, dict) or set(header) != {"run", "numbers"}:
-                raise InputError("it describes no run")
+            parts = header if isinstance(header, dict) else {}
+            if set(parts) != {"run", "numbers"} or not isinstance(parts["numbers"], dict):
+                raise InputError("it has no configuration and numbers of a run")
             wrong = _difference(header["run"], run.configuration())
             if wrong is None:
-                if not isinstance(header["numbers"], Mapping):
-                    raise InputError("it has no numbers")
                 names = set(archive.infos) - {npz.TEXT}
                 for name in names:
                     archive.header(name)  # its size, before it is read
@@ -77,7 +76,9 @@ def read(path: str | os.PathLike[str], run: Restorable) -> None:
         words = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path} is not the saved state of a run ({words})") from error
     if wrong is not None:
-        raise InputError(f"{path} is of a run with {wrong}; pass the operator and options of that")
+        raise InputError(
+            f"{path} is of a run with {wrong}; go on with the operator and options of that run"
+        )
 
 
 def _difference(found: object, expected: Mapping[str, object]) -> str | None:

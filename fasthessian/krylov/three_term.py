@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fasthessian import kernels
+from fasthessian.arguments import integer
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import check_room
 from fasthessian.krylov.breakdown import NOISE
@@ -48,10 +49,8 @@ class ThreeTermState(State):
         return {"rows": self.rows, "entries": self.entries}
 
     def _shapes(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Shapes:
-        size, judged = numbers["size"], numbers["judged"]
-        assert isinstance(size, int) and isinstance(judged, int)
-        if not 0 <= judged <= size <= len(self.entries):
-            raise InputError(f"size is {size} and judged {judged}")
+        size = integer("size", numbers["size"], 0, len(self.entries))
+        integer("judged", numbers["judged"], 0, size)
         return {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors().items()}
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:

@@ -1,5 +1,7 @@
 """Lanczos steps as a GPU makes them: enqueued, counted on the device, looked at late."""
 
+import functools
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -134,6 +136,27 @@ def test_replay_says_why_steps_are_not_captured():
     assert grown(diagonal(torch.arange(1.0, 50.0)), 5).graph == "eager: cpu has no CUDA graphs"
     krylov = grown(diagonal(torch.arange(1.0, 50.0)), 5, graph=False)
     assert krylov.graph == "eager: graph=False"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_that_falls_back_to_checking_every_step_says_so(schedule, monkeypatch):
+    values = torch.tensor([2.0] * 30 + [5.0] * 10, dtype=F64)
+    eager, said = "eager: cpu has no CUDA graphs", ", every step checked since a breakdown at row 2"
+    options = {"seed": 0, "schedule": schedule}
+    late, direct = (Lanczos(diagonal(values), 12, deferred=d, **options) for d in (True, False))
+    for run in (late, direct):
+        assert run.graph == eager
+        while run.size < 12:
+            run.step()
+        run.poll(wait=True)
+    assert late.graph == eager + said and not late.deferred
+    assert direct.graph == eager  # it checked every step from the start
+    for name in ("eigsh", "density"):
+        module = importlib.import_module(f"fasthessian.algorithms.{name}")
+        monkeypatch.setattr(module, "Lanczos", functools.partial(Lanczos, deferred=True))
+    A = diagonal(values)
+    assert fh.eigsh(A, 2, "LA", schedule=schedule).graph.startswith(eager + said[:-1])
+    assert fh.density(A, steps=12, schedule=schedule).graph == eager + said
 
 
 def test_results_say_why_steps_were_not_captured():
