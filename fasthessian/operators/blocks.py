@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.torch_state.scopes import grad_mode, ordinary
+from fasthessian.operators.torch_state.scopes import grad_mode, no_inference_mode
 
 if TYPE_CHECKING:
     from fasthessian.operators.curvature import Curvature
@@ -98,7 +98,7 @@ def multiply(jobs: list[Job]) -> None:
             job.operator.accepts(job.V, job.out)
             work.append((cast("Block", job.operator), job.V.detach(), job.out))
         parent = cast("Block", group[0].operator).parent
-        with ordinary(), grad_mode(False):
+        with no_inference_mode(), grad_mode(False):
             parent.advance(work, all(job.trusted for job in group))
         for job in group:
             job.operator.made(job.V, job.out, job.trusted)

@@ -24,8 +24,9 @@ from fasthessian.operators.passes import Passes
 from fasthessian.operators.products.engines import gradient
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.products.slopes import ALLOWED, distance
-from fasthessian.operators.torch_state.conditions import in_turn, keep_values
-from fasthessian.operators.torch_state.scopes import Scope, Undo, set_to
+from fasthessian.operators.torch_state.lock import exclusive
+from fasthessian.operators.torch_state.module_state import keep_values
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog, set_attribute
 from fasthessian.vectors import like, real
 
 
@@ -44,7 +45,7 @@ class Curvature(Passes):
     _scaled = False  # whether the matrix of one batch depends on whether the loss is a sum
     _exact = False  # whether the matrix is the derivative of the gradient
 
-    @in_turn
+    @exclusive
     def __init__(
         self,
         model: nn.Module,
@@ -76,7 +77,7 @@ class Curvature(Passes):
     def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
         self.advance([(None, V, out)], trusted)
 
-    @in_turn
+    @exclusive
     def advance(self, work: Sequence[tuple[Block | None, Tensor, Tensor]], trusted: bool) -> None:
         """Products (block or None for the whole, V, out) in one pass over the data.
 
@@ -130,10 +131,10 @@ class Curvature(Passes):
 
     def theta(self) -> Tensor:
         """The parameters as they are now, one vector (n,)."""
-        named = self._loss.named()
+        named = self._loss.named_parameters()
         return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
 
-    @in_turn
+    @exclusive
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
 
@@ -157,7 +158,7 @@ class Curvature(Passes):
 
         return self._roomy(made, "the gradient")
 
-    @in_turn
+    @exclusive
     def loss(self, offset: Tensor | None = None) -> float:
         """The loss at theta, or at theta + ``offset`` (n,), summed over the data in float64.
 
@@ -249,7 +250,7 @@ class Curvature(Passes):
     def _at(self, params: list[Tensor], offset: Tensor | None) -> Scope[None]:
         """Inside, the parameters are moved by the offset (n,)."""
 
-        def move(undo: Undo) -> None:
+        def move(undo: UndoLog) -> None:
             held = keep_values(undo, params)
             if offset is not None:
                 for p, at, shift in zip(params, held, self.layout.views(offset), strict=True):
@@ -267,7 +268,7 @@ class Curvature(Passes):
             views[place].zero_()
         return v
 
-    @in_turn
+    @exclusive
     def by_forward(self, v: Tensor) -> Tensor:
         """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
         options, out = self._options, torch.empty_like(v[None])
@@ -275,7 +276,7 @@ class Curvature(Passes):
         def made() -> None:
             forward = dataclasses.replace(options, engine="forward")
             with (
-                set_to(self, "_options", forward),
+                set_attribute(self, "_options", forward),
                 self._pass() as params,
                 closing(self._loss.parts()) as parts,
             ):
@@ -286,7 +287,7 @@ class Curvature(Passes):
         self._roomy(made)
         return out[0].add_(v, alpha=options.weight_decay)
 
-    @in_turn
+    @exclusive
     def check(self) -> Check:
         """Measure what could silently be wrong: on this model, these data and this engine.
 
