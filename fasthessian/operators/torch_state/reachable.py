@@ -68,9 +68,7 @@ def module_entries(root: str, module: nn.Module, kind: str, seen: set[int], whol
                 yield from reachable(f"{root}.{path}{name}", value, OTHER, seen, depth)
 
 
-def reachable(
-    label: str, item: Any, kind: str, seen: set[int], depth: int = 2
-) -> Iterator[Entry]:
+def reachable(label: str, item: Any, kind: str, seen: set[int], depth: int = 2) -> Iterator[Entry]:
     """What can be reached from an object of this name: tensors, arrays, numbers, other objects.
 
     The walk enters containers, and functions and objects up to ``depth`` levels deep: their
