@@ -1,4 +1,4 @@
-"""The user's model, gradients, modes and random states: as they were, whatever happens."""
+"""The user's model, gradients, modes and random states stay as they were, whatever happens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Restless(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        self.scale = self.scale * 2  # another tensor under the same name
+        self.scale = self.scale * 2  # a new tensor under the same name
         self.register_buffer("scratch", torch.ones(2))
         noise = torch.rand(()) + np.random.rand() + random.random()
         out = self.last(self.drop(torch.tanh(self.norm(self.first(x))))) * noise / self.scale
@@ -43,7 +43,7 @@ class Restless(nn.Module):
 
 
 class RestlessLoss(nn.Module):
-    """A criterion with a mode and a buffer of its own."""
+    """A criterion with a training flag and a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def test_nothing_of_the_user_changes(loader: bool, mode: str, engine: str) -> No
 
 
 @each_engine
-def test_nothing_changes_when_an_exception_flies(engine: str) -> None:
+def test_nothing_changes_after_an_exception(engine: str) -> None:
     model, criterion, x, y = _restless()
     batches = [(x[:4], y[:4]), (x[4:], y[4:])]
     before = world(model, criterion)
@@ -127,7 +127,7 @@ def test_nothing_changes_when_an_exception_flies(engine: str) -> None:
     assert world(model, criterion) == before
 
 
-def test_gradients_from_before_do_not_enter_the_product() -> None:
+def test_gradients_in_grad_do_not_enter_products() -> None:
     model, criterion, data = PROBLEMS["mlp"].make()
     A = fh.Hessian(model, criterion, data)
     Hv = A @ torch.ones(A.n, dtype=A.dtype)
@@ -137,7 +137,7 @@ def test_gradients_from_before_do_not_enter_the_product() -> None:
     assert torch.equal(B @ torch.ones(A.n, dtype=A.dtype), Hv)
 
 
-def test_a_module_with_its_own_train_method_is_not_asked() -> None:
+def test_a_modules_own_train_method_is_not_called() -> None:
     model, criterion, data = PROBLEMS["mlp"].make()
 
     class Merging(nn.Sequential):
@@ -170,7 +170,7 @@ def test_a_closure_keeps_the_random_states_and_sees_the_same_numbers() -> None:
 
 
 class DrawsInBackward(torch.autograd.Function):
-    """The square; its backward passes draw random numbers."""
+    """The square, whose backward passes draw random numbers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class DrawsInBackward(torch.autograd.Function):
 
 
 @each_engine
-def test_random_numbers_drawn_while_differentiating_leave_no_trace(engine: str) -> None:
+def test_random_numbers_drawn_in_backward_do_not_change_the_random_states(engine: str) -> None:
     w = torch.ones(3, requires_grad=True)
     state = torch.get_rng_state()
     A = fh.Hessian.from_closure(lambda: DrawsInBackward.apply(w).sum(), [w], engine=engine)
