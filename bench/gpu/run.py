@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 530  # for all parts together
 ABSENT = 77  # exit status of a part that cannot run here
 TAIL = 1200  # characters of a failed part's log that are printed
-LEFT_OUT = ("build", "dist", "__pycache__", "*.egg-info", "report", "report-*", "results", ".*")
+LEFT_OUT = ("build", "dist", "__pycache__", "*.egg-info", "report", "report-*", ".*")
 SMALL = {  # the part of a test command that a rehearsal runs
     "kernels": ["-k", "append or rows_beyond or second_derivative"],
     "suite": ["tests/house/test_layers.py", "tests/results/test_records.py"],
@@ -153,6 +153,11 @@ def parts_of(folder, facts, without):
     return [part for part in parts if part.name not in without]
 
 
+def copy_tree(source, target, *more):
+    """Copy a tree without LEFT_OUT and ``more`` names."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFT_OUT, *more))
+
+
 def table(rows):
     """Lines of text: streams with one column per backend, other rows as they are."""
     streams, lines = {}, []
@@ -179,8 +184,7 @@ def main():
     start, now = time.monotonic(), datetime.now(timezone.utc)
     with tempfile.TemporaryDirectory(prefix="fasthessian-gpu-") as temporary:
         folder = Path(temporary) / "tree"
-        built = () if "build" in without else ("*.so",)
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT, *built))
+        copy_tree(ROOT, folder, *(() if "build" in without else ("*.so",)))
         meter = [sys.executable, "-m", "bench.gpu.meter", "machine.json"]
         outcomes = carry_out_all([Part("machine", meter, 60)], folder, 60)
         found = folder / "machine.json"

@@ -69,6 +69,18 @@ def test_time_is_kept_back_for_what_must_run(tmp_path):
     assert gpu.carry_out(parts[2], 1, tmp_path).state == "NO TIME"
 
 
+def test_the_copy_holds_every_module(tmp_path):
+    """An installed package could stand in for a module that the copy lacks, so files are compared."""
+    copy = tmp_path / "tree"
+    for folder in ("fasthessian", "tests", "bench"):
+        gpu.copy_tree(ROOT / folder, copy / folder)
+        wanted, found = (
+            {path.relative_to(tree / folder) for path in (tree / folder).rglob("*.py")}
+            for tree in (ROOT, copy)
+        )
+        assert found == wanted
+
+
 @without_gpu
 def test_rehearsal():
     before = sorted((ROOT / "bench" / "results").glob("*"))
