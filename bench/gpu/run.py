@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 530  # for all parts together
 ABSENT = 77  # exit status of a part that cannot run here
 TAIL = 1200  # characters of a failed part's log that are printed
-LEFT_OUT = ("build", "dist", "__pycache__", "*.egg-info", "report", "report-*", ".*")
+LEFT_OUT = ("build", "dist", "*.egg-info", "report", "report-*", ".*")  # at the top of the tree
 SMALL = {  # the part of a test command that a rehearsal runs
     "kernels": ["-k", "append or rows_beyond or second_derivative"],
     "suite": ["tests/house/test_layers.py", "tests/results/test_records.py"],
@@ -154,8 +154,15 @@ def parts_of(folder, facts, without):
 
 
 def copy_tree(source, target, *more):
-    """Copy a tree without LEFT_OUT and ``more`` names."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns(*LEFT_OUT, *more))
+    """Copy a tree without LEFT_OUT at its top and without ``more`` patterns anywhere."""
+    at_top = shutil.ignore_patterns(*LEFT_OUT)
+    anywhere = shutil.ignore_patterns("__pycache__", *more)
+
+    def ignored(folder, names):
+        found = anywhere(folder, names)
+        return found | at_top(folder, names) if Path(folder) == source else found
+
+    shutil.copytree(source, target, ignore=ignored)
 
 
 def table(rows):

@@ -70,10 +70,10 @@ def test_time_is_kept_back_for_what_must_run(tmp_path):
 
 
 def test_the_copy_holds_every_module(tmp_path):
-    """An installed package could stand in for a module that the copy lacks, so files are compared."""
+    """Files are compared: an installed package could stand in for a module that is not copied."""
     copy = tmp_path / "tree"
+    gpu.copy_tree(ROOT, copy, "*.so")
     for folder in ("fasthessian", "tests", "bench"):
-        gpu.copy_tree(ROOT / folder, copy / folder)
         wanted, found = (
             {path.relative_to(tree / folder) for path in (tree / folder).rglob("*.py")}
             for tree in (ROOT, copy)
