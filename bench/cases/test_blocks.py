@@ -1,21 +1,21 @@
-"""All layers of a ResNet-20 at once: their products against the whole product, and densities."""
+"""All layer blocks of a ResNet-20 together, compared with the full matrix: products, densities."""
 
-import peers
-import problems
 import pytest
 import torch
-from conftest import median, rounds
 
 import fasthessian as fh
+from bench.cases import problems
+from bench.harness.timing import median, rounds
+from bench.peers import curvlinops
 from fasthessian.operators.base import multiply
 from fasthessian.operators.request import Request
 
 STEPS = 20
-EXACT, NEAR = 1e-10, 1e-2  # of |Hv|; in float32 rounding turns some ReLUs
+EXACT, NEAR = 1e-10, 1e-2  # of |Hv|; in float32 rounding flips some ReLUs
 
 
 def layers(double=False):
-    """H of a ResNet-20 without normalisation on a batch of 64, and its 22 layers."""
+    """H of a ResNet-20 without normalisation on a batch of 64, and its 22 layer blocks."""
     model, criterion, batch = problems.residual(20, 64, batch_norm=False)
     if double:
         model, batch = problems.doubled(model), tuple(map(problems.doubled, batch))
@@ -26,7 +26,7 @@ def layers(double=False):
 
 
 def requests(blocks):
-    """A product of a random vector for each block."""
+    """One request per block: its product with a random vector."""
     torch.manual_seed(1)
     vectors = [torch.randn(1, block.n, dtype=block.dtype) for block in blocks.values()]
     pairs = zip(blocks.values(), vectors, strict=True)
@@ -34,7 +34,7 @@ def requests(blocks):
 
 
 def check(A, blocks):
-    """Each product is that of the whole with a vector which is zero outside of the block."""
+    """Compare each product with that of the full matrix and a vector that is zero elsewhere."""
     work = requests(blocks)
     multiply(work)
     for name, request in zip(blocks, work, strict=True):
@@ -59,9 +59,9 @@ def test_products(row):
         for request in work:
             multiply([request])
 
-    # curvlinops multiplies with a block diagonal too; layers follow each other in its parameters
+    # curvlinops has a block diagonal too, of consecutive parameters
     sizes = [len(block.layout.names) for block in blocks.values()]
-    theirs = peers.by_curvlinops(*problem, block_sizes=sizes)
+    theirs = curvlinops.product(*problem, block_sizes=sizes)
     multiply(work)
     ours = torch.cat([request.out[0] for request in work])
     assert (theirs(w) - ours).norm() < NEAR * ours.norm()
