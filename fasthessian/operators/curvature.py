@@ -24,6 +24,7 @@ from fasthessian.operators.passes import Passes
 from fasthessian.operators.products.engines import gradient
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.products.slopes import ALLOWED, distance
+from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state.lock import exclusive
 from fasthessian.operators.torch_state.module_state import keep_values
 from fasthessian.operators.torch_state.scopes import Scope, UndoLog, set_attribute
@@ -74,25 +75,21 @@ class Curvature(Passes):
         if wrapper:
             self.engine += f"; {wrapper} unwrapped"
 
-    def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
-        self.advance([(None, V, out)], trusted)
-
     @exclusive
-    def advance(self, work: Sequence[tuple[Block | None, Tensor, Tensor]], trusted: bool) -> None:
-        """Products (block or None for the whole, V, out) in one pass over the data.
+    def _multiply(self, requests: Sequence[Request]) -> None:
+        """Products by this matrix or by blocks of it, in one pass over the data.
 
         Raises:
             MemoryError: a product does not fit; what it needs and which option would help.
         """
-        blocks = [block.positions for block, _, _ in work if block is not None]
-        if not self._layered and any(map(self._of_one_layer, blocks)):
+        blocks = [request for request in requests if request.operator is not self]
+        if not self._layered and any(self._of_one_layer(block.places) for block in blocks):
             self._forget()  # from now on factors of the layers are kept beside the graphs
             self._layered = True
-        tasks = [self._task(*each) for each in work]
-        self._roomy(lambda: self._make(tasks, trusted))
+        self._roomy(lambda: self._make(requests))
         if self._options.weight_decay:
-            for _, V, out in work:
-                out.add_(V, alpha=self._options.weight_decay)
+            for request in requests:
+                request.out.add_(request.V.detach(), alpha=self._options.weight_decay)
 
     def blocks(
         self, by: str | re.Pattern[str] | Mapping[str, str] | Callable[[str], str | None]
@@ -189,8 +186,8 @@ class Curvature(Passes):
         with self._pass() as params:
             out = torch.zeros_like(v)
             whole = part._replace(weight=1.0)
-            task = self._task(None, v, out)
-            self._made_graph(whole, params).products([task], first=True, keep=False)
+            graph = self._made_graph(whole, params)
+            graph.products([Request(self, v, out)], first=True, keep=False)
 
             def slope(h: float) -> Tensor:
                 with self._at(params, h * v[0]):
@@ -272,6 +269,7 @@ class Curvature(Passes):
     def by_forward(self, v: Tensor) -> Tensor:
         """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
         options, out = self._options, torch.empty_like(v[None])
+        request = Request(self, v[None], out)
 
         def made() -> None:
             forward = dataclasses.replace(options, engine="forward")
@@ -281,8 +279,8 @@ class Curvature(Passes):
                 closing(self._loss.parts()) as parts,
             ):
                 for i, part in enumerate(parts):
-                    task = self._task(None, v[None], out)
-                    self._made_graph(part, params).products([task], first=i == 0, keep=False)
+                    graph = self._made_graph(part, params)
+                    graph.products([request], first=i == 0, keep=False)
 
         self._roomy(made)
         return out[0].add_(v, alpha=options.weight_decay)

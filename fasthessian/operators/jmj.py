@@ -125,9 +125,7 @@ class OuterCurvature(Curvature):
         """Of J v, since M is known or looked at by itself."""
         with self._pass() as params:
             z = self._outputs(self._evaluated(part)[0])
-            task = self._task(None, v, torch.zeros_like(v))
-            places = list(task.places)
-            Jv = self._tangent(part, z, params)(places, [*task.rows[0]])
+            Jv = self._tangent(part, z, params)(self.positions, self.layout.views(v[0]))
             Jv = torch.zeros_like(z) if Jv is None else Jv
 
             def outputs(h: float) -> Tensor:

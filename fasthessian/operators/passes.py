@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from fasthessian.errors import InputError, InsufficientMemoryError, UnsupportedError
 from fasthessian.memory import out_of_memory
 from fasthessian.operators import parameters
-from fasthessian.operators.blocks import Block
 from fasthessian.operators.checks import compared, precision_error
 from fasthessian.operators.kept_graphs import KeptGraphs
 from fasthessian.operators.loss.closure_loss import ClosureLoss
 from fasthessian.operators.loss.coupling import Coupling, coupling
 from fasthessian.operators.loss.model_loss import REPEATED, ROUNDED, ModelLoss, Part
-from fasthessian.operators.products.engines import Graph, Task, coarsest, examine, metered, unused
+from fasthessian.operators.products.engines import Graph, coarsest, examine, metered, unused
 from fasthessian.operators.products.function_guard import Functions
 from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.products.padding import Padding, check_untied, padding
+from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state import gradient_hooks
 from fasthessian.operators.torch_state.lock import exclusive
 from fasthessian.operators.torch_state.patches import patched
@@ -39,6 +39,7 @@ class Passes(KeptGraphs):
     """An operator whose products are sums over the parts of a loss; see ``Curvature``."""
 
     engine: str
+    positions: Sequence[int]  # of the parameters among those of the graphs
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
         """The products of one part."""
@@ -51,6 +52,7 @@ class Passes(KeptGraphs):
         self._options, self._mode = options, options.mode
         self._dtypes = {name: p.dtype for name, p in chosen.items()}
         self.layout = Layout(chosen, parameters.common_dtype(chosen))
+        self.positions = range(len(chosen))
         self._describe(self.layout.n, self.layout.dtype, self.layout.device)
         self._loss = loss
         self._keep_none()
@@ -286,16 +288,12 @@ class Passes(KeptGraphs):
             )
         return outputs, loss
 
-    def _task(self, block: Block | None, V: Tensor, out: Tensor) -> Task:
-        layout = self.layout if block is None else block.layout
-        places = range(len(layout.names)) if block is None else block.positions
-        return Task(places, [layout.views(v) for v in V], out)
-
-    def _make(self, tasks: Sequence[Task], trusted: bool) -> None:
-        with self._pass(trusted=trusted, evaluates=not self._complete) as params:
+    def _make(self, requests: Sequence[Request]) -> None:
+        deferred = all(request.deferred for request in requests)
+        with self._pass(trusted=deferred, evaluates=not self._complete) as params:
             if self._complete:
                 for i, graph in enumerate(self._graphs):
-                    graph.products(tasks, first=i == 0, keep=True)
+                    graph.products(requests, first=i == 0, keep=True)
                 return
             try:
                 with closing(self._loss.parts()) as parts:
@@ -307,7 +305,7 @@ class Passes(KeptGraphs):
                             graph = self._made_graph(part, params)
                             if keep:
                                 self._keep(graph, part, params)
-                        graph.products(tasks, first=i == 0, keep=keep)
+                        graph.products(requests, first=i == 0, keep=keep)
                 self._complete = self._capacity > i
             except BaseException:
                 self._forget()

@@ -1,7 +1,7 @@
-"""compute-sanitizer over some tests of the native kernels, once it has found planted bugs.
+"""Run compute-sanitizer on two planted bugs, which it must find, and on tests of native kernels.
 
-Exit status 77: there is no sanitizer here, or it refuses the device; the last line says which.
-``--rehearse`` builds the planted bugs and runs the tests on a CPU row without the sanitizer.
+Exit status 77: there is no sanitizer here, or it does not support the device; the last line says
+which. ``--rehearse`` builds the planted bugs and runs the tests on a CPU backend without it.
 """
 
 import argparse
@@ -22,7 +22,7 @@ __global__ void beyond(float* x, int n) { x[n + threadIdx.x] = 1.0f; }
 __global__ void race(float* x) {
   __shared__ float cell[64];
   cell[threadIdx.x] = x[threadIdx.x];
-  x[threadIdx.x] = cell[63 - threadIdx.x];  // of the other warp, with no barrier
+  x[threadIdx.x] = cell[63 - threadIdx.x];  // written by the other warp, without a barrier
 }
 int main(int, char** words) {
   float* x = nullptr;
@@ -79,10 +79,10 @@ def main():
         check = [checker, "--tool", kind, "--error-exitcode", str(FOUND)]
         planted = run([*check, "./planted", bug])
         if "not supported" in planted.stdout:
-            absent("compute-sanitizer refuses this device")
+            absent("compute-sanitizer does not support this device")
         if planted.returncode != FOUND:
             failed.append(f"{kind} missed the planted bug")
-        # each tensor an allocation of its own, so that its end is known
+        # one allocation per tensor, so that memcheck knows where each ends
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} if kind == "memcheck" else {}
         if run([*check, *tests], **env, **alone).returncode:
             failed.append(f"{kind} or a test under it failed")

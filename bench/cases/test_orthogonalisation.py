@@ -1,8 +1,9 @@
-"""Orthogonalise one new vector against 40 of 11e6 float32, and each stream against a plain read.
+"""Orthogonalise one vector against 40 of 11e6 float32; compare each stream with a plain read.
 
-In processes of their own. The per-vector loop makes two temporaries of 44 MB for every row. glibc
-maps those anew each time, and the loop's time is page faults, unless free space of an earlier,
-larger use is at hand (activations, say): so it is measured both ways.
+Each part runs in a process of its own. The per-vector loop makes two temporaries of 44 MB per row.
+By default glibc maps new pages for each of them, so the loop spends its time on page faults. Where
+the process has free memory from an earlier use, such as activations, it reuses those pages. The
+loop is measured in both conditions.
 """
 
 import json
@@ -10,15 +11,15 @@ import statistics
 import sys
 
 import torch
-from conftest import median, rounds
-from processes import fresh
 
+from bench.harness.processes import fresh
+from bench.harness.timing import median, rounds
 from fasthessian import kernels
 from fasthessian.vectors import empty_rows
 
 K, N = 40, 11_000_000
 SCALE = N**0.5  # of float16 rows, as a compressed basis stores them
-KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}  # no page is given back
+KEEP = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "-1"}  # freed pages are kept
 
 
 def basis():
@@ -43,7 +44,7 @@ def compressed(rows):
 
 
 def four_gemv(V, w):
-    """CGS2 as torch writes it: two rounds of mv and addmv."""
+    """CGS2 with torch: two rounds of mv and addmv."""
     for _ in range(2):
         w.addmv_(V.T, torch.mv(V, w), alpha=-1)
     w /= w.norm()
@@ -79,7 +80,7 @@ def overlap(V, w):
 
 
 def schedules():
-    """Median seconds of one orthogonalisation by each contestant."""
+    """Median seconds of one orthogonalisation for each contestant."""
     rows, backend = basis(), kernels.select("cpu", "native")
     V, W, w = rows[:K], rows[K:], rows[K]
     fresh_W = W.clone()
@@ -105,7 +106,7 @@ def schedules():
 
 
 def streams():
-    """Bytes a second of each pass over those of a plain read right before it; median of rounds."""
+    """Bytes per second of each pass, relative to a plain read just before it; median of rounds."""
     rows, backend = basis(), kernels.select("cpu", "native")
     W, fresh_W = rows[K:], rows[K:].clone()
     H, S = torch.zeros(K, 2, dtype=torch.float64), torch.eye(2, dtype=torch.float64)
@@ -113,7 +114,7 @@ def streams():
     answers = {}
     for basis_of, whole in (("float32", rows), ("float16", compressed(rows))):
         V, size, everything = whole[:K], whole.element_size(), whole.shape[0] * whole.stride(0)
-        passes = {  # and the float32 words of W: project reads its rows, the others write them too
+        passes = {  # the second number: float32 words of W per column, read or written
             "project stream (2 rows of W)": (lambda V=V: backend.project_(V, W), 2),
             "update stream (2 rows of W)": (lambda V=V: backend.update_(V, W, H, S), 4),
             "corrected projection (1 row of W)": (lambda V=V: backend.project_(V, W[:1], one), 2),
@@ -151,7 +152,7 @@ def plain_read(basis):
 
 
 def test_orthogonalisation(row, benchmark):
-    middle, kept = fresh(__file__, "schedules"), fresh(__file__, "schedules", **KEEP)
+    middle, kept = fresh(__name__, "schedules"), fresh(__name__, "schedules", **KEEP)
     gemv, ours, half = middle["gemv"], middle["dcgs2"], middle["dcgs2, float16"]
     row("DCGS2 against four-GEMV CGS2 (torch)", gemv / ours, target=">= 1.8")
     row("CGS2 against four-GEMV CGS2 (torch)", gemv / middle["cgs2"])
@@ -163,7 +164,7 @@ def test_orthogonalisation(row, benchmark):
 
 
 def test_streams_against_a_plain_read(row):
-    for basis_of, found in fresh(__file__, "streams").items():
+    for basis_of, found in fresh(__name__, "streams").items():
         for what, share in found["shares"].items():
             goal = ">= 0.9" if basis_of == "float32" and "corrected" not in what else None
             row(f"{what} of a {basis_of} basis over a plain read", share, target=goal)

@@ -1,7 +1,8 @@
 """One Hessian-vector product in units of one gradient: our engines and the other libraries.
 
-All of a problem in one process, in interleaved rounds. A gradient is what a user pays for it: torch
-as it comes, fused attention included. Every product is compared with torch's double backward first.
+All contestants of a problem run in one process, in interleaved rounds. The gradient is the one that
+a user computes: torch with its defaults, fused attention included. Every product is first compared
+with torch's double backward.
 """
 
 import functools
@@ -9,14 +10,15 @@ import gc
 import time
 from importlib.metadata import version
 
-import peers
-import problems
 import pytest
 import torch
-from conftest import median, rounds
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fasthessian as fh
+from bench.cases import problems
+from bench.harness.timing import median, rounds
+from bench.peers import curvlinops, eigenthings, pyhessian
+from bench.peers.vectors import split
 from fasthessian.operators.products.engines import ENGINES
 
 PROBLEMS = {
@@ -26,23 +28,23 @@ PROBLEMS = {
     "GPT": problems.gpt,
 }
 OURS = {f"ours {engine}": engine for engine in ENGINES if engine != "auto"}
-# how a product is made, how it is made in float64 for the check, and whose it is
+# how a product is made, how it is made in float64 for the check, and the library's name on PyPI
 PEERS = {
-    "PyHessian": (peers.by_pyhessian, peers.by_pyhessian, "pyhessian"),
-    "hessian-eigenthings": (peers.by_eigenthings, peers.by_eigenthings, "hessian-eigenthings"),
-    "curvlinops": (peers.by_curvlinops, peers.by_curvlinops, "curvlinops-for-pytorch"),
+    "PyHessian": (pyhessian.product, pyhessian.product, "pyhessian"),
+    "hessian-eigenthings": (eigenthings.product, eigenthings.product, "hessian-eigenthings"),
+    "curvlinops": (curvlinops.product, curvlinops.product, "curvlinops-for-pytorch"),
     "curvlinops compiled by us": (
-        peers.by_curvlinops_compiled,
-        peers.by_curvlinops,  # what it compiles: another compilation would take a minute
+        curvlinops.compiled_product,
+        curvlinops.product,  # the same function; compiling it again would take a minute
         "curvlinops-for-pytorch",
     ),
 }
 SLOW_TO_COMPILE = ("ResNet-56",)  # minutes
 EXACT = 1e-8  # of |Hv|, in float64
-NEAR = 2e-2  # of |Hv|: differences; float32, where rounding turns some ReLUs of a deep network
+NEAR = 2e-2  # of |Hv|, for differences and for float32, where rounding flips some ReLUs
 GOALS = {("ResNet-20", "ours retained"): "<= 2.0"}
-# A difference of gradients sees ReLUs turn, each a jump; H has none. The jumps add up to noise
-# that falls with the root of the step, and in these it drowns H v.
+# Where a ReLU flips between two points, the gradient jumps. The difference of gradients contains
+# the jump; H does not. In these networks the jumps add up to more than H v.
 KINKED = ("ResNet-20", "ResNet-56", "MLP")
 MATH = ", math attention"
 
@@ -68,7 +70,7 @@ def test_products(problem, row):
             start = time.perf_counter()
             product = make(model, criterion, batch)
             rounded = error(product(v))
-        except Exception as failure:  # that it cannot run this model is the result
+        except Exception as failure:  # a peer that cannot run this model gets a row that says so
             why = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0]:.100}"
             row(label(problem, name), None, note=why)
             continue
@@ -92,7 +94,7 @@ def test_products(problem, row):
     calls = {name: functools.partial(product, v) for name, product in products.items()}
     count = 35 if problem == "MLP" else 7  # a gradient takes 5 ms there
     calls["gradient"] = gradient
-    rounds(calls, 1)  # not timed: memory and caches as the last check left them
+    rounds(calls, 1)  # warm-up
     middle = median(rounds(calls, count))
     row(f"gradient: {problem}, n = {len(v):,}", 1e3 * middle["gradient"], "ms")
     for name in products:
@@ -111,11 +113,11 @@ def test_products(problem, row):
 def contestants(problem):
     """{name: (make, make in float64)}, ours first.
 
-    A peer that fails on attention as it comes has a second try.
+    A peer that fails with fused attention is tried again with math attention.
     """
     made = {name: (ours(engine), ours(engine)) for name, engine in OURS.items()}
     for name, (make, make_double, _) in PEERS.items():
-        if make is peers.by_curvlinops_compiled and problem in SLOW_TO_COMPILE:
+        if make is curvlinops.compiled_product and problem in SLOW_TO_COMPILE:
             continue
         made[name] = make, make_double
         if problem == "GPT":
@@ -128,7 +130,7 @@ def ours(engine):
 
 
 def under_math(make):
-    """The product with attention by separate operations, which can be differentiated twice."""
+    """The product with attention as separate operations, which can be differentiated twice."""
 
     def made(*problem):
         with sdpa_kernel(SDPBackend.MATH):
@@ -143,7 +145,7 @@ def exact(model, criterion, batch, v):
     params = list(model.parameters())
     with sdpa_kernel(SDPBackend.MATH):
         grads = torch.autograd.grad(criterion(model(batch[0]), batch[1]), params, create_graph=True)
-        return flat(torch.autograd.grad(grads, params, peers.split(v, params)))
+        return flat(torch.autograd.grad(grads, params, split(v, params)))
 
 
 def flat(product):

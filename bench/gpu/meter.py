@@ -1,6 +1,6 @@
-"""What the GPU benchmarks share: time by device events, counted launches, rows kept as they come.
+"""What the GPU benchmarks share: timing by device events, counts of launches, rows on disk.
 
-``python bench/gpu_meter.py FILE`` writes what this machine is: device, driver, versions.
+``python -m bench.gpu.meter FILE`` writes the facts of this machine: device, driver, versions.
 """
 
 import collections
@@ -21,14 +21,14 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-HEAD_START = 1_000_000  # cycles: half a millisecond, several times what enqueuing a call takes
+HEAD_START = 1_000_000  # cycles: half a millisecond, longer than the host needs to enqueue a call
 
 
 def milliseconds(function, device, repeats=20, warm=3, *, queued=False):
     """Median time of one call: by events on a GPU, by the clock in a rehearsal.
 
-    With ``queued`` the device is kept waiting while the host enqueues the call, so that the time
-    is the device's alone.
+    With ``queued`` the device sleeps while the host enqueues the call, so that the time of the
+    host is not included.
     """
     for _ in range(warm):
         function()
@@ -76,7 +76,7 @@ def counted(function, device):
 
 
 def per_step(steps, device, few=4, many=24):
-    """What one of ``steps(count)`` costs: the difference of two runs, so that ends do not count."""
+    """Counts per step of ``steps(count)``: by the difference of two runs, so set-up cancels."""
     first, second = (counted(lambda c=count: steps(c), device) for count in (few, many))
     return {
         kind: (second[kind] - first[kind]) / (many - few)
@@ -86,12 +86,12 @@ def per_step(steps, device, few=4, many=24):
 
 @contextlib.contextmanager
 def no_waiting(device):
-    """Inside, torch raises where the host would wait for the device."""
+    """Scope in which torch raises where the host would wait for the device."""
     if device.type != "cuda":
         yield
         return
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says that the mode does not see everything
+        warnings.simplefilter("ignore")  # torch warns that the mode misses some waits
         torch.cuda.set_sync_debug_mode("error")
         try:
             yield
@@ -100,13 +100,13 @@ def no_waiting(device):
 
 
 class Rows:
-    """The rows of one benchmark, on disk after each, so that a run cut short leaves its part."""
+    """The rows of one benchmark, written to disk after each, so that a killed run leaves some."""
 
     def __init__(self, path):
         self._path, self.rows, self.failed = path, [], False
 
     def add(self, what, **numbers):
-        """Keep and print one row."""
+        """Add, print and write one row."""
         self.rows.append({"what": what, **numbers})
         print(what, numbers, flush=True)
         if self._path is not None:
@@ -116,7 +116,7 @@ class Rows:
 
     @contextlib.contextmanager
     def section(self, what):
-        """An error inside is a row and a failed run, and the other sections go on."""
+        """Scope of one section: an error inside adds a row and marks the run as failed."""
         try:
             yield
         except Exception as error:
@@ -126,7 +126,7 @@ class Rows:
 
 
 def machine():
-    """Device, driver and versions, as far as they can be told here."""
+    """Device, driver and versions, as far as they can be read here."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,

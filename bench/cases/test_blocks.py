@@ -1,20 +1,21 @@
-"""All layers of a ResNet-20 at once: their products against the whole product, and densities."""
+"""All layer blocks of a ResNet-20 together, compared with the full matrix: products, densities."""
 
-import peers
-import problems
 import pytest
 import torch
-from conftest import median, rounds
 
 import fasthessian as fh
-from fasthessian.operators.blocks import Job, multiply
+from bench.cases import problems
+from bench.harness.timing import median, rounds
+from bench.peers import curvlinops
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 
 STEPS = 20
-EXACT, NEAR = 1e-10, 1e-2  # of |Hv|; in float32 rounding turns some ReLUs
+EXACT, NEAR = 1e-10, 1e-2  # of |Hv|; in float32 rounding flips some ReLUs
 
 
 def layers(double=False):
-    """H of a ResNet-20 without normalisation on a batch of 64, and its 22 layers."""
+    """H of a ResNet-20 without normalisation on a batch of 64, and its 22 layer blocks."""
     model, criterion, batch = problems.residual(20, 64, batch_norm=False)
     if double:
         model, batch = problems.doubled(model), tuple(map(problems.doubled, batch))
@@ -24,25 +25,26 @@ def layers(double=False):
     return A, blocks, (model, criterion, batch)
 
 
-def jobs(blocks):
-    """A product of a random vector for each block."""
+def requests(blocks):
+    """One request per block: its product with a random vector."""
     torch.manual_seed(1)
     vectors = [torch.randn(1, block.n, dtype=block.dtype) for block in blocks.values()]
-    return [Job(op, V, torch.empty_like(V)) for op, V in zip(blocks.values(), vectors, strict=True)]
+    pairs = zip(blocks.values(), vectors, strict=True)
+    return [Request(block, V, torch.empty_like(V)) for block, V in pairs]
 
 
 def check(A, blocks):
-    """Each product is that of the whole with a vector which is zero outside of the block."""
-    work = jobs(blocks)
+    """Compare each product with that of the full matrix and a vector that is zero elsewhere."""
+    work = requests(blocks)
     multiply(work)
-    for name, job in zip(blocks, work, strict=True):
+    for name, request in zip(blocks, work, strict=True):
         v = torch.zeros(A.n, dtype=A.dtype)
         inside = [key for key in A.layout.names if key.rpartition(".")[0] == name]
-        for key, piece in job.operator.unflatten(job.V[0]).items():
+        for key, piece in request.operator.unflatten(request.V[0]).items():
             A.unflatten(v)[key].copy_(piece)
         Hv = A.unflatten(A @ v)
         expected = torch.cat([Hv[key].flatten() for key in inside])
-        off = float((job.out[0] - expected).norm() / expected.norm())
+        off = float((request.out[0] - expected).norm() / expected.norm())
         assert off < EXACT, (name, off)
 
 
@@ -50,18 +52,18 @@ def check(A, blocks):
 def test_products(row):
     check(*layers(double=True)[:2])
     A, blocks, problem = layers()
-    work, v = jobs(blocks), torch.randn(A.n)
-    w = torch.cat([job.V[0] for job in work])
+    work, v = requests(blocks), torch.randn(A.n)
+    w = torch.cat([request.V[0] for request in work])
 
     def one_by_one():
-        for job in work:
-            job.operator.apply(job.V, job.out)
+        for request in work:
+            multiply([request])
 
-    # curvlinops multiplies with a block diagonal too; layers follow each other in its parameters
+    # curvlinops has a block diagonal too, of consecutive parameters
     sizes = [len(block.layout.names) for block in blocks.values()]
-    theirs = peers.by_curvlinops(*problem, block_sizes=sizes)
+    theirs = curvlinops.product(*problem, block_sizes=sizes)
     multiply(work)
-    ours = torch.cat([job.out[0] for job in work])
+    ours = torch.cat([request.out[0] for request in work])
     assert (theirs(w) - ours).norm() < NEAR * ours.norm()
     calls = {
         "whole": lambda: A @ v,

@@ -1,8 +1,8 @@
-"""Triton's streams on a GPU by configuration: which are faster than those of the fixed table.
+"""``make tune``: find tile configurations of Triton's streams that beat the fixed table, on a GPU.
 
 Every candidate is checked against the reference and timed, for each number of rows k, length n and
-type of the basis. Nothing is chosen at run time: what pays goes into
-``fasthessian/kernels/triton/tiles.py`` by hand, so that the same input keeps giving the same bits.
+type of the basis. Nothing is chosen at run time: a better configuration is entered by hand into
+``fasthessian/kernels/triton/tiles.py``, so that the same input keeps giving the same bits.
 """
 
 import argparse
@@ -12,20 +12,20 @@ import time
 from unittest import mock
 
 import torch
-from gpu_meter import Rows, milliseconds
-from gpu_streams import F16, F32, F64, append, compare, corrected, dots, filled, short
 from triton.runtime.errors import TritonError
 
+from bench.gpu.meter import Rows, milliseconds
+from bench.gpu.streams import F16, F32, F64, append, compare, corrected, dots, filled, short
 from fasthessian.kernels import reference
 from fasthessian.kernels.triton import backend as triton_backend
 from fasthessian.kernels.triton.tiles import BOTH, DOTS, UPDATE, tile
 
 BLOCKS = (2, 4, 8, 16)  # BK: rows of V at a time
-REGISTERS = (80, 96, 128, 168, 255)  # of a thread at most
+REGISTERS = (80, 96, 128, 168, 255)  # per thread at most
 
 
 def cases(k, n, dtype, device):
-    """What Lanczos asks for: (kind, case, V, W) of both schedules."""
+    """The calls that Lanczos makes, in both schedules: (kind, case, V, W)."""
     V, fresh = filled(k + 1, n, dtype, device), filled(2, n, F64 if dtype is F64 else F32, device)
     W = torch.empty_like(fresh)
     yield DOTS, dots(V[:k], W, fresh), V, W
@@ -35,7 +35,7 @@ def cases(k, n, dtype, device):
 
 
 def timed(case, shape, expected, device, repeats):
-    """Milliseconds with another configuration than the table's, after its result is checked."""
+    """Milliseconds with this configuration instead of the table's, after a check of its result."""
     with mock.patch.object(triton_backend, "tile", lambda *_: shape):
         case.restore()
         compare(case.what, case.run(triton_backend), expected)
@@ -43,7 +43,7 @@ def timed(case, shape, expected, device, repeats):
 
 
 def tuned(rows, kind, case, V, W, options, end):
-    """One row: the table's time, the best candidate's, and how many were tried."""
+    """Add one row: the table's time, the best candidate's, and how many were tried."""
     device = V.device
     case.restore()
     expected = [x.clone() for x in case.run(reference)]

@@ -1,9 +1,10 @@
-"""What "converged" is worth, and what it costs: ``python bench/missing.py [seeds]``.
+"""How often `eigsh` misses an eigenvalue, and its cost: ``python -m bench.cases.missing [seeds]``.
 
-Prints two Markdown tables. Multiplicities: over spectra whose eigenvalues have copies, or
-neighbours closer than tol, how often eigsh says that it converged and a value is wrong, how often
-it says that it did not, and the products it made. Products: those of eigsh over those of SciPy's
-ARPACK at the same tol, on spectra without copies; ARPACK does not look for what is missing.
+Prints two Markdown tables. The first is over spectra with multiple eigenvalues, or with neighbours
+closer than tol: how often eigsh reports convergence and a value is wrong, how often it does not
+converge, and its number of products. The second, over spectra without multiple eigenvalues,
+compares the products of eigsh with those of SciPy's ARPACK at the same tol. ARPACK does not search
+for missing eigenvalues.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import fasthessian as fh
 
 F64 = torch.float64
 TOL = 1e-3
-MOST = 20_000  # products
+MOST = 20_000  # products per run
 ENDS = ("LM", "LA", "SA", "BE")
 
 
@@ -42,7 +43,7 @@ def with_copies(m: int) -> dict[str, Tensor]:
     small = torch.linspace(0.01, 0.8, 300)
     return {
         "all outliers": values(values(top, bottom).repeat_interleave(m), bulk),
-        "one a side": values(top, bottom, [5.0] * (m - 1), [-8.0] * (m - 1), bulk),
+        "one per side": values(top, bottom, [5.0] * (m - 1), [-8.0] * (m - 1), bulk),
         "PSD, null space": values(
             values([10.0, 6, 3, 1]).repeat_interleave(m), small, torch.zeros(200)
         ),
@@ -51,13 +52,13 @@ def with_copies(m: int) -> dict[str, Tensor]:
 
 
 def close(gap: float) -> Tensor:
-    """Outliers in pairs, closer by ``gap`` of their values."""
+    """Outliers in pairs; the relative distance within a pair is ``gap``."""
     outliers = values([9.0, 7, 5, 4, 3, -8, -6, -3.5])
     return values(outliers, outliers * (1 - gap), torch.linspace(-1, 1, 400))
 
 
 def plain() -> dict[str, Tensor]:
-    """Spectra without copies."""
+    """Spectra without multiple eigenvalues."""
     n = 5000
     a, b = [100.0, 60, 40, 30, 20, 12, 8, 5, 3, 2, 1.5, -3], [9.0, 7, 5, 4, 3, 2.5, -8, -6, -3.5]
     c = [1.0, 1.01, 1.02, 1.03, 2, 2.02, 2.04, 3, 3.03, 3.06, 5, 5.05]
@@ -83,7 +84,7 @@ def wanted(d: Tensor, k: int, which: str) -> Tensor:
 
 
 def row(name: str, d: Tensor, k: int, seeds: int) -> tuple[int, int]:
-    """Print one line of the first table; how many runs, and how many were wrong."""
+    """Print one line of the first table; return the number of runs and of wrong ones."""
     wrong = silent = 0
     made = []
     for which, seed in product(ENDS, range(seeds)):

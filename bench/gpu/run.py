@@ -1,10 +1,10 @@
-"""One command for a machine with an NVIDIA GPU: build, check, measure, one table: ``make gpu``.
+"""``make gpu``: build, test and measure on a machine with an NVIDIA GPU, and print one table.
 
-Works in a copy of the tree and needs no network. Each part is a process of its own with a limit
-and a log; one that fails or runs over is named and the others go on. Results go to
-bench/results/gpu-<date>.json, and with the log into the folder $OUT where that is set.
+It works in a copy of the tree and needs no network. Each part is a process with a time limit and a
+log. A part that fails or exceeds its limit is reported, and the others still run. Results are
+written to bench/results/gpu-<date>.json and, with the log, to the folder $OUT if it is set.
 
-Without a GPU it is a rehearsal: the same programs on the CPU, at small sizes, and no results.
+Without a GPU this is a rehearsal: the same programs on the CPU at small sizes, without results.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-SECONDS = 530  # for all parts
-ABSENT = 77  # exit status of a part that cannot be done here
-TAIL = 1200  # characters of a failed part's log
-LEFT_OUT = ("build", "dist", "__pycache__", "*.egg-info", "report", "report-*", "results", ".*")
-SMALL = {  # what a rehearsal runs of a test command
+ROOT = Path(__file__).resolve().parents[2]
+SECONDS = 530  # for all parts together
+ABSENT = 77  # exit status of a part that cannot run here
+TAIL = 1200  # characters of a failed part's log that are printed
+LEFT_OUT = ("build", "dist", "*.egg-info", "report", "report-*", ".*")  # at the top of the tree
+SMALL = {  # the part of a test command that a rehearsal runs
     "kernels": ["-k", "append or rows_beyond or second_derivative"],
     "suite": ["tests/house/test_layers.py", "tests/results/test_records.py"],
 }
@@ -35,7 +35,7 @@ SMALL = {  # what a rehearsal runs of a test command
 
 @dataclass
 class Part:
-    """A command with a limit in seconds; the time of a ``must`` part is kept back for it."""
+    """A command with a limit in seconds; time is reserved for a part that ``must`` run."""
 
     name: str
     command: list
@@ -46,7 +46,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """What became of a part: "ok", "FAILED", "OVER TIME", "NO TIME" or "not here"."""
+    """How a part ended: "ok", "FAILED", "OVER TIME", "NO TIME" or "not here"."""
 
     name: str
     state: str
@@ -55,12 +55,12 @@ class Outcome:
 
     @property
     def bad(self):
-        """Whether it turns the exit status."""
+        """Whether the exit status of the whole run is an error."""
         return self.state in ("FAILED", "OVER TIME", "NO TIME")
 
 
 def carry_out(part, limit, folder):
-    """Run one part; at its limit it is killed with everything that it started."""
+    """Run one part; at its limit it is killed with all its child processes."""
     log, start, state = folder / f"{part.name.replace(' ', '-')}.log", time.monotonic(), "ok"
     if limit < min(5, part.limit):
         return Outcome(part.name, "NO TIME")
@@ -83,7 +83,7 @@ def carry_out(part, limit, folder):
 
 
 def carry_out_all(parts, folder, seconds, words=""):
-    """Each part in turn, each told and the failed ones with the end of their log."""
+    """Run the parts in turn; print how each ended, and the end of the log if it failed."""
     outcomes, end = [], time.monotonic() + seconds
     if os.environ.get("OUT"):
         Path(os.environ["OUT"]).mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,7 @@ def carry_out_all(parts, folder, seconds, words=""):
 
 
 def parts_of(folder, facts, without):
-    """What is done, in order: the measurements as soon as the kernels are known to be right."""
+    """The parts in order: measurements follow as soon as the kernels have passed their tests."""
     python, gpu = sys.executable, facts["gpu"]
     arch = facts.get("capability", "90")
     base = {
@@ -119,13 +119,13 @@ def parts_of(folder, facts, without):
         return Part(name, command + ([] if gpu else [*small]), limit, {**base, **dict(env)})
 
     def rows(names):
-        kept = {"native-cuda": "native", "reference-cuda": "reference"}  # of a rehearsal
+        kept = {"native-cuda": "native", "reference-cuda": "reference"}  # in a rehearsal
         chosen = names if gpu else [kept[name] for name in names if name in kept] or ["reference"]
         return {"FASTHESSIAN_TEST_ROWS": ",".join(chosen)}
 
     def bench(name, limit, small):
         options = [] if gpu else ["--device", "cpu", *small.split()]
-        command = [python, f"bench/gpu_{name}.py", "--json", f"{name}.json", *options]
+        command = [python, "-m", f"bench.gpu.{name}", "--json", f"{name}.json", *options]
         return Part(name, command, limit, base, must=True)
 
     build = {"FASTHESSIAN_CUDA": "1", "FASTHESSIAN_CUDA_ARCHS": arch}
@@ -135,7 +135,7 @@ def parts_of(folder, facts, without):
     others = [str(p.relative_to(ROOT)) for p in files if p.name not in apart]
     kernels = [f"tests/kernels/{name}" for name in contract]
     doctor = [python, "-c", "import fasthessian; print(fasthessian.doctor())"]
-    sanitize = [python, "bench/gpu_sanitize.py", "--arch", arch]
+    sanitize = [python, "-m", "bench.gpu.sanitize", "--arch", arch]
     if not gpu:
         sanitize += ["--rehearse", "--row", "reference"]
     parts = [
@@ -153,8 +153,20 @@ def parts_of(folder, facts, without):
     return [part for part in parts if part.name not in without]
 
 
+def copy_tree(source, target, *more):
+    """Copy a tree without LEFT_OUT at its top and without ``more`` patterns anywhere."""
+    at_top = shutil.ignore_patterns(*LEFT_OUT)
+    anywhere = shutil.ignore_patterns("__pycache__", *more)
+
+    def ignored(folder, names):
+        found = anywhere(folder, names)
+        return found | at_top(folder, names) if Path(folder) == source else found
+
+    shutil.copytree(source, target, ignore=ignored)
+
+
 def table(rows):
-    """Streams with one column a backend, the rest as it is."""
+    """Lines of text: streams with one column per backend, other rows as they are."""
     streams, lines = {}, []
     for row in rows:
         if "of_copy" in row:
@@ -173,15 +185,14 @@ def _short(value):
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for all parts")
-    parser.add_argument("--without", default="", help="names of parts to leave out, with commas")
+    parser.add_argument("--without", default="", help="comma-separated names of parts to skip")
     options = parser.parse_args()
     without = set(options.without.split(","))
     start, now = time.monotonic(), datetime.now(timezone.utc)
     with tempfile.TemporaryDirectory(prefix="fasthessian-gpu-") as temporary:
         folder = Path(temporary) / "tree"
-        built = () if "build" in without else ("*.so",)
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT, *built))
-        meter = [sys.executable, "bench/gpu_meter.py", "machine.json"]
+        copy_tree(ROOT, folder, *(() if "build" in without else ("*.so",)))
+        meter = [sys.executable, "-m", "bench.gpu.meter", "machine.json"]
         outcomes = carry_out_all([Part("machine", meter, 60)], folder, 60)
         found = folder / "machine.json"
         facts = json.loads(found.read_text()) if found.exists() else {"gpu": False}

@@ -1,8 +1,8 @@
-"""How often intervals and bands cover the truth: ``python bench/coverage.py [seeds]``.
+"""How often intervals and bands hold the true value: ``python -m bench.cases.coverage [seeds]``.
 
 Prints two Markdown tables. Trace: the share of seeds whose interval holds the trace, and the mean
-number of products, over eight spectra, plain, deflated and within `spectrum`. Density: the share of
-the grid points at which the exact smoothed density is high and lies within the band.
+number of products, for plain, deflated and `spectrum` estimates of several matrices. Density: the
+share of grid points where the band holds the exact smoothed density, among those where it is high.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fasthessian as fh
+from fasthessian.operators.request import Request
 
 F64 = torch.float64
 
@@ -31,7 +32,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def rotated(values: Tensor, block: int | None = None) -> Tensor:
-    """A matrix of these eigenvalues, each eigenvector on ``block`` coordinates at random."""
+    """A matrix of these eigenvalues; each random eigenvector has ``block`` nonzero coordinates."""
     n = len(values)
     block = n if block is None else block
     parts = [torch.linalg.qr(normal(min(block, n - i), min(block, n - i), seed=i + 1))[0]
@@ -73,15 +74,16 @@ class Dense(fh.SymmetricOperator):
         super().__init__(M.mv, len(M), dtype=M.dtype, check=False)
         self.M = M
 
-    def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
-        torch.mm(V, self.M, out=out)
+    def _multiply(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            torch.mm(request.V, self.M, out=request.out)
 
 
 Call = Callable[[fh.SymmetricOperator, int], fh.Estimate]
 
 
 def covered(M: Tensor, seeds: int, call: Call) -> str:
-    """Share of intervals that hold the trace, and mean products."""
+    """Share of intervals that hold the trace, and mean number of products."""
     truth, hits, products = float(M.trace()), 0, 0
     for seed in range(seeds):
         found = call(Dense(M), seed)
@@ -141,16 +143,16 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     ("50 steps", {"steps": 50}), ("60 steps", {"steps": 60}), ("100 steps", {"steps": 100}),
     ("50 steps, 8 probes", {"steps": 50, "probes": 8}),
 ]  # fmt: skip
-FINE = (0.01, 0.005, 0.001)  # widths of kernels as shares of the range
+FINE = (0.01, 0.005, 0.001)  # sigma as a share of the range of the eigenvalues
 
 
 def within(values: Tensor, seeds: int, options: dict[str, Any]) -> str:
-    """Share of the points of high truth that hold it, upper edge over truth, sigma over range."""
+    """Share of points within the band, upper edge over true value, sigma over range."""
     hits = total = 0
     ratios, widths = [], []
     for seed in range(seeds):
         n = len(values)
-        # signs measure a diagonal matrix exactly: a random rotation of blocks of 100 is not known
+        # signs measure a diagonal matrix exactly, so it is rotated in blocks of 100
         A = Dense(
             rotated(values[torch.randperm(n, generator=torch.Generator().manual_seed(1))], 100)
         )

@@ -1,16 +1,15 @@
-"""ResNet-20, batch 64, CPU: spectral density and top eigenvalues, ours and PyHessian's."""
+"""ResNet-20 on a CPU: density, top eigenvalues and a whole analysis, ours and PyHessian's."""
 
 import copy
 import dataclasses
 import time
-from unittest import mock
 
-import peers
 import pytest
 import torch
-from conftest import median, rounds
 
 import fasthessian as fh
+from bench.harness.timing import median, rounds
+from bench.peers import pyhessian
 from fasthessian.app.problems import Settings, load
 
 STEPS, TOP, FEW = 100, 10, 5
@@ -23,6 +22,7 @@ def problem():
 
 
 def theirs(package, problem):
+    """PyHessian's object for the only batch of a problem."""
     (batch,) = problem.data
     model = copy.deepcopy(problem.model)
     return package.hessian(model, problem.criterion, data=batch, cuda=False)
@@ -32,18 +32,11 @@ def ours(problem):
     return fh.Hessian(problem.model, problem.criterion, problem.data)
 
 
-def counted(package):
-    """Replaces PyHessian's product with one that counts."""
-    module = __import__("pyhessian.hessian", fromlist=["hessian"])
-    product = module.hessian_vector_product
-    return mock.patch.object(module, "hessian_vector_product", side_effect=product)
-
-
 def test_density(problem, row, benchmark):
-    with peers.pyhessian() as package:
+    with pyhessian.package() as package:
         values, _ = theirs(package, problem).density(iter=STEPS)
         found = fh.density(ours(problem), steps=STEPS)
-        # quadratures of other random starts: the outermost nodes agree, the weights need not
+        # the starting vectors differ: the outermost nodes agree, the weights need not
         for ours_end, their_end in (
             (float(found.nodes.max()), max(values[0])),
             (float(found.nodes.min()), min(values[0])),
@@ -87,7 +80,7 @@ def test_top_eigenvalues(problem, row, benchmark):
     our_time = time.perf_counter() - start
     error = (found.values / reference.values - 1).abs().max()
     assert found.converged and error < 1e-3
-    with peers.pyhessian() as package, counted(package) as product:
+    with pyhessian.package() as package, pyhessian.counted() as product:
         start = time.perf_counter()
         values, _ = theirs(package, problem).eigenvalues(maxIter=500, tol=1e-3, top_n=TOP)
         their_time = time.perf_counter() - start
@@ -103,7 +96,7 @@ def test_top_eigenvalues(problem, row, benchmark):
 
 
 def test_whole_analysis(row, benchmark):
-    """What ``make demo`` asks: `spectrum`, four calls, and PyHessian's three on one batch."""
+    """The analysis of ``make demo``: `spectrum`, four calls of ours, three calls of PyHessian."""
     problem, steps = load("resnet20", Settings()), 60
     A = ours(problem)
     start = time.perf_counter()
@@ -116,9 +109,9 @@ def test_whole_analysis(row, benchmark):
     halves = [(e.interval[1] - e.interval[0]) / 2 for e in (found.trace, total)]
     assert found.trace.converged and abs(found.trace.value - total.value) < 1.5 * sum(halves)
     apart = [fh.eigsh(A, FEW, "LA"), fh.eigsh(A, 2, "SA"), total, fh.density(A, steps=steps)]
-    with peers.pyhessian() as package, counted(package) as product:
+    with pyhessian.package() as package, pyhessian.counted() as product:
         start = time.perf_counter()
-        # its loader mode builds the graph anew for every product
+        # one batch, since its loader mode builds the graph again for every product
         whole = tuple(map(torch.cat, zip(*problem.data, strict=True)))
         peer = theirs(package, dataclasses.replace(problem, data=[whole]))
         peer.eigenvalues(maxIter=500, tol=1e-3, top_n=FEW)

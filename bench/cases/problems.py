@@ -1,4 +1,4 @@
-"""Networks to take products of: each function returns (model, criterion, batch), seeded."""
+"""Networks for the benchmarks: each function returns (model, criterion, batch), seeded."""
 
 import copy
 
@@ -11,7 +11,7 @@ from fasthessian.study.resnet import resnet
 
 
 def residual(depth, samples, batch_norm=True):
-    """A ResNet on noise; its normalisations have seen the batch, so that logits are of order 1."""
+    """A ResNet on noise, with BatchNorm statistics of the batch, so that logits are of order 1."""
     torch.manual_seed(0)
     model = resnet(depth, batch_norm=batch_norm)
     batch = torch.randn(samples, 3, 32, 32), torch.randint(10, (samples,))
@@ -33,14 +33,14 @@ def gpt():
 
 
 def doubled(x):
-    """A copy in float64 of a model or of inputs; classes and tokens as they are."""
+    """A copy of a model or of inputs in float64; integer tensors are returned unchanged."""
     if isinstance(x, torch.Tensor) and not x.is_floating_point():
         return x
     return copy.deepcopy(x).double()
 
 
 class GPT(nn.Module):
-    """Tokens (N, T) -> logits (N, T, vocabulary), by the embedding's own weights at the end."""
+    """Tokens (N, T) to logits (N, T, vocabulary); embedding and output layer share weights."""
 
     def __init__(self, vocabulary, width, layers, heads, length):
         super().__init__()
@@ -53,7 +53,7 @@ class GPT(nn.Module):
         nn.init.normal_(self.embed.weight, std=0.02)
 
     def forward(self, tokens):
-        """The logits of every token's successor."""
+        """The logits of the next token at every position."""
         x = self.embed(tokens) + self.place[: tokens.shape[1]]
         for layer in self.layers:
             x = layer(x)
@@ -61,7 +61,7 @@ class GPT(nn.Module):
 
 
 class Layer(nn.Module):
-    """Causal attention and a perceptron, each after a normalisation and around a shortcut."""
+    """Causal attention and a perceptron, each with LayerNorm and a residual connection."""
 
     def __init__(self, width, heads):
         super().__init__()

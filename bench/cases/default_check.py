@@ -1,41 +1,38 @@
-"""The check that every operator makes of its loss: what it catches, its false alarms, its cost.
+"""The check that every operator makes of its loss: errors found, false alarms, cost.
 
-    python bench/default_check.py [--seeds 5]
+    python -m bench.cases.default_check [--seeds 5]
 
-Prints one table: custom functions that double backward gets wrong and losses that detach a part of
-themselves (caught: replaced, refused, warned of, or differentiated as in training), models that are
-right (an alarm is any of these), and the time of the check in gradients, for models without custom
-functions and with one in every layer.
+Prints one table with three parts. First, models that double backward differentiates wrongly: custom
+functions, and losses that detach a part of themselves. Such a model is caught if it is replaced,
+refused, warned of, or differentiated as in training. Second, correct models, for which any of these
+is a false alarm. Third, the time of the check in gradients, for models without custom functions and
+with one in every layer.
 """
 
 import argparse
 import itertools
-import sys
 import time
 import warnings
-from pathlib import Path
 
-import problems
 import torch
 import torch.nn.functional as F
 
 import fasthessian as fh
+from bench.cases import problems
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.products.function_check import RIGHT
 from fasthessian.operators.products.function_guard import Functions
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.operators import test_huggingface, test_model_zoo
 from tests.operators.products import test_gradient_of_the_loss
 from tests.support import custom_models, models
 from tests.support.custom_good import Good
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
-WORDS = ("second derivative", "flags of training")  # of every note
+WORDS = ("second derivative", "flags of training")  # one is in every note
 
 
 def notes(make):
-    """What the construction of an operator says of its derivatives; "" for nothing."""
+    """What an operator says about its derivatives when it is made; "" for nothing."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -47,11 +44,11 @@ def notes(make):
 
 
 def planted(seeds):
-    """Rows (kind, caught, planted) by dtype."""
+    """Rows (wrong model and dtype, caught, tried)."""
     for name, case in custom_models.PLANTED.items():
         for dtype in DTYPES:
             if (name, dtype) == ("outside of torch", torch.bfloat16):
-                continue  # NumPy has no such numbers
+                continue  # NumPy has no bfloat16
             kinds = (fh.Hessian,) if case.criterion is None else (fh.Hessian, fh.GaussNewton)
             made = [custom_models.planted(name, dtype, seed)[0] for seed in range(seeds)]
             caught = [bool(notes(lambda k=kind, m=each: k(*m))) for kind in kinds for each in made]
@@ -72,7 +69,7 @@ def planted(seeds):
 
 
 def right(seeds):
-    """Rows (set of models, alarms, tried)."""
+    """Rows (set of correct models, alarms, tried)."""
     kinds = fh.Hessian, fh.GaussNewton
 
     def custom():
@@ -129,7 +126,7 @@ def right(seeds):
 
 
 def seconds(job, rounds=3):
-    """The least time of some."""
+    """The shortest of a few times."""
     taken = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -139,7 +136,7 @@ def seconds(job, rounds=3):
 
 
 def cost():
-    """Rows (model, gradients that the check takes)."""
+    """Rows (model, time of the check in gradients)."""
     for name, made in (("ResNet-20", problems.residual(20, 64)), ("GPT", problems.gpt())):
         for kind in ("as it is", "every ReLU or GELU a custom function"):
             model = made[0]

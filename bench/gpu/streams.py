@@ -1,7 +1,7 @@
 """The streams of the kernel contract on a GPU: checked against the reference, then timed.
 
-Bytes are those that must move: V and W read once, what is written once. The ceiling is a copy
-from device to device in the same run, counting what it reads and what it writes.
+The bytes of a case are the minimum: V and W read once, each result written once. The ceiling is a
+device-to-device copy in the same run; its bytes are those read and those written.
 """
 
 import argparse
@@ -10,21 +10,21 @@ import sys
 from dataclasses import dataclass
 
 import torch
-from gpu_meter import Rows, milliseconds
 
+from bench.gpu.meter import Rows, milliseconds
 from fasthessian import kernels
 from fasthessian.vectors import empty_rows
 
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 DEPTHS, WIDTHS, SIDE = (10, 40, 100), (1, 2, 8), (40,)  # k and b of float32; k of the others
-TENSORS = 65  # of a ResNet-20
+TENSORS = 65  # as in a ResNet-20
 
 
 @dataclass
 class Case:
-    """One call: ``run(backend)`` -> results to compare; ``rival()`` is what torch offers for it.
+    """One call: ``run(backend)`` returns what is compared; ``rival()`` is the same call in torch.
 
-    ``restore()`` puts the inputs back and poisons what must be written.
+    ``restore()`` resets the inputs and fills the outputs with NaN.
     """
 
     what: str
@@ -39,7 +39,7 @@ def short(dtype):
 
 
 def filled(k, n, dtype, device):
-    """Random rows, never of zeros: those can run faster than data."""
+    """Random rows; zeros could run faster than data."""
     rows = empty_rows(k, n, dtype, device)
     for row in rows:
         row.copy_(torch.randn(n, device=device))
@@ -57,11 +57,11 @@ def blocks(n, dtype, device):
             yield dots(V[:k], W[:b], fresh[:b])
         yield corrected(V[:k], W[:1], fresh[:1])
         yield append(V[: k + 1], W[:2], fresh[:2])
-        V[k].copy_(fresh[0])  # a row of the next depth
+        V[k].copy_(fresh[0])  # this row belongs to the next depth
 
 
 def case_of(what, V, W, words, run, rival, restore):
-    """A case that moves every row of V and ``words`` rows as long as W's."""
+    """A case that moves every row of V and ``words`` rows of W's length and dtype."""
     rival = rival if V.dtype is W.dtype else None  # torch has no product of two dtypes
     moved = V.shape[1] * (len(V) * V.dtype.itemsize + words * W.dtype.itemsize)
     return Case(f"{what} {short(V.dtype)}", moved, restore, run, rival)
@@ -94,7 +94,7 @@ def corrected(V, W, fresh):
 
 
 def append(V, W, fresh):
-    """V (k + 1, n): the last row is made."""
+    """V (k + 1, n): the call writes the last row."""
     k = len(V) - 1
     H = 1e-4 * torch.randn(k + 1, 2, dtype=F64, device=V.device)
     S = torch.tensor([[0.9, 0.1], [-0.1, 0.9]], dtype=F64, device=V.device)
@@ -135,11 +135,11 @@ def vectors(n, device):
 
 
 def logits(n, device):
-    """softmax_curvature_ over a vocabulary that 16 bytes divide, one that they do not, pixels."""
+    """softmax_curvature_ of two vocabularies, one not a multiple of 16 bytes, and of pixels."""
     for classes, inner in ((50304, 1), (50257, 1), (21, 4096)):
         shape = (max(1, n // (classes * inner)), classes, inner)
         fresh, Z = torch.randn(2, *shape, device=device)
-        Z *= 0.1  # with that and the scale, tangents keep their size from call to call
+        Z *= 0.1  # with this and the scale, tangents keep their size over repeated calls
         scale = torch.full((shape[0], inner), float(classes), dtype=F64, device=device)
         what = f"softmax curvature of {classes}" + (f" x {inner}" if inner > 1 else "")
         yield curvature(what, fresh.clone(), Z, scale, fresh)
@@ -159,7 +159,7 @@ def curvature(what, U, Z, scale, fresh):
 
 
 def compare(what, found, expected):
-    """Largest difference over the largest entry: dots, too, are of a W that was rounded."""
+    """Raise if the largest difference exceeds a bound relative to the largest entry."""
     for a, b in zip(found, expected, strict=True):
         error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-300)
         if not error <= (2e-3 if b.dtype is F16 else 2e-6):
@@ -179,7 +179,7 @@ def measure(case, names, rows, device, ceiling, repeats):
             found = call()
             if name != "torch":
                 compare(f"{case.what} by {name}", found, expected)
-            few = name == "reference"  # one launch a tile and operation: slow, and not on trial
+            few = name == "reference"  # slow: one launch per tile and operation; not under test
             count, warm = (min(5, repeats), 1) if few else (repeats, 3)
             ms = milliseconds(call, device, count, warm, queued=True)
             speed = case.bytes / ms / 1e6
@@ -188,7 +188,7 @@ def measure(case, names, rows, device, ceiling, repeats):
 
 
 def copied(rows, n, device, repeats):
-    """GB/s of a copy of n floats, 1.6 GB by default: far beyond any cache."""
+    """GB/s of a copy of n floats, 1.6 GB by default: much larger than any cache."""
     source = torch.randn(n, device=device)
     target = torch.empty_like(source)
     ms = milliseconds(lambda: target.copy_(source), device, repeats, queued=True)

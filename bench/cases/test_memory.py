@@ -1,18 +1,18 @@
-"""Peak memory of a spectral density of 100 steps, 20 million parameters, by basis, on a CPU."""
+"""Peak memory of a spectral density (100 steps, 20 million parameters) for each basis, on a CPU."""
 
 import json
 import sys
 
 import torch
-from processes import fresh, peak
 
 import fasthessian as fh
+from bench.harness.processes import fresh, peak
 
 STEPS, WIDTH, LAYERS = 100, 2600, 3
 
 
 def run(basis):
-    """One density in this process; its peak memory, time and outermost nodes as JSON."""
+    """Compute one density in this process; print its peak memory, time and nodes as JSON."""
     import time
 
     torch.manual_seed(0)
@@ -34,7 +34,7 @@ def run(basis):
 
 
 def test_memory(row, benchmark):
-    full, compressed = (fresh(__file__, basis) for basis in ("full", "compressed"))
+    full, compressed = (fresh(__name__, basis) for basis in ("full", "compressed"))
     assert full["n"] == compressed["n"] > 20_000_000
     for key, bound in (("ends", 2e-3), ("mass", 5e-3)):
         for a, b in zip(full[key], compressed[key], strict=True):

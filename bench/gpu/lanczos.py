@@ -1,6 +1,6 @@
-"""Lanczos on a GPU: what a step launches and waits for, densities against peers, bases.
+"""Lanczos on a GPU: launches and waits per step, densities compared with peers, bases.
 
-``--device cpu`` with small sizes goes through the same lines without device events.
+``--device cpu`` with small sizes runs the same lines without device events.
 """
 
 import argparse
@@ -10,24 +10,27 @@ import statistics
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
 
-import peers
 import torch
-from gpu_meter import Rows, milliseconds, no_waiting, per_step
 
 import fasthessian as fh
+from bench.gpu.meter import Rows, milliseconds, no_waiting, per_step
+from bench.peers import eigenthings, pyhessian
 from fasthessian import kernels
 from fasthessian.algorithms.eigsh import LOOK
 from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from fasthessian.study.resnet import resnet
 
 FEW, MANY, WARM = 4, 24, 3  # steps
+# with the goal of the ratio of their time to ours
+PEERS = ("PyHessian", pyhessian, 30), ("hessian-eigenthings", eigenthings, 10)
 
 
 def started(A, capacity=WARM + FEW + 2 * MANY, **options):
-    """A run with its first steps made: kernels are loaded, and a capture is over."""
+    """A run after its first steps, when kernels are loaded and the capture is over."""
     krylov = Lanczos(A, capacity, seed=0, **{"deferred": True, **options})
     for _ in range(WARM):
         krylov.step()
@@ -35,7 +38,7 @@ def started(A, capacity=WARM + FEW + 2 * MANY, **options):
 
 
 def steps_of(krylov, every=None):
-    """Steps as a function of their number; with ``every``, as eigsh makes them: with looks."""
+    """A function that makes a number of steps and, with ``every``, polls as `eigsh` does."""
 
     def steps(count):
         for _ in range(count):
@@ -47,7 +50,7 @@ def steps_of(krylov, every=None):
 
 
 def first_wait(steps, device):
-    """The line that makes the host wait within some steps, or "none"."""
+    """The first line that makes the host wait during some steps, or "none"."""
     try:
         with no_waiting(device):
             steps(MANY)
@@ -66,10 +69,10 @@ def serving(device):
 
 
 def step_costs(rows, device, n):
-    """Kernels and copies of a step outside its product, with a look every LOOK steps, by backend.
+    """Kernels and copies per step outside its product, for each backend, with polls as in `eigsh`.
 
-    The product is one multiplication. Waits are those of steps alone: a look waits until the device
-    has reached the one before.
+    The product is one multiplication. Waits are those of the steps alone: a poll waits until the
+    device has reached the previous poll.
     """
     d = torch.linspace(1, 3, n, device=device)
     A = fh.SymmetricOperator(lambda v: d * v, n, device=device, check=False)
@@ -77,7 +80,7 @@ def step_costs(rows, device, n):
 
     def products(count):
         for _ in range(count):
-            A.apply(u, w, trusted=True)
+            multiply([Request(A, u, w, deferred=True)])
 
     for name in serving(device):
         with rows.section(f"step by {name}"):
@@ -94,7 +97,7 @@ def step_costs(rows, device, n):
 
 
 def network(device, depth, batch, side):
-    """A ResNet on random images, evaluated."""
+    """A ResNet in eval mode and random images."""
     torch.manual_seed(0)
     model = resnet(depth).to(device).eval()
     data = torch.randn(batch, 3, side, side), torch.randint(10, (batch,))
@@ -102,7 +105,7 @@ def network(device, depth, batch, side):
 
 
 def wall(function, device, repeats=1):
-    """Median seconds from call to result, nothing left running on the device."""
+    """Median seconds from the call until the device has finished."""
     times = []
     for _ in range(repeats):
         if device.type == "cuda":
@@ -116,7 +119,7 @@ def wall(function, device, repeats=1):
 
 
 def densities(rows, device, net, steps, repeats):
-    """ESD of a ResNet, captured and eager, and by the peers that are installed."""
+    """Density of a ResNet, captured and eager, and that of the peers that are installed."""
     model, criterion, data = network(device, *net)
     what = f"ESD {steps} steps, ResNet-{net[0]} batch {net[1]}"
     A = fh.Hessian(model, criterion, data)
@@ -127,7 +130,7 @@ def densities(rows, device, net, steps, repeats):
             cost = per_step(steps_of(krylov), device, FEW, MANY)
             waits, replay = first_wait(steps_of(krylov), device), krylov.replay
             krylov.close()
-            del krylov  # what it holds of A's graphs would keep the next run from a capture
+            del krylov  # it holds graphs of A, which would prevent the capture of the next run
             found = fh.density(A, steps=steps, graph=graph)
             ends[words] = float(found.nodes.min()), float(found.nodes.max())
             options = {"steps": steps, "graph": graph}
@@ -138,19 +141,19 @@ def densities(rows, device, net, steps, repeats):
     if {"captured", "eager"} <= set(ends):
         near(ends["captured"], ends["eager"], 1e-3, "captured and eager")
     if not ours:
-        return  # told above
+        return  # the sections above have added a row
     best = min(ours.values())
-    for name, density, goal in (("PyHessian", pyhessian, 30), ("hessian-eigenthings", things, 10)):
+    for name, peer, goal in PEERS:
         with rows.section(f"ESD by {name}"):
             try:
-                call = density(copy.deepcopy(model), criterion, data)
+                call = peer.density(copy.deepcopy(model), criterion, data)
             except ImportError as error:
                 rows.add(f"ESD by {name}", value=f"not installed ({error})")
                 continue
-            call(3)  # loads its kernels
+            call(3)  # warm-up
             nodes = []
             seconds = wall(lambda n=nodes, c=call: n.extend(c(steps)), device)
-            # quadratures of other random starts: the outermost node agrees, the weights need not
+            # the starting vectors differ: the outermost node agrees, the weights need not
             outermost = [max(pair, key=abs) for pair in (nodes, ends["eager"])]
             near(outermost[:1], outermost[1:], 2e-2, name)
             rows.add(f"{what}, {name} over ours", value=seconds / best, s=seconds,
@@ -159,8 +162,8 @@ def densities(rows, device, net, steps, repeats):
         params = list(model.parameters())
         v, out = (torch.randn(1, A.n, device=device) for _ in range(2))
         A.rebuild()  # on this stream
-        A.apply(v, out)
-        product = milliseconds(lambda: A.apply(v, out, trusted=True), device)
+        multiply([Request(A, v, out)])
+        product = milliseconds(lambda: multiply([Request(A, v, out, deferred=True)]), device)
         gradient = milliseconds(
             lambda: torch.autograd.grad(criterion(model(data[0]), data[1]), params), device
         )
@@ -178,39 +181,8 @@ def near(found, expected, bound, what):
             raise AssertionError(f"{what}: outermost nodes {found} against {expected}")
 
 
-def pyhessian(model, criterion, data):
-    """PyHessian's density as a function of steps that returns its outermost nodes."""
-    with peers.pyhessian():
-        pass  # ImportError where it is not installed
-
-    def call(steps):
-        with peers.pyhessian() as package, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            cuda = data[0].is_cuda
-            values, _ = package.hessian(model, criterion, data=data, cuda=cuda).density(iter=steps)
-        return float(min(values[0])), float(max(values[0]))
-
-    return call
-
-
-def things(model, criterion, data):
-    """hessian-eigenthings' density likewise."""
-    from hessian_eigenthings.algorithms import spectral_density
-    from hessian_eigenthings.loss_fns import supervised_loss
-    from hessian_eigenthings.operators import HessianOperator
-
-    operator = HessianOperator(model=model, dataloader=[data], loss_fn=supervised_loss(criterion))
-
-    def call(steps):
-        found = spectral_density(operator, num_runs=1, lanczos_steps=steps, seed=0)
-        nodes = found.raw_eigenvalues[0]
-        return float(nodes.min()), float(nodes.max())
-
-    return call
-
-
 def bases(rows, device, width, steps):
-    """Time and peak memory of a density by basis; the product's own memory is left out."""
+    """Time and peak memory of a density for each basis, without the memory of the product."""
     torch.manual_seed(0)
     layers = [m for _ in range(3) for m in (torch.nn.Linear(width, width), torch.nn.Tanh())]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(width, 10)).to(device)
