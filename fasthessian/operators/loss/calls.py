@@ -49,16 +49,16 @@ def takes_model(criterion: Any) -> bool:
         )
     except (TypeError, ValueError):
         return False
-    ordered = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    places = [each for each in signature.parameters.values() if each.kind in ordered]
-    if len(places) < 2:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [each for each in signature.parameters.values() if each.kind in kinds]
+    if len(positional) < 2:
         return False
-    kind = places[0].annotation
-    if isinstance(kind, str):  # from __future__ import annotations
-        typed = kind.rpartition(".")[2] == "Module"
+    annotation = positional[0].annotation
+    if isinstance(annotation, str):  # from __future__ import annotations
+        typed = annotation.rpartition(".")[2] == "Module"
     else:
-        typed = isinstance(kind, type) and issubclass(kind, nn.Module)
-    return typed or places[0].name in MODEL
+        typed = isinstance(annotation, type) and issubclass(annotation, nn.Module)
+    return typed or positional[0].name in MODEL
 
 
 def call(
@@ -109,9 +109,7 @@ class _LossModule(nn.Module):
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Any]) -> None:
         super().__init__()
         self.model = model
-        self._loss = functools.partial(
-            loss
-        )  # hides a loss that is a module: it must not be a submodule
+        self._loss = functools.partial(loss)  # so that a loss module is not a submodule
 
     def forward(self, batch: Batch) -> Any:
         """The loss."""
@@ -179,11 +177,11 @@ def logits(outputs: Any) -> Any:
     return getattr(outputs, "logits", outputs)
 
 
-def loss_of(returned: Any, alone: bool) -> tuple[Any, list[str]]:
-    """The loss in what a criterion (``alone``), a model or a loss of (model, batch) returned.
+def loss_of(returned: Any, from_criterion: bool) -> tuple[Any, list[str]]:
+    """The loss in what a criterion of outputs, a model or a loss of (model, batch) returned.
 
-    That is a tensor itself, or its attribute or entry ``loss``. If not ``alone``, also the only
-    scalar of a tuple, or the sum over a dictionary that holds nothing but losses: then their names
+    That is a tensor itself, or an attribute or entry ``loss``. Unless it comes ``from_criterion``,
+    also the only scalar of a tuple, or the sum over a dictionary of nothing but losses, whose names
     are returned too. None if there is no loss.
     """
     if isinstance(returned, Tensor):
@@ -191,7 +189,7 @@ def loss_of(returned: Any, alone: bool) -> tuple[Any, list[str]]:
     loss = getattr(returned, "loss", None)
     if loss is None and isinstance(returned, Mapping):
         loss = returned.get("loss")
-    if loss is not None or alone:
+    if loss is not None or from_criterion:
         return returned if loss is None else loss, []
     if isinstance(returned, Mapping):
         losses = {str(name): x for name, x in returned.items() if "loss" in str(name)}
@@ -244,7 +242,7 @@ def scalar(loss: Any, origin: str) -> Tensor:
     return loss.reshape(())
 
 
-def explained(error: Exception, batch: Batch, dtype: torch.dtype) -> Exception | None:
+def explanation(error: Exception, batch: Batch, dtype: torch.dtype) -> Exception | None:
     """An error that explains an error of the first evaluation; None if the user's code raised it.
 
     The user's code raised it if the innermost function is not one of torch's.
@@ -263,7 +261,7 @@ def explained(error: Exception, batch: Batch, dtype: torch.dtype) -> Exception |
         )
     if not raised_in(error).startswith(TORCH):
         return None
-    kind = TypeError if isinstance(error, (TypeError, AttributeError)) else ValueError
+    kind = InputTypeError if isinstance(error, (TypeError, AttributeError)) else InputError
     return kind(
         f"data does not fit the model and criterion: {words}; a batch is {described(batch)}; {ANY}"
     )

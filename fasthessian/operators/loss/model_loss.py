@@ -27,7 +27,7 @@ from fasthessian.operators.loss.batches import (
 from fasthessian.operators.loss.calls import (
     call,
     call_with_model,
-    explained,
+    explanation,
     loss_of,
     scalar,
     takes_model,
@@ -298,13 +298,13 @@ class ModelLoss:
                 outputs, returned = evaluation(self.model, self.criterion, batch, values)
         except Exception as error:
             skip = self._evaluated or out_of_memory(error)
-            better = None if skip else explained(error, batch, self._dtype)
+            better = None if skip else explanation(error, batch, self._dtype)
             if better is None:
                 raise
             raise better from error
-        alone = self.criterion is not None and not self.takes_model
-        loss, names = loss_of(returned, alone)
-        if loss is None and not alone:
+        from_criterion = self.criterion is not None and not self.takes_model
+        loss, names = loss_of(returned, from_criterion)
+        if loss is None and not from_criterion:
             raise InputError(without_loss(returned, self.takes_model))
         self._form = f"the loss is the sum of {', '.join(map(repr, names))}" if names else ""
         self._evaluated = True
