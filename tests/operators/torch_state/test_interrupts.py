@@ -153,7 +153,7 @@ def test_an_interrupted_check_of_a_function_is_made_again() -> None:
         late[0] = True
         places.add(interrupted(lambda: H @ torch.ones(2), at).partition(":")[0])  # noqa: B023
         torch.testing.assert_close(H @ torch.ones(2), torch.tensor([6.0, 12.0]), rtol=1e-3, atol=0)
-    assert "functioncheck.py" in places
+    assert "function_check.py" in places
 
 
 def test_the_turn_is_given_back_to_other_threads() -> None:
