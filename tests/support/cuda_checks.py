@@ -1,17 +1,14 @@
 """The bodies of test_cuda.py as functions of a device: test_gpu_rehearsal.py runs them on a CPU."""
 
-import sys
-from pathlib import Path
-
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasthessian as fh
+from bench.gpu.meter import no_waiting, per_step
 from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from tests.support.models import PROBLEMS
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-from gpu_meter import no_waiting, per_step
 
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 
@@ -173,7 +170,7 @@ def check_launches(device, backend):
 
     def products(count):
         for _ in range(count):
-            A.apply(u, w, trusted=True)
+            multiply([Request(A, u, w, deferred=True)])
 
     steps(3)
     step, product = per_step(steps, device), per_step(products, device)
