@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import fasthessian as fh
+from fasthessian.operators.request import Request
 
 F64 = torch.float64
 
@@ -73,8 +74,9 @@ class Dense(fh.SymmetricOperator):
         super().__init__(M.mv, len(M), dtype=M.dtype, check=False)
         self.M = M
 
-    def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
-        torch.mm(V, self.M, out=out)
+    def _multiply(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            torch.mm(request.V, self.M, out=request.out)
 
 
 Call = Callable[[fh.SymmetricOperator, int], fh.Estimate]

@@ -7,7 +7,8 @@ import fasthessian as fh
 from bench.cases import problems
 from bench.harness.timing import median, rounds
 from bench.peers import curvlinops
-from fasthessian.operators.blocks import Job, multiply
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 
 STEPS = 20
 EXACT, NEAR = 1e-10, 1e-2  # of |Hv|; in float32 rounding flips some ReLUs
@@ -24,25 +25,26 @@ def layers(double=False):
     return A, blocks, (model, criterion, batch)
 
 
-def jobs(blocks):
+def requests(blocks):
     """One request per block: its product with a random vector."""
     torch.manual_seed(1)
     vectors = [torch.randn(1, block.n, dtype=block.dtype) for block in blocks.values()]
-    return [Job(op, V, torch.empty_like(V)) for op, V in zip(blocks.values(), vectors, strict=True)]
+    pairs = zip(blocks.values(), vectors, strict=True)
+    return [Request(block, V, torch.empty_like(V)) for block, V in pairs]
 
 
 def check(A, blocks):
     """Compare each product with that of the full matrix and a vector that is zero elsewhere."""
-    work = jobs(blocks)
+    work = requests(blocks)
     multiply(work)
-    for name, job in zip(blocks, work, strict=True):
+    for name, request in zip(blocks, work, strict=True):
         v = torch.zeros(A.n, dtype=A.dtype)
         inside = [key for key in A.layout.names if key.rpartition(".")[0] == name]
-        for key, piece in job.operator.unflatten(job.V[0]).items():
+        for key, piece in request.operator.unflatten(request.V[0]).items():
             A.unflatten(v)[key].copy_(piece)
         Hv = A.unflatten(A @ v)
         expected = torch.cat([Hv[key].flatten() for key in inside])
-        off = float((job.out[0] - expected).norm() / expected.norm())
+        off = float((request.out[0] - expected).norm() / expected.norm())
         assert off < EXACT, (name, off)
 
 
@@ -50,18 +52,18 @@ def check(A, blocks):
 def test_products(row):
     check(*layers(double=True)[:2])
     A, blocks, problem = layers()
-    work, v = jobs(blocks), torch.randn(A.n)
-    w = torch.cat([job.V[0] for job in work])
+    work, v = requests(blocks), torch.randn(A.n)
+    w = torch.cat([request.V[0] for request in work])
 
     def one_by_one():
-        for job in work:
-            job.operator.apply(job.V, job.out)
+        for request in work:
+            multiply([request])
 
     # curvlinops has a block diagonal too, of consecutive parameters
     sizes = [len(block.layout.names) for block in blocks.values()]
     theirs = curvlinops.product(*problem, block_sizes=sizes)
     multiply(work)
-    ours = torch.cat([job.out[0] for job in work])
+    ours = torch.cat([request.out[0] for request in work])
     assert (theirs(w) - ours).norm() < NEAR * ours.norm()
     calls = {
         "whole": lambda: A @ v,

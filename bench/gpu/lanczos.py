@@ -20,6 +20,8 @@ from bench.peers import eigenthings, pyhessian
 from fasthessian import kernels
 from fasthessian.algorithms.eigsh import LOOK
 from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from fasthessian.study.resnet import resnet
 
 FEW, MANY, WARM = 4, 24, 3  # steps
@@ -78,7 +80,7 @@ def step_costs(rows, device, n):
 
     def products(count):
         for _ in range(count):
-            A.apply(u, w, trusted=True)
+            multiply([Request(A, u, w, deferred=True)])
 
     for name in serving(device):
         with rows.section(f"step by {name}"):
@@ -160,8 +162,8 @@ def densities(rows, device, net, steps, repeats):
         params = list(model.parameters())
         v, out = (torch.randn(1, A.n, device=device) for _ in range(2))
         A.rebuild()  # on this stream
-        A.apply(v, out)
-        product = milliseconds(lambda: A.apply(v, out, trusted=True), device)
+        multiply([Request(A, v, out)])
+        product = milliseconds(lambda: multiply([Request(A, v, out, deferred=True)]), device)
         gradient = milliseconds(
             lambda: torch.autograd.grad(criterion(model(data[0]), data[1]), params), device
         )

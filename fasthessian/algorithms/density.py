@@ -13,11 +13,12 @@ from fasthessian.arguments import Progress, integer, positive, seed_of
 from fasthessian.errors import ConvergenceWarning, InputError, InsufficientMemoryError
 from fasthessian.krylov.basis import FORMATS
 from fasthessian.krylov.lanczos import Lanczos
-from fasthessian.krylov.lockstep import Request, Run, solve
+from fasthessian.krylov.lockstep import Run, solve
 from fasthessian.krylov.quadrature import REACH, Rule, quadrature, unresolved, width
 from fasthessian.krylov.three_term import ROWS, ThreeTerm
 from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.request import Request
 from fasthessian.results.records import Density
 from fasthessian.vectors import stride_bytes
 

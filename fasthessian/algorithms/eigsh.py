@@ -15,11 +15,13 @@ from fasthessian.arguments import Progress, integer, positive, seed_of
 from fasthessian.errors import InputError
 from fasthessian.kernels.contract import MAX_BLOCK
 from fasthessian.krylov.basis import Basis
+from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.found import Found
 from fasthessian.krylov.lanczos import Lanczos
-from fasthessian.krylov.lockstep import Request, Run, solve
+from fasthessian.krylov.lockstep import Run, solve
 from fasthessian.krylov.missing import limits, outside, search
 from fasthessian.operators.base import SymmetricOperator, operator
+from fasthessian.operators.request import Request
 from fasthessian.results.records import Eigenpairs
 
 SLACK = 1e-8  # of ||A||: a missing eigenvalue so far beyond the wanted ones is looked for
@@ -224,7 +226,7 @@ def converge(
     krylov.close()  # the basis, before the products of the vectors
     values, residuals = values[chosen], residuals[chosen] + krylov.dropped + noise
     if compressed or not exact:
-        values, residuals = yield from _refined(vectors, values, krylov.kernels)
+        values, residuals = yield from _refined(A, vectors, values, krylov.kernels)
         converged = residuals <= torch.clamp(tol * values.abs(), min=2 * noise)
     return Found(values, vectors, residuals, converged, complete, graph)
 
@@ -255,18 +257,18 @@ def _judged(
 
 
 def _refined(
-    X: Tensor, values: Tensor, backend: ModuleType
+    A: SymmetricOperator, X: Tensor, values: Tensor, backend: ModuleType
 ) -> Generator[Request, None, tuple[Tensor, Tensor]]:
     """Rayleigh-Ritz on the rows of X (k, n), in place: values in the order given, residuals."""
     k = len(X)
     Y = torch.empty_like(X)
-    yield Request(X, Y)
-    grams = [torch.empty(k, k, dtype=torch.float64, device=X.device) for _ in range(2)]
+    yield Request(A, X, Y)
+    products = [torch.empty(k, k, dtype=torch.float64, device=X.device) for _ in range(2)]
     for start in range(0, k, MAX_BLOCK):
         rows = slice(start, start + MAX_BLOCK)
-        for gram, right in zip(grams, (X, Y), strict=True):
-            gram[:, rows], _ = backend.project_(X, right[rows])
-    overlap, projection = (gram.cpu() for gram in grams)
+        for product, right in zip(products, (X, Y), strict=True):
+            product[:, rows], _ = dots(backend, X, right[rows])
+    overlap, projection = (product.cpu() for product in products)
     # the pencil (X A X', X X') through the Cholesky factor of X X', which is I to about 1e-3
     L = torch.linalg.cholesky(overlap)
     inner = torch.linalg.solve_triangular(L, (projection + projection.T) / 2, upper=False)
@@ -280,7 +282,7 @@ def _refined(
         Basis(rows_of, 1.0, backend).rotate(mix)
     for i, (x, y) in enumerate(zip(X, Y, strict=True)):
         y.add_(x, alpha=-float(found[i]))
-        residuals[i] = math.sqrt(float(backend.project_(Y[:0], y[None])[1][0, 0]))
+        residuals[i] = math.sqrt(float(gram(backend, y[None])))
     return found, residuals
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Generator, Mapping
 from types import ModuleType
@@ -14,9 +15,11 @@ from fasthessian import kernels
 from fasthessian.algorithms.intervals import Spread
 from fasthessian.arguments import Progress, integer, positive, seed_of
 from fasthessian.errors import ConvergenceWarning, InputError, InputTypeError
+from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.lanczos import NOISE
-from fasthessian.krylov.lockstep import Asking, Request, Run, solve
+from fasthessian.krylov.lockstep import Asking, Run, solve
 from fasthessian.operators.base import SymmetricOperator, operator
+from fasthessian.operators.request import Request
 from fasthessian.results.records import Eigenpairs, Estimate
 from fasthessian.vectors import empty_rows
 
@@ -153,9 +156,9 @@ def estimate(
     """A run of the estimator; its first vector is the one after ``skip`` of the stream."""
     n, serve, start = A.n, kernels.select(A.device, backend), A.matvecs
     known = 0.0  # size of the part of the trace that the pairs give
-    multiply: Callable[[Tensor, Tensor], Asking] = _plain
+    products_of: Callable[[Tensor, Tensor], Asking] = functools.partial(_plain, A)
     if pairs is not None:
-        multiply = _deflated(pairs, serve)
+        products_of = _deflated(A, pairs, serve)
         known = float(pairs.values.abs().sum())
         if exact and len(pairs.values) == n:
             return known_trace(float(pairs.values.sum()), known, A, confidence, 0), []
@@ -171,17 +174,17 @@ def estimate(
     while len(samples) < limit and not converged:
         s = len(samples)
         if exact and n <= needed - s and (s >= FIRST_LOOK or s == 0):
-            value, size = yield from _diagonal(rows, products, serve, lambda: told(s + n))  # noqa: B023
+            value, size = yield from _diagonal(A, rows, products, serve, lambda: told(s + n))  # noqa: B023
             return known_trace(value, size, A, confidence, A.matvecs - start), []
         b = min(BLOCK, limit - s)
         for i in range(b):
             serve.signs_(rows[i], seed, (skip + s + i) * n)
-        yield from multiply(rows[:b], products[:b])
-        C, _ = serve.project_(rows[:b], products[:b])
+        yield from products_of(rows[:b], products[:b])
+        C, _ = dots(serve, rows[:b], products[:b])
         samples = torch.cat((samples, C.diagonal().cpu()))
         y = rows[:b].mul_(products[:b])
         y.sub_(y[0].clone())  # leaves nothing of a diagonal A
-        spread.add(serve.project_(y[:0], y)[1])
+        spread.add(gram(serve, y))
         s, value = len(samples), float(samples.mean())
         stderr, half = spread.interval(samples, confidence)
         wanted = rtol * abs(value) / math.sqrt(1 + rtol**2)
@@ -232,7 +235,11 @@ def _rounding(A: SymmetricOperator, size: float) -> float:
 
 
 def _diagonal(
-    rows: Tensor, products: Tensor, serve: ModuleType, told: Callable[[], None]
+    A: SymmetricOperator,
+    rows: Tensor,
+    products: Tensor,
+    serve: ModuleType,
+    told: Callable[[], None],
 ) -> Generator[Request, None, tuple[float, float]]:
     """The sum of the diagonal by n unit vectors, and its size ``sum |a_ii| + ||A||_F``."""
     n, diagonal, squares = rows.shape[1], [], 0.0
@@ -240,36 +247,39 @@ def _diagonal(
         b = min(len(products), n - i)
         units, out = rows[:b].zero_(), products[:b]
         units[:, i : i + b].fill_diagonal_(1.0)
-        yield Request(units, out)
+        yield Request(A, units, out)
         diagonal += out[:, i : i + b].diagonal().tolist()
-        squares += float(serve.project_(out[:0], out)[1].trace())
+        squares += float(gram(serve, out).trace())
         told()
     return math.fsum(diagonal), math.fsum(map(abs, diagonal)) + math.sqrt(squares)
 
 
-def _plain(V: Tensor, out: Tensor) -> Asking:
-    yield Request(V, out)
+def _plain(A: SymmetricOperator, V: Tensor, out: Tensor) -> Asking:
+    yield Request(A, V, out)
 
 
-def _deflated(pairs: Eigenpairs, serve: ModuleType) -> Callable[[Tensor, Tensor], Asking]:
+def _deflated(
+    A: SymmetricOperator, pairs: Eigenpairs, serve: ModuleType
+) -> Callable[[Tensor, Tensor], Asking]:
     """Products of P A P + (sum theta / n) I, which has the trace of A."""
     Q = pairs.vectors.contiguous()
     shift = float(pairs.values.sum()) / Q.shape[1]
-    blocks = [serve.project_(Q, Q[i : i + BLOCK])[0] for i in range(0, len(Q), BLOCK)]
+    blocks = [dots(serve, Q, Q[i : i + BLOCK])[0] for i in range(0, len(Q), BLOCK)]
     if blocks:
-        gram = torch.cat(blocks, 1)
-        off = float((gram - torch.eye(len(Q), dtype=gram.dtype, device=gram.device)).abs().max())
+        overlap = torch.cat(blocks, 1)
+        eye = torch.eye(len(Q), dtype=overlap.dtype, device=overlap.device)
+        off = float((overlap - eye).abs().max())
         if not (off < SKEW and math.isfinite(shift)):
             raise InputError(
                 f"deflate must hold orthonormal vectors and finite values as eigsh returns them, "
                 f"but max |Q Q' - I| is {off:.2g} and the values' sum {shift * Q.shape[1]:.3g}"
             )
 
-    def multiply(V: Tensor, out: Tensor) -> Asking:
+    def products_of(V: Tensor, out: Tensor) -> Asking:
         rest = V.clone()
-        serve.update_(Q, rest, serve.project_(Q, rest)[0])
-        yield Request(rest, out)
-        serve.update_(Q, out, serve.project_(Q, out)[0])
+        serve.update_(Q, rest, dots(serve, Q, rest)[0])
+        yield Request(A, rest, out)
+        serve.update_(Q, out, dots(serve, Q, out)[0])
         out.add_(V, alpha=shift)
 
-    return multiply
+    return products_of

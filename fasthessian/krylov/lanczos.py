@@ -27,9 +27,11 @@ from fasthessian.kernels.contract import CANCELLED
 from fasthessian.krylov import basis as bases
 from fasthessian.krylov.coefficients import Ledger, State
 from fasthessian.krylov.cuda_graph import Replay
-from fasthessian.krylov.lockstep import Asking, Request, alone
+from fasthessian.krylov.dots import gram
+from fasthessian.krylov.lockstep import Asking, answer
 from fasthessian.krylov.rows import Rows
-from fasthessian.operators.base import ASYMMETRY, SymmetricOperator
+from fasthessian.operators.base import ASYMMETRY, SymmetricOperator, multiply
+from fasthessian.operators.request import Request
 from fasthessian.vectors import empty_rows
 
 SCHEDULES = ("dcgs2", "cgs2")
@@ -149,7 +151,7 @@ class Lanczos(Rows):
 
     def step(self) -> None:
         """One more final row by a product of the operator; see ``advance``."""
-        alone(self.A, self.advance())
+        answer(self.advance())
 
     def advance(self) -> Asking:
         """Ask for one product and make one more final row, unless the space is exhausted."""
@@ -160,7 +162,7 @@ class Lanczos(Rows):
             # the first product tells how large A is, before steps are captured
             if self._factor is None or not self._replay.step(self):
                 u, w = (self.W[i][None] for i in (self._u, 1 - self._u))
-                yield Request(u, w, self.deferred)
+                yield Request(self.A, u, w, self.deferred)
                 if self._factor is None:
                     self._factor = self._chosen_factor(w)
                 self._scale_(w)
@@ -225,7 +227,7 @@ class Lanczos(Rows):
 
     def delayed_step(self, made: int | Tensor, both: int | Tensor, making: int | Tensor) -> None:
         """One dcgs2 step; the counts are numbers, or cells of the ledger's counter."""
-        self.A.apply(self.W[:1], self.W[1:], trusted=self.deferred)
+        multiply([Request(self.A, self.W[:1], self.W[1:], self.deferred)])
         self._scale_(self.W[1:])
         self._absorb_delayed(made, both, making)
 
@@ -237,7 +239,7 @@ class Lanczos(Rows):
             self._absorb_classical()
 
     def _absorb_delayed(self, made: int | Tensor, both: int | Tensor, making: int | Tensor) -> None:
-        C, G = self.basis.project_(self.W, count=made)
+        C, G = self.basis.dots(self.W, count=made)
         H, S = self.kernels.recur_(
             C, G, self.ledger.T, self.ledger.gauges, count=both, scale=self.basis.scale
         )
@@ -246,8 +248,8 @@ class Lanczos(Rows):
     def _absorb_classical(self) -> None:
         j, scale, basis = self.size, self.basis.scale, self.basis
         w = self.W[1 - self._u][None]
-        first, _ = basis.project_(w, count=j + 1)
-        second, G = basis.project_(w, basis.coefficients(first), count=j + 1)
+        first, _ = basis.dots(w, count=j + 1)
+        second, G = basis.dots(w, basis.coefficients(first), count=j + 1)
         nu2 = G[0, 0] - (second / scale).square().sum()
         S = torch.where(nu2 > 0, nu2, torch.inf).rsqrt().reshape(1, 1)
         basis.update_(w, basis.coefficients(second), S, count=j + 1, append=True)
@@ -261,8 +263,7 @@ class Lanczos(Rows):
     def _state(self) -> State:
         """The ledger with the candidate's norm, on its way to the host."""
         if self.delayed:
-            _, G = self.kernels.project_(self.W[:0], self.W[:1])
-            self.ledger.candidate(self.size, G[0, 0])
+            self.ledger.candidate(self.size, gram(self.kernels, self.W[:1])[0, 0])
         return State(self.ledger, self.size)
 
     def _passed_state(self) -> State | None:

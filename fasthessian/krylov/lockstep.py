@@ -10,28 +10,16 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
-
-from torch import Tensor
+from typing import Any, TypeVar
 
 from fasthessian.arguments import Progress
 from fasthessian.errors import InputError, UnsupportedError
-from fasthessian.operators.base import SymmetricOperator, operator
-from fasthessian.operators.blocks import Job, multiply
+from fasthessian.operators.base import SymmetricOperator, multiply, operator
+from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state.scopes import restored
 from fasthessian.results.records import Record
 
 R = TypeVar("R", bound=Record)
-
-
-class Request(NamedTuple):
-    """Products wanted: of the rows of V (b, n), into ``out`` (b, n)."""
-
-    V: Tensor
-    out: Tensor
-    trusted: bool = False  # see ``SymmetricOperator.apply``
-
-
 Asking = Generator[Request, None, None]
 Run = Generator[Request, None, tuple[R, list[Warning]]]  # the record, and where it falls short
 Start = Callable[[SymmetricOperator, "Progress | None"], Run[R]]
@@ -44,7 +32,7 @@ class Guard:
     """
 
     def __init__(self, operators: Iterable[SymmetricOperator]) -> None:
-        self._operators = {id(getattr(A, "parent", A)): A for A in operators}.values()
+        self._operators = {id(A._matrix): A for A in operators}.values()
         self._runs = contextlib.ExitStack()
 
     def __enter__(self) -> Guard:
@@ -72,10 +60,10 @@ class Guard:
                 )
 
 
-def alone(A: SymmetricOperator, requests: Asking) -> None:
-    """Answer every request by A."""
-    for V, out, trusted in requests:
-        A.apply(V, out, trusted=trusted)
+def answer(requests: Asking) -> None:
+    """Answer every request, one by one."""
+    for request in requests:
+        multiply([request])
 
 
 @restored
@@ -86,13 +74,13 @@ def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R
             run = start(A, progress)
             while True:
                 try:
-                    V, out, trusted = next(run)
+                    request = next(run)
                 except StopIteration as stop:
                     record, shortfalls = stop.value
                     break
-                A.apply(V, out, trusted=trusted)
+                multiply([request])
                 guard.check()
-                del V, out  # the run may give their rows back before it asks again
+                del request  # the run may give their rows back before it asks again
         for shortfall in shortfalls:
             warnings.warn(shortfall, stacklevel=4)
         return record  # type: ignore[no-any-return]
@@ -125,10 +113,10 @@ def _together(
     with Guard(map(operator, operators.values())) as guard:
         runs = {name: start(A, told(name)) for name, A in operators.items()}
         while runs:
-            jobs = []
+            requests = []
             for name in list(runs):
                 try:
-                    V, out, trusted = next(runs[name])
+                    requests.append(next(runs[name]))
                 except StopIteration as stop:
                     del runs[name]
                     found[name], shortfalls = stop.value
@@ -137,8 +125,6 @@ def _together(
                     continue
                 except (ValueError, MemoryError) as error:
                     raise type(error)(f"{name}: {error}") from error
-                jobs.append(Job(operators[name], V, out, trusted))
-                del V, out
-            multiply(jobs)
+            multiply(requests)
             guard.check()
     return {name: found[name] for name in operators}

@@ -29,9 +29,10 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
+from fasthessian.krylov.dots import dots
 from fasthessian.krylov.lanczos import Lanczos
-from fasthessian.krylov.lockstep import Request
 from fasthessian.krylov.three_term import ThreeTerm
+from fasthessian.operators.request import Request
 
 MISS = 1e-3  # chance that a search overlooks an eigenvalue; of two missing ones it is 1e-6
 LOOK = 4  # steps between two looks at a GPU's run
@@ -121,7 +122,7 @@ def search(
     krylov.combine(S[:, wanted], Q)
 
     def deflate_(w: Tensor) -> None:
-        C, _ = krylov.kernels.project_(Q, w)
+        C, _ = dots(krylov.kernels, Q, w)
         krylov.kernels.update_(Q, w, C)
 
     sides = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.errors import InputError, InputTypeError
-from fasthessian.operators.torch_state.scopes import grad_mode, ordinary, restored
+from fasthessian.operators.request import Request
+from fasthessian.operators.torch_state.scopes import grad_mode, no_inference_mode, restored
 
 FLOATS = (torch.float32, torch.float64)
 # Allowed |u'Av - v'Au| over ||Au|| + ||Av||, u and v of N(0, 1). Far above rounding, and above
@@ -97,35 +98,13 @@ class SymmetricOperator:
     def __matmul__(self, v: Tensor) -> Tensor:
         """A v for v (n,), or the products of the rows of v (b, n)."""
         self._accepts("v", v, (1, 2))
-        with ordinary():  # the result is an ordinary tensor in every mode
+        with no_inference_mode():  # the result is an ordinary tensor in every mode
             V = v.detach().reshape(-1, self.n)
             if V.is_inference() or not V.is_contiguous():
                 V = V.clone(memory_format=torch.contiguous_format)
             out = torch.empty_like(V)
-            self._product(V, out)
+            multiply([Request(self, V, out)])
             return out.view(v.shape)
-
-    @restored
-    def apply(self, V: Tensor, out: Tensor, *, trusted: bool = False) -> None:
-        """Write the products of the rows of V (b, n) into the rows of ``out`` (b, n).
-
-        The rows may be strided views but are contiguous each. V and out must not overlap. With
-        ``trusted`` nothing is read back from a GPU: the caller looks for NaN and Inf, and changes
-        of parameters that leave no trace in autograd's versions go unnoticed.
-        """
-        self.accepts(V, out)
-        if V.is_inference() or out.is_inference():  # autograd can neither save nor write these
-            out.copy_(self @ V)
-        else:
-            with ordinary():
-                self._product(V.detach(), out, trusted)
-
-    def accepts(self, V: Tensor, out: Tensor) -> None:
-        """Raise unless V (b, n) and ``out`` (b, n) can be multiplied and written."""
-        self._accepts("V", V, (2,))
-        self._accepts("out", out, (2,))
-        if V.shape != out.shape:
-            raise InputError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
 
     def relative_error(self) -> float:
         """The relative error of a product, as far as it is known beforehand: rounding."""
@@ -138,7 +117,7 @@ class SymmetricOperator:
     def changes(self, look: bool = False) -> tuple[int, str]:
         """How often what products depend on was found changed, and what changed last.
 
-        Products look at it, in part where they are trusted or in a ``run``; ``look`` looks at all
+        Products look at it, in part where they are deferred or in a ``run``; ``look`` looks at all
         of it. A matvec tells nothing.
         """
         return 0, ""
@@ -155,28 +134,19 @@ class SymmetricOperator:
         """What a captured product reads."""
         return ()
 
-    def _product(self, V: Tensor, out: Tensor, trusted: bool = False) -> None:
-        """Products, the finiteness check and the count, common to ``@`` and ``apply``."""
-        if V.shape[0] == 0:
-            return
-        with grad_mode(False):
-            self._apply(V, out, trusted)
-        self.made(V, out, trusted)
+    @property
+    def _matrix(self) -> SymmetricOperator:
+        """The operator that answers requests: itself, or that of which it is a part."""
+        return self
 
-    def made(self, V: Tensor, out: Tensor, trusted: bool) -> None:
-        """Count the products ``out`` of V, and raise ValueError if one is not finite."""
-        if not trusted and not _finite(out):
-            if not _finite(V):
-                raise InputError("v holds NaN or Inf; a product needs finite numbers")
-            raise InputError(f"{self} returned NaN or Inf for a finite vector")
-        self.matvecs += V.shape[0]
-
-    def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
+    def _multiply(self, requests: Sequence[Request]) -> None:
+        """Make the products of requests whose operators have this ``_matrix``."""
         if self._unchecked:
             self._probe()
             self._unchecked = False
-        for v, row in zip(V, out, strict=True):
-            row.copy_(self._one(v))
+        for request in requests:
+            for v, row in zip(request.V.detach(), request.out, strict=True):
+                row.copy_(self._one(v))
 
     def _one(self, v: Tensor) -> Tensor:
         version = v._version
@@ -246,6 +216,49 @@ class SymmetricOperator:
             (self.n, self.n), matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat,
             dtype=dtype,
         )  # fmt: skip
+
+
+@restored
+def multiply(requests: Iterable[Request]) -> None:
+    """Answer requests: those whose operators share a matrix, in one pass over its data.
+
+    Raises:
+        ValueError: V or ``out`` has a wrong shape, or a product that is not deferred holds NaN or
+            Inf.
+        TypeError: V or ``out`` has a wrong dtype or device.
+    """
+    shared: dict[int, list[Request]] = {}
+    for request in requests:
+        A, V, out = request.operator, request.V, request.out
+        _check(request)
+        if V.is_inference() or out.is_inference():  # autograd can neither save nor write these
+            out.copy_(A @ V)
+        elif len(V):
+            shared.setdefault(id(A._matrix), []).append(request)
+    for group in shared.values():
+        with no_inference_mode(), grad_mode(False):
+            group[0].operator._matrix._multiply(group)
+        for request in group:
+            _accept(request)
+
+
+def _check(request: Request) -> None:
+    """Raise unless V (b, n) and ``out`` (b, n) can be multiplied and written."""
+    A, V, out = request.operator, request.V, request.out
+    A._accepts("V", V, (2,))
+    A._accepts("out", out, (2,))
+    if V.shape != out.shape:
+        raise InputError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
+
+
+def _accept(request: Request) -> None:
+    """Count the products, and raise ValueError if one is not finite."""
+    A = request.operator
+    if not request.deferred and not _finite(request.out):
+        if not _finite(request.V):
+            raise InputError("v holds NaN or Inf; a product needs finite numbers")
+        raise InputError(f"{A} returned NaN or Inf for a finite vector")
+    A.matvecs += len(request.V)
 
 
 def operator(A: Any) -> SymmetricOperator:

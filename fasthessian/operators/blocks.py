@@ -10,28 +10,18 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.torch_state.scopes import grad_mode, ordinary
 
 if TYPE_CHECKING:
     from fasthessian.operators.curvature import Curvature
 
 
 ROOT = "(root)"  # the block of parameters that the model owns itself
-
-
-class Job(NamedTuple):
-    """Products to make: of the rows of V (b, n) by an operator, into ``out`` (b, n)."""
-
-    operator: SymmetricOperator
-    V: Tensor
-    out: Tensor
-    trusted: bool = False  # see ``SymmetricOperator.apply``
 
 
 class Block(SymmetricOperator):
@@ -50,6 +40,10 @@ class Block(SymmetricOperator):
         self.parent, self.positions = parent, tuple(positions)
         self.layout = parent.layout.subset(self.positions)
         self._describe(self.layout.n, parent.dtype, parent.device)
+
+    @property
+    def _matrix(self) -> SymmetricOperator:
+        return self.parent
 
     def relative_error(self) -> float:
         """That of the parent's products."""
@@ -74,34 +68,6 @@ class Block(SymmetricOperator):
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """Views of v (n,) by parameter name, in the parameters' shapes."""
         return self.layout.unflatten(v)
-
-    def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
-        self.parent.advance([(self, V, out)], trusted)
-
-
-def multiply(jobs: list[Job]) -> None:
-    """Answer all jobs: those over blocks of one matrix in one pass over its data.
-
-    Raises:
-        ValueError: as ``SymmetricOperator.apply``.
-    """
-    shared: dict[int, list[Job]] = {}
-    for job in jobs:
-        block = isinstance(job.operator, Block) and len(job.V) > 0
-        if block and not (job.V.is_inference() or job.out.is_inference()):
-            shared.setdefault(id(cast("Block", job.operator).parent), []).append(job)
-        else:
-            job.operator.apply(job.V, job.out, trusted=job.trusted)
-    for group in shared.values():
-        work: list[tuple[Block | None, Tensor, Tensor]] = []
-        for job in group:
-            job.operator.accepts(job.V, job.out)
-            work.append((cast("Block", job.operator), job.V.detach(), job.out))
-        parent = cast("Block", group[0].operator).parent
-        with ordinary(), grad_mode(False):
-            parent.advance(work, all(job.trusted for job in group))
-        for job in group:
-            job.operator.made(job.V, job.out, job.trusted)
 
 
 def partition(

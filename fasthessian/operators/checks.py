@@ -16,6 +16,7 @@ from fasthessian.operators.base import ASYMMETRY
 from fasthessian.operators.loss.model_loss import REPEATED, ROUNDED, Part
 from fasthessian.operators.products.function_guard import wrong
 from fasthessian.operators.products.slopes import ALLOWED, distance
+from fasthessian.operators.request import Request
 from fasthessian.results.records import Record
 
 if TYPE_CHECKING:
@@ -155,8 +156,8 @@ def precision_error(A: Passes, part: Part) -> str:
     for exact in (True, False):
         out = torch.zeros_like(v)
         with A._pass(exact=exact) as params:
-            task = A._task(None, v, out)
-            A._made_graph(part, params).products([task], first=True, keep=False)
+            graph = A._made_graph(part, params)
+            graph.products([Request(A, v, out)], first=True, keep=False)
         found.append(out.double())
     error = float((found[1] - found[0]).norm() / found[0].norm())
     return f"; {A._options.precision}, relative error {error:.1e} of a product"

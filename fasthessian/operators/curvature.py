@@ -24,8 +24,10 @@ from fasthessian.operators.passes import Passes
 from fasthessian.operators.products.engines import gradient
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.products.slopes import ALLOWED, distance
-from fasthessian.operators.torch_state.conditions import in_turn, keep_values
-from fasthessian.operators.torch_state.scopes import Scope, Undo, set_to
+from fasthessian.operators.request import Request
+from fasthessian.operators.torch_state.lock import exclusive
+from fasthessian.operators.torch_state.module_state import keep_values
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog, set_attribute
 from fasthessian.vectors import like, real
 
 
@@ -44,7 +46,7 @@ class Curvature(Passes):
     _scaled = False  # whether the matrix of one batch depends on whether the loss is a sum
     _exact = False  # whether the matrix is the derivative of the gradient
 
-    @in_turn
+    @exclusive
     def __init__(
         self,
         model: nn.Module,
@@ -73,25 +75,21 @@ class Curvature(Passes):
         if wrapper:
             self.engine += f"; {wrapper} unwrapped"
 
-    def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
-        self.advance([(None, V, out)], trusted)
-
-    @in_turn
-    def advance(self, work: Sequence[tuple[Block | None, Tensor, Tensor]], trusted: bool) -> None:
-        """Products (block or None for the whole, V, out) in one pass over the data.
+    @exclusive
+    def _multiply(self, requests: Sequence[Request]) -> None:
+        """Products by this matrix or by blocks of it, in one pass over the data.
 
         Raises:
             MemoryError: a product does not fit; what it needs and which option would help.
         """
-        blocks = [block.positions for block, _, _ in work if block is not None]
-        if not self._layered and any(map(self._of_one_layer, blocks)):
+        blocks = [request for request in requests if request.operator is not self]
+        if not self._layered and any(self._of_one_layer(block.places) for block in blocks):
             self._forget()  # from now on factors of the layers are kept beside the graphs
             self._layered = True
-        tasks = [self._task(*each) for each in work]
-        self._roomy(lambda: self._make(tasks, trusted))
+        self._roomy(lambda: self._make(requests))
         if self._options.weight_decay:
-            for _, V, out in work:
-                out.add_(V, alpha=self._options.weight_decay)
+            for request in requests:
+                request.out.add_(request.V.detach(), alpha=self._options.weight_decay)
 
     def blocks(
         self, by: str | re.Pattern[str] | Mapping[str, str] | Callable[[str], str | None]
@@ -130,10 +128,10 @@ class Curvature(Passes):
 
     def theta(self) -> Tensor:
         """The parameters as they are now, one vector (n,)."""
-        named = self._loss.named()
+        named = self._loss.named_parameters()
         return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
 
-    @in_turn
+    @exclusive
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
 
@@ -157,7 +155,7 @@ class Curvature(Passes):
 
         return self._roomy(made, "the gradient")
 
-    @in_turn
+    @exclusive
     def loss(self, offset: Tensor | None = None) -> float:
         """The loss at theta, or at theta + ``offset`` (n,), summed over the data in float64.
 
@@ -188,8 +186,8 @@ class Curvature(Passes):
         with self._pass() as params:
             out = torch.zeros_like(v)
             whole = part._replace(weight=1.0)
-            task = self._task(None, v, out)
-            self._made_graph(whole, params).products([task], first=True, keep=False)
+            graph = self._made_graph(whole, params)
+            graph.products([Request(self, v, out)], first=True, keep=False)
 
             def slope(h: float) -> Tensor:
                 with self._at(params, h * v[0]):
@@ -249,7 +247,7 @@ class Curvature(Passes):
     def _at(self, params: list[Tensor], offset: Tensor | None) -> Scope[None]:
         """Inside, the parameters are moved by the offset (n,)."""
 
-        def move(undo: Undo) -> None:
+        def move(undo: UndoLog) -> None:
             held = keep_values(undo, params)
             if offset is not None:
                 for p, at, shift in zip(params, held, self.layout.views(offset), strict=True):
@@ -267,26 +265,27 @@ class Curvature(Passes):
             views[place].zero_()
         return v
 
-    @in_turn
+    @exclusive
     def by_forward(self, v: Tensor) -> Tensor:
         """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
         options, out = self._options, torch.empty_like(v[None])
+        request = Request(self, v[None], out)
 
         def made() -> None:
             forward = dataclasses.replace(options, engine="forward")
             with (
-                set_to(self, "_options", forward),
+                set_attribute(self, "_options", forward),
                 self._pass() as params,
                 closing(self._loss.parts()) as parts,
             ):
                 for i, part in enumerate(parts):
-                    task = self._task(None, v[None], out)
-                    self._made_graph(part, params).products([task], first=i == 0, keep=False)
+                    graph = self._made_graph(part, params)
+                    graph.products([request], first=i == 0, keep=False)
 
         self._roomy(made)
         return out[0].add_(v, alpha=options.weight_decay)
 
-    @in_turn
+    @exclusive
     def check(self) -> Check:
         """Measure what could silently be wrong: on this model, these data and this engine.
 

@@ -19,8 +19,9 @@ class Dense(fh.SymmetricOperator):
         super().__init__(M.mv, len(M), dtype=M.dtype, check=False)
         self.M = M
 
-    def _apply(self, V, out, trusted):
-        torch.mm(V, self.M, out=out)
+    def _multiply(self, requests):
+        for request in requests:
+            torch.mm(request.V, self.M, out=request.out)
 
 
 def normal(*shape, seed=0):

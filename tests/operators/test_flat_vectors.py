@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import fasthessian as fh
 from fasthessian import kernels
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from fasthessian.vectors import Layout, empty_rows
 from tests.support.models import PROBLEMS
 
@@ -54,7 +56,7 @@ def test_apply_writes_strided_rows_and_nothing_else() -> None:
     for row in source:
         kernels.reference.normal_(row[1 : n + 1], 2)
     kept = source.clone()
-    A.apply(source[::2, 1 : n + 1], store[1:3, 2 : n + 2])
+    multiply([Request(A, source[::2, 1 : n + 1], store[1:3, 2 : n + 2])])
     assert torch.equal(store[1:3, 2 : n + 2], A @ source[::2, 1 : n + 1])
     store[1:3, 2 : n + 2] = 5.0
     assert bool((store == 5.0).all()) and torch.equal(source, kept)
@@ -78,7 +80,7 @@ def test_a_callable_serves_vectors_blocks_and_apply(n: int, dtype: torch.dtype) 
     torch.testing.assert_close(A @ v, v @ M, **tolerance)
     torch.testing.assert_close(A @ v.T.contiguous().T, v @ M, **tolerance)
     out = torch.empty_like(v)
-    A.apply(v, out)
+    multiply([Request(A, v, out)])
     torch.testing.assert_close(out, v @ M, **tolerance)
     assert A.matvecs == 7
 
@@ -131,7 +133,7 @@ def test_callables_serve_tensors_made_under_inference_mode() -> None:
     A = fh.SymmetricOperator(lambda v: M @ v, 4, dtype=torch.float64)
     with torch.inference_mode():
         V, out = torch.eye(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
-        A.apply(V, out)
+        multiply([Request(A, V, out)])
         assert torch.equal(out, M) and torch.equal(A @ V, M)
 
 

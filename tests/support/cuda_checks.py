@@ -5,6 +5,8 @@ import torch
 import fasthessian as fh
 from bench.gpu.meter import no_waiting, per_step
 from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from tests.krylov.test_deferred_steps import NothingReadBack
 from tests.support.models import PROBLEMS
 
@@ -168,7 +170,7 @@ def check_launches(device, backend):
 
     def products(count):
         for _ in range(count):
-            A.apply(u, w, trusted=True)
+            multiply([Request(A, u, w, deferred=True)])
 
     steps(3)
     step, product = per_step(steps, device), per_step(products, device)

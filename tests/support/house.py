@@ -17,7 +17,7 @@ FLOORS = (
     ("kernels",),
     ("vectors",),
     ("results",),
-    ("operators.torch_state",),
+    ("operators.torch_state", "operators.request"),
     ("operators.loss",),
     ("operators.products",),
     ("operators",),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +13,9 @@ from fasthessian import kernels
 from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.linearised import along
-from fasthessian.operators.torch_state.conditions import keep_values
-from fasthessian.operators.torch_state.scopes import Undo, scope
+from fasthessian.operators.request import Request
+from fasthessian.operators.torch_state.module_state import keep_values
+from fasthessian.operators.torch_state.scopes import UndoLog, scope
 from fasthessian.vectors import like, real
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
@@ -27,18 +27,6 @@ NOT_FORWARD = ("forward AD", "forward mode AD", "jvp", "ZeroTensors", "setup_con
 Gradient = Callable[[Sequence[int]], Sequence[Tensor]]  # with respect to parameters at places
 
 
-class Task(NamedTuple):
-    """Products with one block of the matrix.
-
-    ``places`` are those of the block's parameters; ``rows`` holds the pieces of each vector in
-    their shapes, ``out`` (b, n of the block) receives the products.
-    """
-
-    places: Sequence[int]
-    rows: Sequence[Sequence[Tensor]]
-    out: Tensor
-
-
 class Graph:
     """The products of one part of the loss; a subclass makes the pieces of one (``_pieces``)."""
 
@@ -47,28 +35,29 @@ class Graph:
         self.layers: Layers | None = None  # for blocks of single layers, where they are kept
         self.padded: dict[int, int | slice] = {}  # rows without gradient, by place
 
-    def products(self, tasks: Sequence[Task], *, first: bool, keep: bool) -> None:
+    def products(self, requests: Sequence[Request], *, first: bool, keep: bool) -> None:
         """Add ``weight * H v`` to each row of each ``out``, or write it there if ``first``.
 
         The graph can serve again only if ``keep``.
         """
-        last = sum(len(task.rows) for task in tasks)
-        for task in tasks:
-            pack_ = kernels.select(task.out.device).pack_
-            params = [self._params[i] for i in task.places]
-            for views, row in zip(task.rows, task.out, strict=True):
-                last -= 1
+        left = sum(len(request.V) for request in requests)
+        for request in requests:
+            places = request.places
+            pack_ = kernels.select(request.out.device).pack_
+            params = [self._params[i] for i in places]
+            for views, row in zip(request.pieces, request.out, strict=True):
+                left -= 1
                 tangents = [like(v, p) for v, p in zip(views, params, strict=True)]
-                for i, place in enumerate(task.places):
+                for i, place in enumerate(places):
                     if place in self.padded:
                         tangents[i] = tangents[i].clone()
                         tangents[i][self.padded[place]] = 0
                 pieces: Sequence[Tensor] | None
                 with _named(isinstance(self, Forward)):
-                    if self.layers is not None and self.layers.serves(task.places):
-                        pieces = self.layers.pieces(task.places, tangents)
+                    if self.layers is not None and self.layers.serves(places):
+                        pieces = self.layers.pieces(places, tangents)
                     else:
-                        pieces = self._pieces(task.places, tangents, keep or last > 0)
+                        pieces = self._pieces(places, tangents, keep or left > 0)
                 if pieces is not None:
                     pieces = [real(piece).to(row.dtype) for piece in pieces]
                     pack_(row, pieces, alpha=self._weight, beta=0.0 if first else 1.0)
@@ -184,7 +173,9 @@ def difference(
 
 
 @scope
-def _moved(undo: Undo, params: Sequence[Tensor], tangents: Sequence[Tensor], step: float) -> None:
+def _moved(
+    undo: UndoLog, params: Sequence[Tensor], tangents: Sequence[Tensor], step: float
+) -> None:
     for p, at, v in zip(params, keep_values(undo, params), tangents, strict=True):
         p.data = torch.add(at, v, alpha=step)
 

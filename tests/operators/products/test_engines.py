@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import fasthessian as fh
 from fasthessian import kernels
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from fasthessian.vectors import empty_rows
 from tests.support.models import ENGINES, PROBLEMS, columns, error
 
@@ -189,7 +191,7 @@ def test_products_are_the_same_under_every_ambient_mode(name: str, engine: str) 
             A = problem.operator(*made[:2], data, engine=engine)
             eye = torch.eye(A.n)
             out = empty_rows(A.n, A.n, A.dtype, A.device)
-            A.apply(eye, out)
+            multiply([Request(A, eye, out)])
             assert torch.equal(out, expected)
             assert torch.equal(A @ eye, expected)
             assert torch.equal(outside @ eye, expected)

@@ -285,7 +285,8 @@ def test_all_layers_cost_less_than_the_whole():
     """In operations, which do not depend on the machine: floating point ones of convolutions."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from fasthessian.operators.blocks import Job, multiply
+    from fasthessian.operators.base import multiply
+    from fasthessian.operators.request import Request
     from fasthessian.study.resnet import resnet
 
     torch.manual_seed(0)
@@ -302,13 +303,13 @@ def test_all_layers_cost_less_than_the_whole():
     whole = work(lambda: A @ v)
     blocks = A.blocks("layer").values()
     assert len(blocks) == 22
-    jobs = [Job(block, torch.ones(1, block.n), torch.empty(1, block.n)) for block in blocks]
-    assert work(lambda: multiply(jobs)) < 0.5 * whole
+    requests = [Request(block, torch.ones(1, block.n), torch.empty(1, block.n)) for block in blocks]
+    assert work(lambda: multiply(requests)) < 0.5 * whole
     budget = 1.1 * A._needs
     A = fh.Hessian(
         resnet(20, batch_norm=False), nn.CrossEntropyLoss(), (x, y), memory_budget=budget
     )
     blocks = A.blocks("layer").values()
-    jobs = [Job(block, torch.ones(1, block.n), torch.empty(1, block.n)) for block in blocks]
-    assert work(lambda: multiply(jobs)) < 4 * whole
+    requests = [Request(block, torch.ones(1, block.n), torch.empty(1, block.n)) for block in blocks]
+    assert work(lambda: multiply(requests)) < 4 * whole
     assert A._graphs[0].layers is None

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fasthessian as fh
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state import snapshot
 from tests.support.models import ENGINES, F64, columns, dense, error, refused
 
@@ -156,7 +158,7 @@ def _global() -> Any:
 def test_products_follow_what_changed(
     name: str, sums: bool, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot, "EXACT", 0 if sums else snapshot.EXACT)
+    monkeypatch.setattr(snapshot, "COPIED", 0 if sums else snapshot.COPIED)
     make, change = CHANGES[name]
     p = problem(make and make())
     A = fh.Hessian(p.model, p.criterion, (p.x, p.y), engine=engine)
@@ -358,11 +360,11 @@ def test_the_last_look_finds_what_trusted_products_do_not_compare() -> None:
     out = torch.empty_like(V)
     count, _ = A.changes(look=True)
     p.model.b.weight.data.mul_(1.01)
-    A.apply(V, out, trusted=True)
+    multiply([Request(A, V, out, deferred=True)])
     assert A.changes()[0] == count
     assert A.changes(look=True) == (count + 1, "parameter 'b.weight'")
     _step(p)
-    A.apply(V, out, trusted=True)  # autograd's version tells of this one
+    multiply([Request(A, V, out, deferred=True)])  # autograd's version tells of this one
     assert A.changes() == (count + 2, "parameter 'b.weight'")
     exact = dense(p.model, p.criterion, (p.x, p.y))
     assert error(out[0], exact.sum(1)) < 1e-12
@@ -450,15 +452,15 @@ def test_a_run_compares_the_values_of_the_data_at_its_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     p = problem()
-    monkeypatch.setattr(snapshot, "EXACT", 0)
+    monkeypatch.setattr(snapshot, "COPIED", 0)
     A = fh.Hessian(p.model, p.criterion, (p.x, p.y))
-    compared, sums = [], snapshot._sums
+    compared, sums = [], snapshot._checksums
 
     def counting(tensor: Tensor) -> Tensor:
         compared.append(tensor is p.x)
         return sums(tensor)
 
-    monkeypatch.setattr(snapshot, "_sums", counting)
+    monkeypatch.setattr(snapshot, "_checksums", counting)
     assert fh.density(A, steps=10).matvecs == 10 and sum(compared) == 2
     for _ in range(3):
         A @ torch.ones(A.n, dtype=F64)

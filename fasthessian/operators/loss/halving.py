@@ -22,7 +22,7 @@ Numbers = dict[Key, float]
 Gradient = tuple[Sequence[Tensor], Numbers]  # of a batch, with its numbers of terms
 
 
-class Trials:
+class HalvingTrials:
     """The trials made, and how well each way to count terms explains their gradients.
 
     Args:

@@ -1,4 +1,9 @@
-"""Functions of torch whose second derivative is missing or wrong, by formulas of others."""
+"""Replacements for functions of torch whose second derivative is missing or wrong.
+
+Each is computed from operations that have right derivatives. Its value is torch's. Calls that it
+does not serve, such as those without gradients, go to torch's own function. ``patches`` installs
+the replacements while a product is computed.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MOST = 1 << 28  # differences of coordinates at a time
-# Private names of torch; where one is missing torch's own function stays.
+LARGEST = 1 << 28  # numbers of the largest temporary that ``_cdist`` makes
+# What torch.func transforms run, or None; a private function of torch, which may be missing.
 functorch_level = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: "unknown")
 _own_mse_loss = F.mse_loss
 _own_weight_norm: Any = getattr(torch, "_weight_norm", None)
@@ -23,7 +28,7 @@ _own_cdist: Any = torch._VF.cdist  # type: ignore[attr-defined]
 
 @functools.wraps(_own_mse_loss)
 def _mse_loss(input: Tensor, target: Tensor, *options: Any, **named: Any) -> Tensor:
-    # torch 2.13 cannot take the mean's gradient forward: it writes into a symbolic zero
+    # forward mode of torch 2.13 fails in the gradient of the mean: it writes into a symbolic zero
     mean = not options and set(named) <= {"reduction"} and named.get("reduction", "mean") == "mean"
     if mean and input.shape == target.shape and functorch_level() is not None:
         return (input - target).square().mean()
@@ -32,30 +37,30 @@ def _mse_loss(input: Tensor, target: Tensor, *options: Any, **named: Any) -> Ten
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """``g v / |v|``; the second derivative of torch 2.13's own is wrong, and not symmetric."""
-    if v.dtype != g.dtype:  # which torch refuses
+    """``g v / |v|``; in torch 2.13 its second derivative is wrong, and not symmetric."""
+    if v.dtype != g.dtype:  # torch refuses this
         w: Tensor = _own_weight_norm(v, g, dim)
         return w
-    # over all numbers torch's own has no derivative in forward mode
+    # norm_except_dim has no forward mode where it sums over all numbers
     size = torch.linalg.vector_norm(v) if dim == -1 else torch.norm_except_dim(v, 2, dim)
     return v * (g / size)
 
 
 def _hardsigmoid(input: Tensor, **out: Any) -> Tensor:
-    """``(clamp(x, -3, 3) + 3) / 6``, of torch's bits; torch 2.13 has no second derivative.
+    """``(clamp(x, -3, 3) + 3) / 6``, bit for bit; torch 2.13 has no second derivative.
 
-    The slope is 0 at the kinks, as torch's.
+    The slope at the kinks is 0, as in torch.
     """
     if out or not (torch.is_grad_enabled() and input.is_floating_point()):
         y: Tensor = _own_hardsigmoid(input, **out)
         return y
-    low = input.dtype in (torch.bfloat16, torch.float16)  # for which torch rounds once, at the end
+    low = input.dtype in (torch.bfloat16, torch.float16)  # torch rounds these once, at the end
     x = input.float() if low else input
     return ((F.hardtanh(x, -3.0, 3.0) + 3) / 6).to(input.dtype)
 
 
 def _hardsigmoid_(input: Tensor) -> Tensor:
-    """The same, written to its argument."""
+    """The same, in place."""
     if not (torch.is_grad_enabled() and input.is_floating_point()):
         y: Tensor = _own_hardsigmoid_(input)
         return y
@@ -73,10 +78,10 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> tuple[Tensor, ...]:
-    """Rows of weight (m, d) in bags, reduced: sum, mean or max by ``mode`` 0, 1, 2.
+    """Rows of weight (m, d), reduced per bag: the sum, mean or maximum for ``mode`` 0, 1, 2.
 
-    torch's own has no second derivative. Bags are padded to the longest, so that no sum depends on
-    the order of threads. ``torch.nn.functional`` reads the first of the results alone.
+    Torch has no second derivative. Bags are padded to the longest one, so that no sum depends on
+    the order of threads. ``torch.nn.functional`` reads only the first result.
     """
     if not torch.is_grad_enabled() or scale_grad_by_freq or sparse or indices.numel() == 0:
         own: tuple[Tensor, ...] = _own_embedding_bag(
@@ -105,12 +110,12 @@ def _embedding_bag(
 
 
 def _cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
-    """Euclidean distances (..., m, n) of x (..., m, d) and y (..., n, d), of slope 0 at 0.
+    """Euclidean distances (..., m, n) of x (..., m, d) and y (..., n, d); the slope at 0 is 0.
 
-    torch's own has no second derivative. Other ``p`` are left to it, and what would take more than
-    ``MOST`` numbers.
+    Torch has no second derivative. Its own function serves other ``p``, and temporaries of more
+    than ``LARGEST`` numbers.
     """
-    large = x.numel() * y.shape[-2] > MOST
+    large = x.numel() * y.shape[-2] > LARGEST
     if p != 2 or large or not torch.is_grad_enabled() or x.dtype != y.dtype:
         distances: Tensor = _own_cdist(x, y, p, compute_mode)
         return distances
@@ -119,25 +124,24 @@ def _cdist(x: Tensor, y: Tensor, p: float = 2.0, compute_mode: Any = None) -> Te
     return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
-# (where, name, what was there, what is put there)
-PLACES: list[tuple[Any, str, Any, Any]] = [
-    (F, "mse_loss", _own_mse_loss, _mse_loss),
+REPLACEMENTS: list[tuple[Any, str, Any]] = [  # owner, name, function that replaces its attribute
+    (F, "mse_loss", _mse_loss),
     *(
-        (place, "_weight_norm", place._weight_norm, _weight_norm)
-        for place in (torch, importlib.import_module("torch.nn.utils.weight_norm"))
-        if hasattr(place, "_weight_norm")
+        (owner, "_weight_norm", _weight_norm)
+        for owner in (torch, importlib.import_module("torch.nn.utils.weight_norm"))
+        if hasattr(owner, "_weight_norm")
     ),
-    (torch, "embedding_bag", _own_embedding_bag, _embedding_bag),
-    (torch._VF, "cdist", _own_cdist, _cdist),
-    (torch._C._nn, "hardsigmoid", _own_hardsigmoid, _hardsigmoid),
-    (torch._C._nn, "hardsigmoid_", _own_hardsigmoid_, _hardsigmoid_),
-    *(  # as graphs of torch.export and torch.fx call them
-        (place, "_op", place._op, own)
-        for packet, own in (
+    (torch, "embedding_bag", _embedding_bag),
+    (torch._VF, "cdist", _cdist),
+    (torch._C._nn, "hardsigmoid", _hardsigmoid),
+    (torch._C._nn, "hardsigmoid_", _hardsigmoid_),
+    *(  # called by graphs of torch.export and torch.fx
+        (owner, "_op", function)
+        for packet, function in (
             (torch.ops.aten.hardsigmoid, _hardsigmoid),
             (torch.ops.aten.hardsigmoid_, _hardsigmoid_),
         )
-        for place in (packet, packet.default)
-        if hasattr(place, "_op")
+        for owner in (packet, packet.default)
+        if hasattr(owner, "_op")
     ),
 ]

@@ -14,16 +14,16 @@ from torch.utils.hooks import RemovableHandle
 from fasthessian.errors import InputTypeError
 from fasthessian.operators.loss.calls import scalar
 from fasthessian.operators.loss.model_loss import Part
-from fasthessian.operators.torch_state.conditions import (
+from fasthessian.operators.torch_state.gradient_hooks import active_hooks
+from fasthessian.operators.torch_state.module_state import (
     Buffers,
     Copies,
     copy_buffers,
-    put_buffers,
-    seeded,
+    restore_buffers,
 )
-from fasthessian.operators.torch_state.hooks import acting
-from fasthessian.operators.torch_state.scopes import Scope, Undo, set_to
-from fasthessian.operators.torch_state.watch import OTHER, POINT, Entry, reach
+from fasthessian.operators.torch_state.random_state import seeded
+from fasthessian.operators.torch_state.reachable import OTHER, POINT, Entry, reachable
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog, set_attribute
 
 
 class ClosureLoss:
@@ -34,16 +34,16 @@ class ClosureLoss:
     """
 
     origin = "closure"
-    freed = (
+    freed_graph_advice = (
         "closure frees its graph, by backward() or by a derivative inside without "
         "create_graph=True; pass one that only returns the loss (for an optimizer's closure: "
         "without zero_grad() and backward())"
     )
-    replayable = True
+    fixed_order = True
     size = count = 1
     note = ""
     counted = True
-    counted_at_a_point = False
+    terms_vary = False
 
     def __init__(self, closure: Callable[[], Tensor], params: dict[str, Tensor]) -> None:
         if not callable(closure):
@@ -64,9 +64,9 @@ class ClosureLoss:
             yield f"parameter {name!r}", tensor, POINT
         if whole:
             seen = {id(tensor) for tensor in self._params.values()}
-            yield from reach("closure", self._closure, OTHER, seen)
+            yield from reachable("closure", self._closure, OTHER, seen)
 
-    def named(self) -> dict[str, Tensor]:
+    def named_parameters(self) -> dict[str, Tensor]:
         """The tensors given as ``params``."""
         return self._params
 
@@ -74,7 +74,7 @@ class ClosureLoss:
         """The one part."""
         yield Part(0, 1.0, None, 1)
 
-    def engaged(self) -> Scope[None]:
+    def protected(self) -> Scope[None]:
         """Inside, which is a pass, modules are found, and what the closure may write is put back.
 
         A backward pass may run checkpointed modules again, in another thread.
@@ -89,7 +89,7 @@ class ClosureLoss:
                         for held, copies in self._levels:
                             copy_buffers([each], held, copies)
 
-        def begin(undo: Undo) -> None:
+        def begin(undo: UndoLog) -> None:
             handle = RemovableHandle(torch_module._global_forward_pre_hooks)
             undo(handle.remove)
             torch_module._global_forward_pre_hooks[handle.id] = meet
@@ -103,17 +103,17 @@ class ClosureLoss:
 
         return Scope(begin)
 
-    def _own_buffers(self, undo: Undo) -> None:
+    def _own_buffers(self, undo: UndoLog) -> None:
         """From now on the modules have copies of their buffers, also those that are found later."""
         held: Buffers = []
         copies: Copies = {}
-        undo(put_buffers, held)
-        undo.enter(set_to(self, "_levels", [*self._levels, (held, copies)]))
+        undo(restore_buffers, held)
+        undo.enter(set_attribute(self, "_levels", [*self._levels, (held, copies)]))
         copy_buffers([*self._modules], held, copies)
 
     def evaluate(
         self, part: Part, values: Mapping[str, Tensor] | None = None
     ) -> tuple[Any, Tensor]:
         """No outputs, and the closure's loss with its graph."""
-        with seeded(part.position), Scope(self._own_buffers), acting():
+        with seeded(part.position), Scope(self._own_buffers), active_hooks():
             return None, scalar(self._closure(), self.origin)
