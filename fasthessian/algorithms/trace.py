@@ -69,8 +69,8 @@ def trace(
     ``1 + rtol^2`` keeps a trace near 0 from being taken for another one at one of many looks.
 
     The interval covers the trace as often as ``confidence`` says, to 2 % at 95 %: measured over
-    500 seeds on the spectra of bench/coverage.py, skewed ones and eigenvectors on few coordinates
-    among them, deflated or not, at the first look and later.
+    500 seeds on the spectra of bench/cases/coverage.py, skewed ones and eigenvectors on few
+    coordinates among them, deflated or not, at the first look and later.
 
     With ``deflate`` the trace is ``sum theta + tr(P A P)``, P = I - Q'Q for the eigenvectors Q, and
     only the second term is sampled (the idea of Hutch++, arXiv 2010.09649): a few outliers that

@@ -25,8 +25,9 @@ from fasthessian.operators.products.engines import gradient
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.products.slopes import ALLOWED, distance
 from fasthessian.operators.request import Request
-from fasthessian.operators.torch_state.conditions import in_turn, keep_values
-from fasthessian.operators.torch_state.scopes import Scope, Undo, set_to
+from fasthessian.operators.torch_state.lock import exclusive
+from fasthessian.operators.torch_state.module_state import keep_values
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog, set_attribute
 from fasthessian.vectors import like, real
 
 
@@ -45,7 +46,7 @@ class Curvature(Passes):
     _scaled = False  # whether the matrix of one batch depends on whether the loss is a sum
     _exact = False  # whether the matrix is the derivative of the gradient
 
-    @in_turn
+    @exclusive
     def __init__(
         self,
         model: nn.Module,
@@ -74,7 +75,7 @@ class Curvature(Passes):
         if wrapper:
             self.engine += f"; {wrapper} unwrapped"
 
-    @in_turn
+    @exclusive
     def _multiply(self, requests: Sequence[Request]) -> None:
         """Products by this matrix or by blocks of it, in one pass over the data.
 
@@ -127,10 +128,10 @@ class Curvature(Passes):
 
     def theta(self) -> Tensor:
         """The parameters as they are now, one vector (n,)."""
-        named = self._loss.named()
+        named = self._loss.named_parameters()
         return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
 
-    @in_turn
+    @exclusive
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
 
@@ -154,7 +155,7 @@ class Curvature(Passes):
 
         return self._roomy(made, "the gradient")
 
-    @in_turn
+    @exclusive
     def loss(self, offset: Tensor | None = None) -> float:
         """The loss at theta, or at theta + ``offset`` (n,), summed over the data in float64.
 
@@ -246,7 +247,7 @@ class Curvature(Passes):
     def _at(self, params: list[Tensor], offset: Tensor | None) -> Scope[None]:
         """Inside, the parameters are moved by the offset (n,)."""
 
-        def move(undo: Undo) -> None:
+        def move(undo: UndoLog) -> None:
             held = keep_values(undo, params)
             if offset is not None:
                 for p, at, shift in zip(params, held, self.layout.views(offset), strict=True):
@@ -264,7 +265,7 @@ class Curvature(Passes):
             views[place].zero_()
         return v
 
-    @in_turn
+    @exclusive
     def by_forward(self, v: Tensor) -> Tensor:
         """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
         options, out = self._options, torch.empty_like(v[None])
@@ -273,7 +274,7 @@ class Curvature(Passes):
         def made() -> None:
             forward = dataclasses.replace(options, engine="forward")
             with (
-                set_to(self, "_options", forward),
+                set_attribute(self, "_options", forward),
                 self._pass() as params,
                 closing(self._loss.parts()) as parts,
             ):
@@ -284,7 +285,7 @@ class Curvature(Passes):
         self._roomy(made)
         return out[0].add_(v, alpha=options.weight_decay)
 
-    @in_turn
+    @exclusive
     def check(self) -> Check:
         """Measure what could silently be wrong: on this model, these data and this engine.
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.jmj import OuterCurvature, Scores
 from fasthessian.operators.loss.batches import samples
-from fasthessian.operators.loss.criteria import is_torchs
-from fasthessian.operators.loss.likelihood import class_per_sample, sampled_scores, weighted
+from fasthessian.operators.loss.criteria import is_torch_loss
+from fasthessian.operators.loss.likelihood import class_per_sample, class_weighted, sampled_scores
 from fasthessian.operators.loss.model_loss import Part
 from fasthessian.operators.products.linearised import Middle
 
@@ -51,8 +51,8 @@ class EmpiricalFisher(OuterCurvature):
         )
         criterion, terms = self._given.criterion, self._given.terms
         found = self._categorical(part, z, loss)
-        if found is None and not is_torchs(criterion):
-            found = weighted(criterion, part.batch, z, slopes)
+        if found is None and not is_torch_loss(criterion):
+            found = class_weighted(criterion, part.batch, z, slopes)
         if found is not None:
             # total s_r / weight_r is the slope of the term alone
             factor = torch.where(found.weights > 0, found.total / found.weights, 0.0)
@@ -64,7 +64,7 @@ class EmpiricalFisher(OuterCurvature):
                 f"shape {tuple(z.shape)}; put the batch first"
             )
         mean = 1.0 if terms.summed else float(count)
-        if not terms.summed and class_per_sample(part.batch) and not self._given.counted_at_a_point:
+        if not terms.summed and class_per_sample(part.batch) and not self._given.terms_vary:
             mean = self._given.terms_of(part, loss)
         elif terms.uneven:
             raise InputError(

@@ -73,7 +73,7 @@ class GaussNewton(OuterCurvature):
             outputs, loss = self._evaluated(part)
             z = self._outputs(outputs)
             middle = self._middle(part, z, loss)
-            if outputs is not z or not is_sequence(part.batch) or self._given.whole:
+            if outputs is not z or not is_sequence(part.batch) or self._given.takes_model:
                 raise UnsupportedError(
                     f"GaussNewton cannot check the second derivative of {', '.join(self._behind)} "
                     f"in the loss; use Hessian, or a criterion of torch's operations"

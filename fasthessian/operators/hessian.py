@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fasthessian.operators import parameters
 from fasthessian.operators.curvature import Curvature
-from fasthessian.operators.loss.closures import ClosureLoss
+from fasthessian.operators.loss.closure_loss import ClosureLoss
 from fasthessian.operators.loss.model_loss import Part
 from fasthessian.operators.products import layer_factors as layers
 from fasthessian.operators.products.engines import (
@@ -22,7 +22,7 @@ from fasthessian.operators.products.engines import (
 from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.linearised import second_derivative
 from fasthessian.operators.products.options import Options
-from fasthessian.operators.torch_state.conditions import in_turn
+from fasthessian.operators.torch_state.lock import exclusive
 
 
 class Hessian(Curvature):
@@ -122,7 +122,7 @@ class Hessian(Curvature):
     _exact = True
 
     @classmethod
-    @in_turn
+    @exclusive
     def from_closure(
         cls,
         closure: Callable[[], Tensor],
@@ -161,7 +161,7 @@ class Hessian(Curvature):
         chosen = parameters.of_closure(params)
         options = Options(engine, memory_budget=memory_budget, weight_decay=weight_decay)
         self._prepare(ClosureLoss(closure, chosen), chosen, options)
-        self._watch.settle(trusted=False)  # batch normalisation leaves no trace in the version
+        self._watch.ignore_own_changes(trusted=False)  # versions do not show all writes
         if self._watch.written:
             warnings.warn(
                 f"closure writes into {min(self._watch.written)} each time it is called, which is "

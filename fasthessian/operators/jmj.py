@@ -14,14 +14,19 @@ from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.checks import distances
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.loss.calls import logits
-from fasthessian.operators.loss.criteria import is_torchs
-from fasthessian.operators.loss.likelihood import Categorical, categorical, is_slope, readings
+from fasthessian.operators.loss.criteria import is_torch_loss
+from fasthessian.operators.loss.likelihood import (
+    Categorical,
+    candidates,
+    categorical,
+    matches_slopes,
+)
 from fasthessian.operators.loss.model_loss import ModelLoss, Part
 from fasthessian.operators.products import layer_factors as layers
 from fasthessian.operators.products.engines import Graph, difference
 from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.linearised import Linearised, Middle, along
-from fasthessian.operators.torch_state.conditions import in_turn
+from fasthessian.operators.torch_state.lock import exclusive
 from fasthessian.vectors import real
 
 OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
@@ -41,7 +46,7 @@ class OuterCurvature(Curvature):
                 with self._pass() as params, closing(self._loss.parts()) as parts:
                     self._graph(next(parts), params)
 
-            in_turn(self._roomy)(examine, f"a product of {type(self).__name__}")
+            exclusive(self._roomy)(examine, f"a product of {type(self).__name__}")
 
     def _survey(self) -> None:
         super()._survey()
@@ -68,19 +73,19 @@ class OuterCurvature(Curvature):
         """
         criterion = self._given.criterion
         found = categorical(criterion, part, z)
-        if found is not None or is_torchs(criterion):
+        if found is not None or is_torch_loss(criterion):
             return found
         if part.position not in self._readings:
             (slopes,) = torch.autograd.grad(
                 loss, z, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            ways = enumerate(readings(criterion, part.batch, z))
-            held = (number for number, way in ways if is_slope(way, z, slopes))
+            ways = enumerate(candidates(criterion, part.batch, z))
+            held = (number for number, way in ways if matches_slopes(way, z, slopes))
             self._readings[part.position] = next(held, None)
         number = self._readings[part.position]
         if number is None:
             return None
-        return next(itertools.islice(readings(criterion, part.batch, z), number, None), None)
+        return next(itertools.islice(candidates(criterion, part.batch, z), number, None), None)
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
         outputs, loss = self._evaluated(part)
@@ -143,7 +148,7 @@ class OuterCurvature(Curvature):
 
     def _outputs(self, outputs: Any) -> Tensor:
         z = logits(outputs)
-        own = self._given.criterion is None or self._given.whole
+        own = self._given.criterion is None or self._given.takes_model
         if own and isinstance(z, (tuple, list)):  # (outputs, loss)
             several = [each for each in z if isinstance(each, Tensor) and each.dim()]
             z = several[0] if len(several) == 1 else z

@@ -12,13 +12,14 @@ from torch.autograd.graph import get_gradient_edge
 
 from fasthessian.operators import parameters
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.loss.closures import ClosureLoss
+from fasthessian.operators.loss.closure_loss import ClosureLoss
 from fasthessian.operators.loss.model_loss import ModelLoss
 from fasthessian.operators.products.engines import Graph
 from fasthessian.operators.products.function_guard import Functions
-from fasthessian.operators.torch_state.conditions import Copies, in_turn, turn
-from fasthessian.operators.torch_state.scopes import Scope, Undo, scope
-from fasthessian.operators.torch_state.watch import Watch
+from fasthessian.operators.torch_state.changes import ChangeDetector
+from fasthessian.operators.torch_state.lock import exclusive, process_lock
+from fasthessian.operators.torch_state.module_state import Copies
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog, scope
 from fasthessian.vectors import Layout
 
 
@@ -36,7 +37,7 @@ class KeptGraphs(SymmetricOperator):
         self._graphs: list[Graph] = []
         self._complete = False  # every part has its graph: the data need not be read
         self._copies: Copies = {}  # of buffers, as long as nothing changes
-        self._watch = Watch(self._loss.entries)
+        self._watch = ChangeDetector(self._loss.entries)
         self._changes = 0, ""  # changes found so far, and what changed last
         self._runs: dict[object, int] = {}  # the threads of runs, see ``run``
         self._looking = False  # whether a look at what the loss depends on did not end
@@ -47,15 +48,15 @@ class KeptGraphs(SymmetricOperator):
 
     def _follow(self, trusted: bool, whole: bool = True, data: bool = False) -> dict[str, Tensor]:
         """The parameters now; what is kept is dropped where it no longer stands for the loss."""
-        now = parameters.followed(self.layout, self._dtypes, self._loss.named())
+        now = parameters.followed(self.layout, self._dtypes, self._loss.named_parameters())
         data |= threading.get_ident() not in self._runs.values()
         interrupted, self._looking = self._looking, True  # then what it found is not known
-        change = self._watch.look(trusted, whole, data)
-        if change.void or interrupted:
+        change = self._watch.poll(trusted, whole, data)
+        if change.stale or interrupted:
             self._forget()
         if change.name is not None:
             self._changes = self._changes[0] + 1, change.name
-        if change.terms or interrupted or (change.void and self._loss.counted_at_a_point):
+        if change.recount or interrupted or (change.stale and self._loss.terms_vary):
             self._survey()
         self._looking = False
         return now
@@ -67,7 +68,7 @@ class KeptGraphs(SymmetricOperator):
     def changes(self, look: bool = False) -> tuple[int, str]:
         """See ``SymmetricOperator``."""
         if look:
-            in_turn(self._follow)(trusted=False, data=True)
+            exclusive(self._follow)(trusted=False, data=True)
         return self._changes
 
     def _forget(self) -> None:
@@ -77,7 +78,7 @@ class KeptGraphs(SymmetricOperator):
 
     def capturable(self) -> str | None:
         """Why a product cannot be captured in a CUDA graph; None if it can."""
-        if self._capacity < self._loss.count or not self._loss.replayable:
+        if self._capacity < self._loss.count or not self._loss.fixed_order:
             return "the graphs of some batches are built at each product"
         if self._functions.words():
             return "central differences of custom functions wait for the device"
@@ -90,9 +91,9 @@ class KeptGraphs(SymmetricOperator):
             Why that will not do: a graph of the user's own holds the nodes at which gradients of
             the parameters arrive, and with them another stream. None if there is no such graph.
         """
-        with turn():
+        with process_lock():
             self._forget()
-            named = self._loss.named()
+            named = self._loss.named_parameters()
             params = [named[name] for name in self.layout.names]
             for p in params:  # a node that nobody holds is made anew each time
                 _marks(p)["fasthessian"] = True
@@ -107,7 +108,7 @@ class KeptGraphs(SymmetricOperator):
 
 
 @scope
-def _running(undo: Undo, runs: dict[object, int]) -> None:
+def _running(undo: UndoLog, runs: dict[object, int]) -> None:
     token = object()
     undo(runs.pop, token, None)
     runs[token] = threading.get_ident()

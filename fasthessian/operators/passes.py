@@ -16,7 +16,7 @@ from fasthessian.memory import out_of_memory
 from fasthessian.operators import parameters
 from fasthessian.operators.checks import compared, precision_error
 from fasthessian.operators.kept_graphs import KeptGraphs
-from fasthessian.operators.loss.closures import ClosureLoss
+from fasthessian.operators.loss.closure_loss import ClosureLoss
 from fasthessian.operators.loss.coupling import Coupling, coupling
 from fasthessian.operators.loss.model_loss import REPEATED, ROUNDED, ModelLoss, Part
 from fasthessian.operators.products.engines import Graph, coarsest, examine, metered, unused
@@ -25,10 +25,11 @@ from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.products.padding import Padding, check_untied, padding
 from fasthessian.operators.request import Request
-from fasthessian.operators.torch_state import hooks
-from fasthessian.operators.torch_state.conditions import engaged, in_turn
-from fasthessian.operators.torch_state.layer_rewrites import rewritten
-from fasthessian.operators.torch_state.scopes import Scope, Undo
+from fasthessian.operators.torch_state import gradient_hooks
+from fasthessian.operators.torch_state.lock import exclusive
+from fasthessian.operators.torch_state.patches import patched
+from fasthessian.operators.torch_state.product_state import product_state
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog
 from fasthessian.vectors import Layout
 
 Result = TypeVar("Result")
@@ -55,7 +56,7 @@ class Passes(KeptGraphs):
         self._describe(self.layout.n, self.layout.dtype, self.layout.device)
         self._loss = loss
         self._keep_none()
-        self._hooks = hooks.Lift()
+        self._hooks = gradient_hooks.HookSwitch()
         self.coarsest = self.layout.dtype  # in which a part of the loss is computed
         self._needs = 0.0  # bytes of the graphs of all parts
         self._padding: list[Padding] = []
@@ -72,7 +73,7 @@ class Passes(KeptGraphs):
             part = next(parts)
             self._needs = self._try(part, params) * loss.size / part.size
             self._capacity, self.engine = self._options.choose(
-                self._needs, loss.count, loss.replayable, self.device
+                self._needs, loss.count, loss.fixed_order, self.device
             )
         if loss.note:
             self.engine += f"; {loss.note}"
@@ -87,7 +88,7 @@ class Passes(KeptGraphs):
                 )
             if unseen:
                 self.engine += f"; {unseen}"
-        if self._capacity and loss.replayable:
+        if self._capacity and loss.fixed_order:
             with self._pass() as params:
                 self._keep(self._made_graph(part, params), part, params)
         if self._options.precision is not None:
@@ -97,7 +98,7 @@ class Passes(KeptGraphs):
         self.engine += self._functions.words()
         if self._unreached:
             self.engine += f"; {self.unreached()}"
-        if self._hooks.met:
+        if self._hooks.found:
             self.engine += "; hooks on gradients do not act"
 
     def _try(self, part: Part, params: list[Tensor]) -> int:
@@ -125,7 +126,7 @@ class Passes(KeptGraphs):
         outputs, loss = self._evaluated(part)
         curved = self._curved(outputs, loss)
         self._unreached = examine(
-            curved, params, self._loss.freed, twice=self._options.keeps_graphs
+            curved, params, self._loss.freed_graph_advice, twice=self._options.keeps_graphs
         )
         self.coarsest = coarsest(loss)
         self._padding = list(padding(loss, params))
@@ -170,20 +171,20 @@ class Passes(KeptGraphs):
         A pass that is not ``curved`` needs the loss alone. The rewrite spans the derivatives too,
         because checkpointed layers are run again there. ``exact`` passes over ``precision``,
         and ``mode`` over the user's. One that only reads kept graphs evaluates nothing. The caller
-        holds the turn.
+        holds the lock of the process.
         """
         mode, precision = mode or self._mode, None if exact else self._options.precision
 
-        def begin(undo: Undo) -> list[Tensor]:
+        def begin(undo: UndoLog) -> list[Tensor]:
             now = self._follow(trusted, evaluates or not trusted)
             params = list(now.values())
             copies = self._copies if self._capacity else None
             if evaluates or not self._complete or not self._loss.counted:
-                undo.after.append(self._watch.settle)
-            undo.enter(engaged(self._loss.roots, mode, self.device, copies, precision))
+                undo.after.append(self._watch.ignore_own_changes)
+            undo.enter(product_state(self._loss.roots, mode, self.device, copies, precision))
             if isinstance(self._loss, ClosureLoss):
-                undo.enter(self._loss.engaged())
-            undo.enter(hooks.lifted(self._hooks, params))
+                undo.enter(self._loss.protected())
+            undo.enter(gradient_hooks.suspended(self._hooks, params))
             self._count(params)
             if curved:
                 self._rewrite(undo)
@@ -191,9 +192,9 @@ class Passes(KeptGraphs):
 
         return Scope(begin)
 
-    def _rewrite(self, undo: Undo) -> None:
+    def _rewrite(self, undo: UndoLog) -> None:
         """From now on layers and custom functions have derivatives that serve twice."""
-        undo.enter(rewritten())
+        undo.enter(patched())
         if self._twice:
             undo.enter(self._functions.watching())
 
@@ -256,7 +257,7 @@ class Passes(KeptGraphs):
             errors.append(max(errors) ** (2 / 3))
         return max(errors)
 
-    @in_turn
+    @exclusive
     def coupling(self) -> Coupling:
         """See ``coupling.coupling``; in eval mode, as masks of dropout differ by microbatch."""
         loss = self._loss
@@ -313,7 +314,7 @@ class Passes(KeptGraphs):
     def _roomy(self, job: Callable[[], Result], what: str = "the product") -> Result:
         """Do the job; a MemoryError that says the way out where memory does not suffice.
 
-        The caller holds the turn.
+        The caller holds the lock of the process.
         """
         try:
             return job()

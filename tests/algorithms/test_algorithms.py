@@ -10,8 +10,8 @@ import torch
 import fasthessian as fh
 from fasthessian.krylov.intervals import student_t
 from fasthessian.krylov.ritz import wanted
-from tests.krylov.test_lanczos import F32, F64, diagonal, outliers
 from tests.support.models import PROBLEMS
+from tests.support.spectra import F32, F64, diagonal, outliers
 
 
 @pytest.fixture(params=sorted(PROBLEMS))

@@ -13,7 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from fasthessian.operators.torch_state.scopes import Undo, scope
+from fasthessian.operators.torch_state.scopes import UndoLog, scope
 
 eager_transforms: Any = importlib.import_module("torch._functorch.eager_transforms")
 Middle = Callable[[Tensor], Tensor]  # M u; it may write into u
@@ -30,7 +30,7 @@ def along(function: Callable[..., Any], at: Sequence[Tensor], tangents: Sequence
 
 
 @scope
-def _levels(undo: Undo) -> list[bool]:
+def _levels(undo: UndoLog) -> list[bool]:
     """What torch has open in forward mode; the list that is returned says that it closed all."""
     ended: list[bool] = []
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
