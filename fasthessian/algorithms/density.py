@@ -67,40 +67,50 @@ def density(
 ) -> Density | dict[str, Density]:
     r"""The eigenvalue density ``phi(x) = 1/n sum_i g(x - lambda_i)``, g Gaussian of width sigma.
 
-    Stochastic Lanczos quadrature (Golub and Welsch 1969; Lin, Saad, Yang 2016; Ghorbani,
-    Krishnan, Xiao 2019): from each random start, Ritz values are nodes and squared first
+    Stochastic Lanczos quadrature (Golub and Welsch 1969; Lin, Saad, Yang 2016; Ghorbani, Krishnan,
+    Xiao 2019): for each random start vector the Ritz values are nodes, and the squared first
     components of T's eigenvectors are weights.
 
-    The band is pointwise, at 95 %. It adds in quadrature three parts: the chance of the probes, as
-    Wilson's interval (1927) with the variance of quadratic forms ``2 tr(f(A)^2) / (n^2 probes)``,
-    f the kernel, so that it holds for one probe too; what the nodes do not resolve (see
-    ``resolution``: a rigorous bound for a kernel finer than their spacing); and the change from
-    half the steps. The last two are 0 where the Krylov space has ended.
+    The band is pointwise, at 95 %. It is the root of the sum of squares of three parts:
+
+    * the random choice of the probes: Wilson's interval (1927) with the variance of quadratic
+      forms, ``2 tr(f(A)^2) / (n^2 probes)``, f the kernel. It holds for a single probe, too.
+    * what the nodes do not resolve: a bound that is rigorous for a kernel finer than their spacing
+      (see ``fasthessian.krylov.quadrature``).
+    * the change from half the steps.
+
+    The last two are 0 if the Krylov space has ended.
 
     Args:
-        A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
-            together, and a dictionary of results is returned.
-        steps: Lanczos steps and products a probe, at least 1. Memory: steps rows of the basis and
-            two vectors.
-        probes: random starts, at least 1; one is enough for n above about 1e7.
-        sigma: width of the kernel, in units of the eigenvalues; default 0.5 % of their range, or
-            the mean spacing of the nodes, weighted by the density, where that is more (2.6 % for
-            a semicircle at 50 steps). Of one much finer than the nodes the band says how little is
-            known. One too fine for 2^18 grid points is widened, with a warning.
+        A: the operator, size n. Or operators by name, such as ``A.blocks("layer")``: their runs
+            advance together, and a dictionary of results is returned.
+        steps: Lanczos steps per probe, each with one product, at least 1. Memory: ``steps`` rows
+            of the basis and two vectors.
+        probes: random start vectors, at least 1; one is enough for n above about 1e7.
+        sigma: width of the kernel, in units of the eigenvalues. Default: 0.5 % of their range, or
+            the mean spacing of the nodes, weighted by the density, if that is larger (2.6 % for a
+            semicircle at 50 steps). If it is much finer than the spacing, the band shows how little
+            is known. If it is too fine for 2^18 grid points it is widened, with a warning.
         seed: probe p starts from elements p n .. (p + 1) n of the seed's stream of signs.
         schedule: orthogonalisation, "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
-        basis: "full" rows in the operator's dtype; "compressed" float16 rows, half the memory of
-            float32, nodes good to about 1e-3 ||A||, with a warning where that loses some and sigma
-            is finer; "offload" rows in host memory, for a GPU; "none" keeps no basis, three
-            vectors in all: quadrature stays right, though converged nodes come back as copies.
+        basis: "full": rows in the operator's dtype. "compressed": float16 rows, half the memory of
+            float32; nodes are good to about 1e-3 ||A||, with a warning if some are lost and sigma
+            is finer. "offload": rows in host memory, for an operator on a GPU. "none": no basis,
+            three vectors in all; the quadrature stays right, though converged nodes come back as
+            copies.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
-        progress: called with (products done, steps * probes at most) after each.
+        progress: callback, called with (products made, products at most) after each product.
 
     Returns:
-        Density: nodes and weights (probes, steps) - where the Krylov space ends early, the last
-        node repeats with weight 0 - and values with a band on a grid finer than the kernel; graph
-        says whether steps were "captured", or "eager: " and why.
+        Density: nodes and weights (probes, steps) float64, each row of weights with sum 1; values
+        and their band, lower and upper, on a grid finer than the kernel; sigma; matvecs; graph,
+        which says whether steps were "captured", or "eager: " and why, and whether a breakdown
+        ended deferred checks. If a Krylov space ends early, the last node repeats with weight 0.
+
+    Warns:
+        ConvergenceWarning: a compressed basis lost nodes that sigma would resolve.
+        UserWarning: sigma was widened.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or A is not symmetric.

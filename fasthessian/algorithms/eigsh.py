@@ -70,46 +70,48 @@ def eigsh(
     r"""The k extreme eigenpairs of A, each with ``||A v - theta v|| <= tol |theta|``.
 
     Thick-restart Lanczos (Wu and Simon 2000) with full reorthogonalisation. By the residual
-    theorem an eigenvalue of A lies within the residual of each theta. Before it says "converged", a
-    second run from a random vector orthogonal to the first looks for copies of multiple eigenvalues
-    and for others that the first has missed, and what it finds is added (see ``missing``). An
-    eigenvalue beyond the k returned, further than tol of the last, is overlooked with a probability
-    of at most 1e-3. The search takes a quarter to a half of the first run's products, more where
-    eigenvalues lie close together.
+    theorem A has an eigenvalue within the residual of each theta. Before the result says
+    "converged", a second run from a random vector orthogonal to the first one searches for copies
+    of multiple eigenvalues and for others that the first run missed; what it finds is added (see
+    ``fasthessian.krylov.missing``). The probability that it overlooks an eigenvalue that belongs to
+    the k wanted ones, by more than tol of the last of them, is at most 1e-3. The search takes a
+    quarter to a half of the products of the first run, and more where eigenvalues are close.
 
     Args:
-        A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
-            together, and a dictionary of results is returned.
-        k: how many pairs, 1 to n; of a dictionary, as many as an operator has at most.
+        A: the operator, size n. Or operators by name, such as ``A.blocks("layer")``: their runs
+            advance together, and a dictionary of results is returned.
+        k: number of pairs, 1 to n. For a dictionary n is the largest size; smaller operators give
+            all their pairs.
         which: "LM" largest magnitude (descending), "LA" largest (descending), "SA" smallest
             (ascending), "BE" both ends (descending; the larger half, rounded up, from the top).
-        tol: relative residual at which a pair is converged; never asked below the rounding of
-            the operator's dtype, 16 eps ||A||.
-        max_matvecs: products at most (at least 2 k on a compressed basis); default 20 times ncv,
-            at least 1000. Where the Krylov space ends, which a GPU's run notices late, they may be
-            exceeded until there are k rows.
-        ncv: basis rows at most, k + 2 to n; default max(2 k + 30, 4 k). Memory: ncv rows of the
-            basis, the k vectors and two more.
+        tol: relative residual at which a pair has converged. The rounding of the operator's dtype,
+            16 eps ||A||, is always accepted.
+        max_matvecs: maximal number of products, at least k (2 k with a compressed basis); default
+            20 times ncv, at least 1000. It may be exceeded until there are k rows if the Krylov
+            space ends, which a run on a GPU notices late.
+        ncv: maximal number of basis rows, k + 2 to n; default max(2 k + 30, 4 k). Memory: ncv rows
+            of the basis, the k vectors and two more.
         seed: of the start vector; the same seed gives the same bits.
         schedule: orthogonalisation, "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
-        basis: "full" rows in A's dtype; "compressed" float16 rows, half the memory of float32;
-            "offload" rows in host memory, for a GPU.
+        basis: "full": rows in A's dtype. "compressed": float16 rows, half the memory of float32.
+            "offload": rows in host memory, for an operator on a GPU.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
-        progress: called with (products done, None) after each.
+        progress: callback, called with (products made, None) after each product.
 
     Returns:
-        Eigenpairs: values (k,) float64, vectors (k, n) unit rows, residuals (k,) float64 from the
-        recurrence plus the rounding floor 16 eps ||A||, converged, matvecs, graph (whether steps
-        were "captured", or "eager: " and why). Where products are inexact - by low precision, by
-        central differences, or as the asymmetry of T shows - and with a compressed basis, the pairs
-        are refined by k more products (Rayleigh-Ritz on the vectors), and the residuals are the
-        explicit ||A v - theta v||. With a compressed basis about 2e-4 ||A|| is their limit, and
-        what lies below 1e-3 ||A|| apart from the largest is not resolved.
+        Eigenpairs: values (k,) float64; vectors (k, n), unit rows; residuals (k,) float64, from the
+        recurrence plus the rounding floor 16 eps ||A||; converged; matvecs; graph, which says
+        whether steps were "captured", or "eager: " and why, and whether a breakdown ended deferred
+        checks. The pairs are refined by k more products (Rayleigh-Ritz on the vectors), and the
+        residuals are the explicit ||A v - theta v||, if products are inexact (by low precision, by
+        central differences, or as the asymmetry of T shows) or the basis is compressed. With a
+        compressed basis their limit is about 2e-4 ||A||, and eigenvalues closer than 1e-3 ||A|| are
+        not resolved, except the largest ones.
 
     Warns:
-        ConvergenceWarning: max_matvecs were made and some pair has not converged or the search is
-            not done, or a residual that was measured is above tol.
+        ConvergenceWarning: max_matvecs products were made before every pair converged or before
+            the search ended; or a measured residual is above tol.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or A is not symmetric.
@@ -136,8 +138,8 @@ def eigsh(
         if max_matvecs is not None:
             limit = integer("max_matvecs", max_matvecs, count * (1 + (basis == "compressed")))
         krylov = Lanczos(
-            B, rows, seed=seed, schedule=schedule, backend=backend, basis=basis, beside=count,
-            graph=graph,
+            B, rows, seed=seed, schedule=schedule, backend=backend, basis=basis,
+            extra_vectors=count, graph=graph,
         )  # fmt: skip
         return _run(krylov, count, which, tol, limit, progress)
 

@@ -27,16 +27,16 @@ def landscape(
 ) -> Landscape:
     r"""``L(theta + alpha d0 + beta d1)`` on a grid, the loss that A is the Hessian of.
 
-    Along the top eigenvectors, as in Yao et al. 2020 (PyHessian). The parameters are put back bit
-    for bit, also when an exception flies.
+    Usually along the top eigenvectors, as in Yao et al. 2020 (PyHessian). The parameters are
+    restored to the bit, also after an exception.
 
     Args:
         A: an operator that knows its loss: ``fh.Hessian``.
-        directions: (n,), (1, n) or (2, n), the operator's dtype; used as given, so unit
-            eigenvectors make alpha a distance in parameter space.
+        directions: (n,), (1, n) or (2, n), of the operator's dtype. They are used as given: for
+            unit vectors alpha is a distance in parameter space.
         span: the grid runs from -span to span.
-        points: along each direction, at least 2; odd ones include theta itself.
-        progress: called with (losses done, losses in all) after each.
+        points: per direction, at least 2; with an odd number theta itself is among them.
+        progress: callback, called with (losses made, losses in all) after each loss.
 
     Returns:
         Landscape: alphas (points,), betas (points,) or (0,), losses (points,) or
@@ -73,7 +73,7 @@ def landscape(
     losses = torch.empty(len(steps), dtype=torch.float64, device="cpu")
     with Guard([A]) as guard:
         for i, step in enumerate(steps):
-            # spelled out, so that the centre is exactly theta
+            # no matrix product: the centre must be exactly theta
             offset = sum(float(x) * row for x, row in zip(step, rows, strict=True))
             losses[i] = loss(offset)
             guard.check()

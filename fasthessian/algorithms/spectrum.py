@@ -78,42 +78,44 @@ def spectrum(
     graph: bool = True,
     progress: ProgressCallback | None = None,
 ) -> Spectrum | dict[str, Spectrum]:
-    r"""Largest and smallest eigenvalues, trace and density of A, by fewer products than apart.
+    r"""Largest and smallest eigenvalues, density and trace of A by a common run.
 
-    One Lanczos run from random signs: its first ``steps`` steps are those of `density`, to the bit,
-    and the same rows hold the eigenpairs of both ends. It goes on, as `eigsh` does, until these
-    have converged. The pairs then take their share out of the trace
-    (``trace(A, deflate=...)``), of which few samples are left to take, by vectors of their own.
-    Where the rows span the whole space, the trace is the sum of the Ritz values, without samples.
+    One Lanczos run from random signs serves all three. Its first ``steps`` steps are those of
+    `density`, to the bit. It continues as `eigsh` does until the eigenpairs of both ends have
+    converged. These pairs are deflated from the trace, as in ``trace(A, deflate=...)``, which then
+    needs few samples, taken with random vectors of their own. If the rows span the whole space, the
+    trace is the sum of the Ritz values, without samples.
 
     Args:
-        A: the operator, size n; or operators by name such as ``A.blocks("layer")``, which advance
-            together, and a dictionary of results is returned.
-        k: pairs at each end, or (largest, smallest), one of which may be 0; at most n, and of a
-            dictionary as many as an operator has at most. Default 5, or as many as there are.
-        tol: relative residual at which a pair is converged, as in `eigsh`.
+        A: the operator, size n. Or operators by name, such as ``A.blocks("layer")``: their runs
+            advance together, and a dictionary of results is returned.
+        k: pairs at each end, or (largest, smallest), one of which may be 0; at most n. For a
+            dictionary n is the largest size; smaller operators give all their pairs. Default 5, or
+            n if that is less.
+        tol: relative residual at which a pair has converged, as in `eigsh`.
         steps: of the density, at least 1, as in `density`.
-        probes: random starts of the density; those behind the first are runs of their own.
+        probes: random start vectors of the density; those after the first have runs of their own.
         sigma: width of the density's kernel, as in `density`.
-        rtol: half-width of the trace's interval over |trace|, as in `trace`.
+        rtol: half-width of the trace's interval relative to |trace|, as in `trace`.
         confidence: of that interval.
-        max_matvecs: products at most in all, at least ``steps * probes + 16`` (n in place of steps
-            where it is less, and for the first probe the pairs where they are more), and one more
-            for each pair on a compressed basis; default as many as the functions take apart. Where
-            the Krylov space ends, which a GPU's run notices late, they may be exceeded.
+        max_matvecs: maximal number of products in all; by default as many as the functions would
+            take one by one. The minimum is ``steps * probes + 16``, where n replaces steps if it is
+            less, and the number of pairs replaces the steps of the first probe if it is more; a
+            compressed basis needs one more per pair. It may be exceeded if the Krylov space ends,
+            which a run on a GPU notices late.
         seed: of all random vectors; the same seed gives the same bits.
         backend: kernels by name; default the best that serves.
         basis: "full", "compressed" or "offload" rows, as in `eigsh`. Memory, with k pairs in all:
             max(steps, 2 k + 30, 4 k) rows, k vectors and two more; 24 and k for the trace.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
-        progress: called with (products done, None) after each.
+        progress: callback, called with (products made, None) after each product.
 
     Returns:
-        Spectrum: top and bottom (Eigenpairs, descending and ascending; their matvecs are those of
-        the run, which they share), trace (Estimate), density (Density), matvecs of all together.
+        Spectrum: top and bottom (Eigenpairs, descending and ascending, whose matvecs are those of
+        their common run); trace (Estimate); density (Density); matvecs, the products of all parts.
 
     Warns:
-        ConvergenceWarning: as `eigsh`, `density` and `trace` do, one warning each.
+        ConvergenceWarning: as in `eigsh`, `density` and `trace`, one warning per part.
 
     Raises:
         ValueError, TypeError: an argument is out of range, or A is not symmetric.
@@ -144,17 +146,17 @@ def spectrum(
             least = max(long, pairs) + others + pairs * (basis == "compressed")
             limit = integer("max_matvecs", max_matvecs, least)
 
-        def begin(probe: int, rows: int, *, beside: int = 0, refill: bool = True) -> Lanczos:
+        def begin(probe: int, rows: int, *, extra_vectors: int = 0, refill: bool = True) -> Lanczos:
             return Lanczos(
                 B, rows, seed=seed, offset=probe * B.n, signs=True, refill=refill, backend=backend,
-                basis=basis, beside=beside, graph=graph,
+                basis=basis, extra_vectors=extra_vectors, graph=graph,
             )  # fmt: skip
 
         def callback(*_: int | None) -> None:  # without the total that the trace would pass
             if progress is not None:
                 progress(B.matvecs - before, None)
 
-        krylov = begin(0, rows, beside=pairs)
+        krylov = begin(0, rows, extra_vectors=pairs)
         measured = [(yield from grow(krylov, long, callback))]
         made = B.matvecs - before
         split, until = (top, pairs - top), before + limit - others

@@ -1,12 +1,12 @@
-"""Where the rows of a Krylov basis are kept, and the two streams over them.
+"""Where the rows of a Krylov basis are kept, and the two operations that pass over all of them.
 
 * ``full``: rows of the operator's dtype on its device.
-* ``compressed``: float16 times one scale, half the memory and half the traffic of float32. Entries
-  of a unit vector are about n^(-1/2), so rows are stored times n^(1/2): float16 then rounds them
-  to 2^-12 of their size (measured: orthogonality 2e-4 after 100 steps). CB-GMRES of Ginkgo (Aliaga,
-  Anzt, Grutzmacher, Quintana-Orti, Tomas 2020) compresses its basis likewise.
-* ``offload``: rows in pinned host memory, streamed through two buffers on the GPU while the
-  kernels work on the other.
+* ``compressed``: float16 rows times one scale, half the memory and half the traffic of float32.
+  Entries of a unit vector are about n^(-1/2). They are stored times n^(1/2), so that float16 rounds
+  them to 2^-12 of their size (measured: orthogonality 2e-4 after 100 steps). CB-GMRES of Ginkgo
+  (Aliaga, Anzt, Grutzmacher, Quintana-Orti, Tomas 2020) compresses its basis in the same way.
+* ``offload``: rows in pinned host memory. They pass through two buffers on the GPU: while the
+  kernels work on one, the other is filled.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ GPU_NUMBERS = 1 << 25  # numbers widened to float64 at a time on a GPU: 256 MiB
 class Basis:
     """Rows of a basis in one tensor ``stored`` (rows, n), V = stored / scale.
 
-    ``dots`` and ``update_`` are those of the kernel contract on the stored rows: dots come
-    out, and coefficients go in, in the units of the stored rows (see ``components``).
+    ``dots`` and ``update_`` pass over the stored rows: dots come out, and coefficients go in, in
+    the units of the stored rows (see ``components``).
     """
 
     def __init__(self, stored: Tensor, scale: float, kernels: ModuleType) -> None:
@@ -43,7 +43,7 @@ class Basis:
 
     @property
     def graphable(self) -> bool:
-        """Whether the streams can be captured in a CUDA graph."""
+        """Whether ``dots`` and ``update_`` can be captured in a CUDA graph."""
         return True
 
     def rows(self, count: int) -> Tensor:
@@ -82,7 +82,7 @@ class Basis:
         self.stored[row].copy_(v * self.scale)
 
     def rotate(self, S: Tensor, out: Tensor | None = None) -> None:
-        """``S^T V`` for S (size, p) into out (p, n), or into the first p rows if out is None."""
+        """Write ``S^T V`` for S (size, p) to out (p, n); without out to the first p rows."""
         mix = S.T.to(self._device)
         factor = 1.0 if out is None else 1 / self.scale
         target = self.stored if out is None else out
@@ -97,12 +97,12 @@ class Basis:
 
 
 class Offloaded(Basis):
-    """Rows in host memory; every stream brings them through two buffers of ``chunk`` rows."""
+    """Rows in host memory; each pass copies them through two buffers of ``chunk`` rows."""
 
     def __init__(self, stored: Tensor, like: Tensor, kernels: ModuleType, chunk: int) -> None:
         super().__init__(stored, 1.0, kernels)
         self._like, self._chunk = like, chunk
-        # one row more than is streamed: the finished row is made there
+        # one row more than is copied: the finished row is made there
         self._buffers = [
             empty_rows(chunk + 1, like.shape[1], like.dtype, like.device) for _ in range(2)
         ]
@@ -121,7 +121,7 @@ class Offloaded(Basis):
         return self._like.device
 
     def dots(self, W: Tensor, H: Tensor | None = None, *, count: Count) -> tuple[Tensor, Tensor]:
-        """One stream without H; with it two, since all rows are subtracted before the dots."""
+        """One pass without H; two with H, because all rows are subtracted before the dots."""
         if H is not None:
             self.update_(W, H, count=count)
         C = torch.zeros(self.stored.shape[0], W.shape[0], dtype=torch.float64, device=W.device)
@@ -142,7 +142,7 @@ class Offloaded(Basis):
         count: Count,
         append: bool = False,
     ) -> None:
-        """As the kernel's, chunk by chunk; the last one mixes and appends."""
+        """The kernel's ``update_`` chunk by chunk; the last one mixes by S and appends."""
         total = _known(count)
         chunks = list(range(0, total, self._chunk)) or [0]
         part = torch.zeros(self._chunk + 1, W.shape[0], dtype=torch.float64, device=W.device)
@@ -157,9 +157,9 @@ class Offloaded(Basis):
                 self.stored[total].copy_(buffer[rows], non_blocking=True)
 
     def _chunks(self, total: int) -> Iterator[tuple[Tensor, int, int]]:
-        """(buffer, first row, rows), each copied while the kernels work on the other."""
+        """(buffer, first row, rows); each is copied while the kernels work on the other one."""
         starts = range(0, total, self._chunk)
-        if self._copies is not None:  # rows appended, and buffers read, by the work so far
+        if self._copies is not None:  # the work so far appends rows and reads the buffers
             self._copies.wait_stream(torch.cuda.current_stream(self._device))
         arrived = [self._fetch(i % 2, start, total) for i, start in enumerate(starts[:1])]
         for i, start in enumerate(starts):
@@ -173,7 +173,7 @@ class Offloaded(Basis):
                 self._used[i % 2] = torch.cuda.current_stream(self._device).record_event()
 
     def _fetch(self, which: int, start: int, total: int) -> torch.cuda.Event | None:
-        """Begin the copy of rows start .. into a buffer once its last reader is done."""
+        """Enqueue the copy of rows from ``start`` on into a buffer, after its last reader."""
         rows = min(self._chunk, total - start)
         stream = self._copies
         with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
@@ -198,9 +198,9 @@ def allocate(
     dtype: torch.dtype,
     device: torch.device,
     kernels: ModuleType,
-    beside: int = 0,
+    extra_vectors: int = 0,
 ) -> Basis:
-    """A basis of ``rows`` rows in one of FORMATS, where ``beside`` vectors fit too.
+    """A basis of ``rows`` rows in one of FORMATS, if it fits together with ``extra_vectors``.
 
     Raises:
         ValueError: an unknown format, or ``offload`` for an operator that is not on a GPU.
@@ -215,15 +215,15 @@ def allocate(
         )
     stored = torch.float16 if kind == "compressed" else dtype
     if kind == "offload":
-        # at most 1 GiB each, and an eighth of what the card has left
+        # at most 1 GiB each, and an eighth of the free memory of the GPU
         room = min(1 << 30, available_bytes(device) // 8)
         chunk = max(1, min(rows, room // stride_bytes(n, dtype) - 1))
         check_room(kind, rows, n, dtype, dtype, torch.device("cpu"), device, 0)
-        check_room(kind, 2 * (chunk + 1), n, dtype, dtype, device, device, 2 + beside)
+        check_room(kind, 2 * (chunk + 1), n, dtype, dtype, device, device, 2 + extra_vectors)
         like = torch.empty(0, n, dtype=dtype, device=device)
         pinned = torch.empty(rows, n, dtype=dtype, device="cpu", pin_memory=True)
         return Offloaded(pinned, like, kernels, chunk)
-    check_room(kind, rows, n, stored, dtype, device, device, 2 + beside)
+    check_room(kind, rows, n, stored, dtype, device, device, 2 + extra_vectors)
     scale = min(math.sqrt(n), LARGEST) if kind == "compressed" else 1.0
     return Basis(empty_rows(rows, n, stored, device), scale, kernels)
 
@@ -240,15 +240,15 @@ def check_room(
 ) -> None:
     """MemoryError unless ``rows`` rows of the ``stored`` type fit into the memory of ``where``.
 
-    ``vectors`` of the operator's ``dtype`` have to fit too: the candidate, its product, results.
+    ``vectors`` of the operator's ``dtype`` must fit, too: the candidate, its product, results.
     """
     row, free = stride_bytes(n, stored), available_bytes(where)
-    beside, pinned = vectors * stride_bytes(n, dtype), kind == "offload" and where.type == "cpu"
-    needs = _pinned(rows * row) if pinned else rows * row + beside
+    extra, pinned = vectors * stride_bytes(n, dtype), kind == "offload" and where.type == "cpu"
+    needs = _pinned(rows * row) if pinned else rows * row + extra
     if needs <= free:
         return
     ways = []
-    half = rows * stride_bytes(n, torch.float16) + beside
+    half = rows * stride_bytes(n, torch.float16) + extra
     if kind == "full" and half <= free:
         ways.append(f"basis='compressed' needs {readable(half)}")
     if kind in ("full", "compressed") and device.type == "cuda":
@@ -257,7 +257,7 @@ def check_room(
             ways.append(
                 f"basis='offload' needs {readable(away)} of the {readable(host)} of the host"
             )
-    room = _pinned(free + 1) // 2 if pinned else free - beside
+    room = _pinned(free + 1) // 2 if pinned else free - extra
     if room >= row and (kind in ("full", "compressed") or pinned):
         rows_fit = "1 row" if room < 2 * row else f"{room // row} rows"
         ways.append(f"{rows_fit} would fit (fewer steps or pairs, or a smaller ncv)")
@@ -269,5 +269,5 @@ def check_room(
 
 
 def _pinned(size: int) -> int:
-    """What torch takes for a pinned block of this many bytes: the next power of two."""
+    """What torch allocates for a pinned block of so many bytes: the next power of two."""
     return 1 << (size - 1).bit_length()

@@ -1,4 +1,4 @@
-"""What a run of k wanted pairs found, with each pair's verdict."""
+"""The k wanted Ritz pairs of a run, and whether each has converged."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from fasthessian.results.records import Eigenpairs
 
 
 class Found(NamedTuple):
-    """What a run of k wanted pairs found, in their order: as `Eigenpairs`, with each's verdict."""
+    """The k wanted pairs in their order: the fields of `Eigenpairs`, and a verdict per pair."""
 
     values: Tensor  # (k,)
     vectors: Tensor  # (k, n)
     residuals: Tensor  # (k,)
     converged: Tensor  # (k,) bool
-    complete: bool  # no wanted eigenvalue is missing, but for a chance of MISS
+    complete: bool  # no wanted eigenvalue is missing, except with the probability MISS
     graph: str
 
     def take(self, index: Tensor | slice) -> Found:
-        """The pairs of an index (j,), or of a slice without copying the vectors."""
+        """The pairs at an index (j,); a slice does not copy the vectors."""
         return Found(
             self.values[index],
             self.vectors[index],
@@ -32,7 +32,7 @@ class Found(NamedTuple):
         )
 
     def record(self, matvecs: int) -> Eigenpairs:
-        """The pairs as a result, after so many products."""
+        """The pairs as a result, after ``matvecs`` products."""
         return Eigenpairs(
             values=self.values,
             vectors=self.vectors,
@@ -45,7 +45,7 @@ class Found(NamedTuple):
     def shortfalls(
         self, tol: float, matvecs: int, compressed: bool, rows: str = "ncv"
     ) -> list[Warning]:
-        """A warning where some have not converged; ``rows`` is the argument that adds rows."""
+        """A warning if some pairs have not converged; ``rows`` is the option that adds rows."""
         if bool(self.converged.all()):
             return [] if self.complete else [ConvergenceWarning(
                 f"all {len(self.values)} eigenpairs converged to tol={tol:g}, but {matvecs} "

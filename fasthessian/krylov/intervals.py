@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 SERIES = 30  # degrees of freedom below which Student's t is summed exactly
-EXCESS = 4.0  # sample variance over theory's that a fixed symmetric matrix hardly ever reaches
+EXCESS = 4.0  # sample variance over theory: a fixed symmetric matrix hardly ever reaches it
 
 
 class Spread:
@@ -18,13 +18,13 @@ class Spread:
 
         Var x = 2 ||B||_F^2 = 2 sum_i Var y_i            (Hutchinson 1989)
 
-    The right-hand side is a mean of ``|Bv|^2``, whose relative variance is
-    ``2 (||B^2||_F^2 - sum_i (B^2)_ii^2) / ||B||_F^4``: at most 2, and near 0 where many eigenvalues
-    share the norm. The sample variance of x has a relative variance of up to 14, and is low
-    together with the mean of x where x is skewed, so that a run that stops by it stops too early.
+    The right-hand side is estimated by a mean of ``|Bv|^2``, whose relative variance is
+    ``2 (||B^2||_F^2 - sum_i (B^2)_ii^2) / ||B||_F^4``: at most 2, and near 0 if many eigenvalues
+    share the norm. The sample variance of x has a relative variance of up to 14. If x is skewed it
+    is low when the mean of x is low, so that a run that stops by it stops too early.
 
-    The matrix has to be symmetric and the same in every product. A sample variance of more than 4
-    times the theory's shows that it is not, and is taken instead.
+    The matrix must be symmetric and the same in every product. If the sample variance is more than
+    4 times the variance by this theory, the matrix is not, and the sample variance is used.
     """
 
     def __init__(self) -> None:
@@ -32,7 +32,7 @@ class Spread:
         self._freedom = 0
 
     def add(self, gram: Tensor) -> None:
-        """Take a block of samples by the Gram matrix (b, b) of its rows y, less any one vector."""
+        """Add a block of samples: the Gram matrix (b, b) of its rows y, each less one vector."""
         b = len(gram)
         if b > 1:
             gram = gram.cpu()
@@ -44,7 +44,7 @@ class Spread:
         """Standard error of the mean of ``samples`` (s,), and the half-width of its interval."""
         s, mean = len(samples), float(self._squares.mean())
         variance, observed = 2 * mean, float(samples.var())
-        # relative variance of a square, one square of the largest possible assumed beforehand
+        # relative variance of a square; the prior is one square of the largest possible variance
         relative = float((self._squares / mean).var()) if mean else 0.0
         relative = min(2.0, (2 + (s - 1) * relative) / s)
         freedom = int(2 * self._freedom / relative)

@@ -64,7 +64,7 @@ class Lanczos:
         schedule: "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
         basis: where the rows are kept: "full", "compressed" or "offload" (see ``basis``).
-        beside: vectors that the caller will make beside the basis, which have to fit too.
+        extra_vectors: vectors that the caller will allocate, for which there must be memory, too.
         graph: on a GPU, replay the step as a CUDA graph where it can be captured.
         deferred: enqueue steps without checking them, until a breakdown; default on GPUs.
 
@@ -87,7 +87,7 @@ class Lanczos:
         schedule: str = "dcgs2",
         backend: str | None = None,
         basis: str = "full",
-        beside: int = 0,
+        extra_vectors: int = 0,
         graph: bool = True,
         deferred: bool | None = None,
     ) -> None:
@@ -101,7 +101,7 @@ class Lanczos:
         self._tolerances = Tolerances.of(A.dtype, self.compressed)
         # cgs2 appends its candidate before the product
         rows = self.capacity + (not self._delayed)
-        V = bases.allocate(basis, rows, A.n, A.dtype, A.device, self.kernels, beside)
+        V = bases.allocate(basis, rows, A.n, A.dtype, A.device, self.kernels, extra_vectors)
         self.state = RunState(
             basis=V,
             W=empty_rows(2, A.n, A.dtype, A.device),

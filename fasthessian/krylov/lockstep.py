@@ -26,9 +26,9 @@ Start = Callable[[SymmetricOperator, "ProgressCallback | None"], Run[R]]
 
 
 class Guard:
-    """For the span of a run, notices changes of what the operators depend on.
+    """Notices changes, during a run, of what the operators depend on.
 
-    The products before and after would be of two matrices. Changes between runs are followed.
+    Products before and after such a change belong to two matrices. Changes between runs are fine.
     """
 
     def __init__(self, operators: Iterable[SymmetricOperator]) -> None:
@@ -42,13 +42,13 @@ class Guard:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        """Look once more: at the end, and where a change may be the cause of an error."""
+        """Check once more: at the end, and after an error that a change may have caused."""
         self._runs.close()
         if kind is None or issubclass(kind, (ValueError, RuntimeError)):
             self.check(look=True)
 
     def check(self, look: bool = False) -> None:
-        """Raise RuntimeError if a product found a change, or if a ``look`` finds one."""
+        """Raise RuntimeError if a product found a change, or if a full ``look`` finds one now."""
         for A, count in self._held:
             now, name = A.changes(look)
             if now != count:
@@ -68,7 +68,7 @@ def answer(requests: Asking) -> None:
 
 @restored
 def solve(A: Any, start: Start[R], progress: ProgressCallback | None) -> R | dict[str, R]:
-    """The record of one run over an operator, or one a name over a dictionary of operators."""
+    """The record of a run for an operator, or a record per name for a dictionary of operators."""
     if not isinstance(A, Mapping):
         with Guard([operator(A)]) as guard:
             run = start(A, progress)
@@ -80,7 +80,7 @@ def solve(A: Any, start: Start[R], progress: ProgressCallback | None) -> R | dic
                     break
                 multiply([request])
                 guard.check()
-                del request  # the run may give their rows back before it asks again
+                del request  # the run may free its rows before the next request
         for shortfall in shortfalls:
             warnings.warn(shortfall, stacklevel=4)
         return record  # type: ignore[no-any-return]
@@ -90,28 +90,28 @@ def solve(A: Any, start: Start[R], progress: ProgressCallback | None) -> R | dic
 def _together(
     operators: Mapping[str, SymmetricOperator], start: Start[R], progress: ProgressCallback | None
 ) -> dict[str, R]:
-    """All runs in rounds: one request of each, answered in one pass where they share a matrix."""
+    """Advance all runs in rounds: one request of each, in one pass if they share a matrix."""
     if not operators:
         raise InputError("A is an empty dictionary; pass an operator, or blocks such as A.blocks()")
     if len({id(A) for A in operators.values()}) < len(operators):
         raise InputError("A holds one operator under two names; name each once")
     done: dict[str, tuple[int, int | None]] = {}
 
-    def told(name: str) -> ProgressCallback | None:
+    def callback_for(name: str) -> ProgressCallback | None:
         if progress is None:
             return None
 
-        def tell(made: int, total: int | None) -> None:
+        def callback(made: int, total: int | None) -> None:
             done[name] = made, total
             totals = [t for _, t in done.values()]
             whole = None if None in totals or len(done) < len(operators) else sum(totals)  # type: ignore[arg-type]
             progress(sum(made for made, _ in done.values()), whole)
 
-        return tell
+        return callback
 
     found: dict[str, R] = {}
     with Guard(map(operator, operators.values())) as guard:
-        runs = {name: start(A, told(name)) for name, A in operators.items()}
+        runs = {name: start(A, callback_for(name)) for name, A in operators.items()}
         while runs:
             requests = []
             for name in list(runs):

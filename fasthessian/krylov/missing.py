@@ -1,24 +1,25 @@
 """Whether eigenvalues are missing from a Krylov space: copies of a multiple one, and close ones.
 
-The Krylov space of one vector holds one eigenvector of each eigenvalue, and of two close ones a
-mixture, so that converged Ritz pairs may be true and yet not be the wanted ones. A second Lanczos
-run, from a random vector r orthogonal to that space V, sees the rest of A: its operator is P A P,
-P = I - V V', of which every missing copy is an eigenvector, and a mixture's other half nearly one.
+The Krylov space of one vector holds one eigenvector per eigenvalue, and a mixture of the
+eigenvectors of two close eigenvalues. Ritz pairs may therefore converge and still not be the wanted
+ones. A second Lanczos run, from a random vector r orthogonal to that space V, sees the rest of A:
+its operator is P A P, P = I - V'V. Every missing copy is an eigenvector of it, and the other half
+of a mixture is nearly one.
 
-Let p_j be the orthonormal polynomials of r's spectral measure, which the run's three-term
-recurrence gives, and x a number beyond all of its Ritz values. An eigenvalue at or beyond x has at
-most the weight 1 / sum_j p_j(x)^2 in r (the Christoffel function; Akhiezer 1965, The classical
-moment problem, 2.2), where a random vector has about g^2 / n, g of N(0, 1). So the run either shows
-a Ritz value beyond x, and then something is missing, or soon nothing is, up to the chance that |g|
-is small, which is made `MISS`.
+The three-term recurrence of that run gives p_j, the orthonormal polynomials of r's spectral
+measure. Let x be a number beyond all of its Ritz values. An eigenvalue at or beyond x has at most
+the weight 1 / sum_j p_j(x)^2 in r (the Christoffel function; Akhiezer 1965, The classical moment
+problem, 2.2). In a random vector it has about the weight g^2 / n, g of N(0, 1). So either the run
+shows a Ritz value beyond x, and an eigenvalue is missing. Or the bound soon falls below the weight,
+and none is missing, except with the small probability `MISS` that |g| is small.
 
-V holds a part of the missing eigenvector where a Ritz value that stands for it has not converged
-yet. Let q be the unit candidate, and c_i the couplings to it of the Ritz values theta_i that are
-not wanted. On one side the run's operator is P A P + f q q', f = sum_i c_i^2 / (x - theta_i): by
-the inertia of a Schur complement (Haynsworth 1968) A has as many eigenvalues beyond x besides the
-wanted ones as that operator has. For two sides f has two values, and the operator is A without the
-wanted pairs alone. The missing unit eigenvector then has a part of at least (1 + F)^(-1/2) outside
-of V, F = sum_i c_i^2 / (x - theta_i)^2, and the weight that is looked for shrinks by 1 + F.
+V holds a part of the missing eigenvector if a Ritz value that stands for it has not converged yet.
+Let q be the unit candidate, and c_i the couplings to it of those Ritz values theta_i that are not
+wanted. For one side the operator of the run is P A P + f q q', f = sum_i c_i^2 / (x - theta_i): by
+the inertia of a Schur complement (Haynsworth 1968) it has as many eigenvalues beyond x as A has
+besides the wanted ones. For two sides f would have two values; the operator then is A with only the
+wanted pairs deflated. At least the part (1 + F)^(-1/2) of the missing unit eigenvector lies outside
+of V, F = sum_i c_i^2 / (x - theta_i)^2, so that the weight to be looked for is divided by 1 + F.
 """
 
 from __future__ import annotations
@@ -35,29 +36,29 @@ from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.three_term import ThreeTerm
 from fasthessian.operators.request import Request
 
-MISS = 1e-3  # chance that a search overlooks an eigenvalue; of two missing ones it is 1e-6
+MISS = 1e-3  # probability that a search overlooks an eigenvalue; for two missing ones 1e-6
 POLL_EVERY = 4  # steps between two polls of a GPU's run
 
 
 class Side:
     """The orthonormal polynomials of a Jacobi matrix at one point x, which grows row by row.
 
-    ``sign`` is 1 where x bounds the spectrum from above, -1 from below; a ``total`` of ``enough``
-    says that nothing lies beyond.
+    ``sign`` is 1 if x bounds the spectrum from above, -1 if from below. Once ``total`` is
+    ``enough``, no eigenvalue lies beyond x.
     """
 
     def __init__(self, x: float, sign: int, enough: float = math.inf) -> None:
         self._x, self._sign, self.enough = x, sign, enough
-        self._before, self._last, self._beside = 0.0, 1.0, 0.0
+        self._before, self._last, self._beta = 0.0, 1.0, 0.0
         self.total = 1.0  # sum of the squares
         self.passed = False  # a Ritz value lies at x or beyond
 
-    def add(self, diagonal: float, beside: float) -> None:
+    def add(self, alpha: float, beta: float) -> None:
         """One more row: its diagonal entry and its coupling to the next row."""
-        value = self._sign * (self._x - diagonal) * self._last - self._beside * self._before
+        value = self._sign * (self._x - alpha) * self._last - self._beta * self._before
         self.passed = self.passed or value < 0  # a Sturm sequence
-        self._before, self._last = self._last, value / beside if beside else math.inf
-        self._beside = beside
+        self._before, self._last = self._last, value / beta if beta else math.inf
+        self._beta = beta
         self.total += self._last**2 if self._last < 1e100 else math.inf
 
 
@@ -66,8 +67,9 @@ def limits(
 ) -> list[tuple[float, int]]:
     """Points beyond which an eigenvalue belongs to the wanted ones, whose values (k,) these are.
 
-    Each with the sign of its side. It lies ``tol`` of the last wanted value away, and at ``least``
-    so far: an eigenvalue in between may be missing, which changes no value by more.
+    Each comes with the sign of its side. Its distance from the last wanted value is ``tol`` of
+    that, but at least ``least``: an eigenvalue in between may be missing, and changes no value by
+    more than that.
     """
 
     def beyond(value: Tensor, sign: int) -> tuple[float, int]:
@@ -128,7 +130,7 @@ def search(
 
         side = Side(*points[0], enough)
         return (yield from _search(krylov, [side], restrict_, project_, until, callback))
-    # one run for both sides, of A without the wanted pairs alone
+    # one run for both sides: A with only the wanted pairs deflated
     Q = torch.empty(len(wanted), krylov.A.n, dtype=krylov.A.dtype, device=krylov.A.device)
     krylov.state.basis.rotate(S[:, wanted], Q)
 
@@ -151,7 +153,7 @@ def _search(
     until: int,
     callback: Callable[[], None],
 ) -> Generator[Request, None, bool | None]:
-    """Run ``v -> restrict(A v)`` until a side is passed, or nothing lies beyond any."""
+    """Run ``v -> restrict(A v)`` until a side is passed, or no eigenvalue lies beyond any."""
     A, state = krylov.A, krylov.state
     if state.size >= A.n:  # no dimension is left in which something may be missing
         return False
