@@ -54,6 +54,10 @@ class Snapshot:
 
     That row is the candidate's. With ``final``, the candidate has become a row since. On a GPU the
     copy is enqueued: it waits for the work enqueued before it, and the host waits in ``wait``.
+
+    Attributes:
+        size, final: as given.
+        cells: (size + 1, m + 4), as those of ``Coefficients``.
     """
 
     def __init__(self, cells: Tensor, size: int, final: bool = False) -> None:
@@ -61,22 +65,17 @@ class Snapshot:
         cells = cells[: size + 1]
         self._event: torch.cuda.Event | None = None
         if cells.device.type == "cuda":
-            self._cells = torch.empty(cells.shape, dtype=cells.dtype, device="cpu", pin_memory=True)
-            self._cells.copy_(cells, non_blocking=True)
+            self.cells = torch.empty(cells.shape, dtype=cells.dtype, device="cpu", pin_memory=True)
+            self.cells.copy_(cells, non_blocking=True)
             self._event = torch.cuda.current_stream(cells.device).record_event()
         else:
-            self._cells = cells.clone()
+            self.cells = cells.clone()
 
     def wait(self) -> Snapshot:
         """Wait for the copy, but not for work that was enqueued after it."""
         if self._event is not None:
             self._event.synchronize()
         return self
-
-    @property
-    def cells(self) -> Tensor:
-        """(size + 1, m + 4): T's columns, then the gauges; the candidate's row is last."""
-        return self._cells
 
     @property
     def beta(self) -> float:
@@ -86,9 +85,9 @@ class Snapshot:
     @property
     def T(self) -> Tensor:
         """(size + 1, size + 1); the candidate's row is last."""
-        return self._cells[:, : self.size + 1]
+        return self.cells[:, : self.size + 1]
 
     @property
     def gauges(self) -> Tensor:
         """(size + 1, 3); the candidate's row is last."""
-        return self._cells[:, -3:]
+        return self.cells[:, -3:]

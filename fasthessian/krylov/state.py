@@ -1,7 +1,7 @@
 """All that changes during a Krylov run, in one record per run.
 
-A run is its fixed configuration and its state. A fresh run of the same configuration whose state is
-replaced by another one's goes on as that one would have, to the bit (see ``state_file``).
+A run consists of a fixed configuration and a state. If a fresh run takes over the state of another
+run of the same configuration, it continues as that run would have, to the bit (see ``state_file``).
 """
 
 from __future__ import annotations

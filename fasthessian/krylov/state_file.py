@@ -1,8 +1,8 @@
 """One file per state of a run: written whole or not at all, read only where it belongs.
 
 The file is a NumPy ``.npz`` archive without pickled objects. It holds the tensors of the state, and
-as text its numbers and the configuration of its run. Reading needs a fresh run of the same
-configuration, which then goes on as the written one would have, to the bit.
+as text its numbers and the configuration of its run. To read it, make a fresh run of the same
+configuration: it then continues as the written one would have, to the bit.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def test_multiplicities_are_found():
     found = fh.eigsh(diagonal(values, F32), 5, "LA")
     torch.testing.assert_close(found.values.float(), torch.tensor([5.0, 5, 5, 1, 1]))
     assert found.converged
-    # eight copies take eight fresh starts: a look before the basis is full would miss some
+    # eight copies take eight fresh starts: a check before the basis is full would miss some
     many = torch.tensor([5.0] * 8 + [1.0] * 40 + [0.0] * 52)
     assert fh.eigsh(diagonal(many, F32), 8, "LA").values.min() > 4.999
     zero = fh.eigsh(diagonal(torch.zeros(50)), 3)

@@ -1,4 +1,4 @@
-"""The density's band holds the truth at the steps people take, and says what it does not know."""
+"""The density's band holds the truth for common numbers of steps and shows what is unknown."""
 
 import math
 
@@ -103,7 +103,7 @@ def test_an_isolated_eigenvalue_leaves_the_gaps_beside_it_empty():
 
 
 @pytest.mark.parametrize("steps", [4, 5, 50])
-def test_the_band_is_the_probes_chance_alone_once_the_space_has_ended(steps):
+def test_once_the_space_has_ended_only_the_choice_of_probes_is_in_the_band(steps):
     values = EIGENVALUES["few values"]
     d = fh.density(fh.SymmetricOperator(lambda v: values * v, N, dtype=F64), steps=steps)
     consistent(d)
@@ -117,7 +117,7 @@ def test_the_band_is_the_probes_chance_alone_once_the_space_has_ended(steps):
     assert single.matvecs == 1 and single.sigma == pytest.approx(1e-4)
 
 
-def test_one_step_of_many_says_that_next_to_nothing_is_known():
+def test_after_one_step_the_band_is_nearly_everything():
     d = fh.density(Dense(matrix(EIGENVALUES["uniform"])), steps=1, sigma=0.1)
     consistent(d)
     exact = truth(EIGENVALUES["uniform"], d)
@@ -164,7 +164,7 @@ def test_the_christoffel_function_bounds_the_distribution_function(name):
 
 @pytest.mark.parametrize("name", ["uniform", "null space, bulk, outliers", "two clusters", "small"])
 def test_a_kernel_finer_than_the_nodes_is_within_the_bound_for_any_measure(name):
-    """The measure of one probe of known weights, which are not smooth: no chance is left."""
+    """The measure of one probe with known weights that are not smooth: nothing is random."""
     values, weights, T = runs(name)
     rule = quadrature(T, False)
     sigma = float(rule.nodes.diff().min()) / 10

@@ -17,7 +17,7 @@ from tests.support.models import PROBLEMS, columns, refused
 from tests.support.spectra import diagonal, outliers
 from tests.support.untouched import restless, world
 
-# runs are cut short on purpose; test_each_shortfall_is_one_warning looks at what they say
+# runs are cut short on purpose; test_each_shortfall_is_one_warning checks the warnings
 pytestmark = pytest.mark.filterwarnings("ignore::fasthessian.ConvergenceWarning")
 F32, F64 = torch.float32, torch.float64
 EDGES = {
@@ -109,7 +109,7 @@ def test_density_is_that_of_density_to_the_bit(name, options):
      ("three values", 4, 8, {"basis": "compressed"})],
 )  # fmt: skip
 def test_the_trace_is_unbiased_and_its_interval_covers(name, k, steps, extra):
-    """rtol out of reach: the number of samples is fixed, so that theory holds exactly."""
+    """With an rtol that is out of reach the number of samples is fixed: theory holds exactly."""
     M, A = rotated(EDGES[name])
     least = steps * extra.get("probes", 1) + 16 + (8 if "basis" in extra else 0)
     options = {"steps": steps, "max_matvecs": least + 30, "rtol": 1e-12, **extra}
@@ -120,7 +120,7 @@ def test_the_trace_is_unbiased_and_its_interval_covers(name, k, steps, extra):
     assert abs(values.mean() - true) <= 3.5 * values.std() / math.sqrt(150)
 
 
-def test_a_dictionary_advances_together_and_answers_as_apart():
+def test_operators_of_a_dictionary_advance_together_with_the_same_results():
     layers, calls = {name: diagonal(values) for name, values in LAYERS.items()}, []
     found = fh.spectrum(layers, 3, steps=20, rtol=0.3, progress=lambda *c: calls.append(c))
     assert calls[-1] == (sum(s.matvecs for s in found.values()), None)
@@ -167,7 +167,7 @@ def test_a_tight_budget_for_more_pairs_than_steps_is_an_answer_or_one_line(k):
         assert "max_matvecs must be at least" in str(error)
 
 
-def test_by_default_the_trace_may_take_as_many_products_as_apart():
+def test_by_default_the_trace_may_take_as_many_products_as_by_itself():
     A = fh.SymmetricOperator(lambda v: v.flip(0), 1100, dtype=F64)  # exact by 1100, trace 0
     assert len(fh.spectrum(A, 2).trace.samples) == 1000
 
@@ -188,8 +188,8 @@ def test_each_shortfall_is_one_warning():
             assert "raise max_matvecs or steps" in str(caught[0].message)
 
 
-def test_a_run_whose_pairs_have_converged_makes_no_step_more():
-    """61 rows, where `eigsh` would look at every third, and a short search for missing pairs."""
+def test_a_run_whose_pairs_have_converged_makes_no_further_step():
+    """61 rows, of which `eigsh` would judge every third, and a short search for missing pairs."""
     s = fh.spectrum(diagonal(outliers(2000)), (3, 1), steps=61)
     assert s.top.converged and s.bottom.converged and s.density.matvecs == 61
     assert 61 < s.top.matvecs <= 61 + 6
@@ -223,7 +223,11 @@ def test_scale_equivariant(dtype, basis, scale):
 
 
 def test_the_basis_is_freed_before_the_trace():
-    n, last, sizes = 4099, [0], {1: [], 8: []}  # by products made at once: a step, or 8 samples
+    n, last, sizes = (
+        4099,
+        [0],
+        {1: [], 8: []},
+    )  # per number of products at once: a step, or 8 samples
 
     def largest(done, _):
         if done == 30 or done - last[0] == 8:
@@ -237,7 +241,7 @@ def test_the_basis_is_freed_before_the_trace():
     assert min(sizes[1]) >= 60 and max(sizes[8]) < 20
 
 
-def test_the_model_its_gradients_and_random_states_are_left_alone():
+def test_the_model_its_gradients_and_random_states_are_unchanged():
     model, criterion, *batch = restless()
     before = world(model, criterion)
     fh.spectrum(fh.Hessian(model, criterion, tuple(batch)), 2, max_matvecs=200)
@@ -245,7 +249,7 @@ def test_the_model_its_gradients_and_random_states_are_left_alone():
 
 
 def failing(calls):
-    """An operator whose products are NaN behind the first ``calls``."""
+    """An operator whose products are NaN after the first ``calls``."""
     made = itertools.count()
     return fh.SymmetricOperator(lambda v: v * (2.0 if next(made) < calls else math.nan), 40)
 

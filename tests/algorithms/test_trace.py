@@ -67,7 +67,7 @@ def test_other_confidences_cover_too(confidence):
 
 @pytest.mark.parametrize("limit", [4, 9, 13])
 def test_the_interval_covers_where_products_run_out(limit):
-    """9 leaves a block of one sample, which has no spread of its own."""
+    """With 9 products the last block is a single sample, which has no variance."""
     found = sum(hits(M, 80, rtol=1e-6, max_matvecs=limit) for M in MATRICES.values())
     count = 80 * len(MATRICES)
     assert abs(found / count - 0.95) <= OFF / math.sqrt(count) + 0.01
@@ -87,7 +87,7 @@ def test_deflated_and_from_spectrum_it_covers(k):
     assert whole / (20 * len(MATRICES)) >= 0.95 - OFF / math.sqrt(20 * len(MATRICES))
 
 
-def test_a_trace_of_zero_is_not_taken_for_another_one_at_one_of_many_looks():
+def test_a_trace_of_zero_is_not_mistaken_for_another_one_at_one_of_many_checks():
     """Half-width over |mean| falls below 0.95 sooner or later by chance, at 1.96 / 0.95 errors."""
     assert hits(rotated(ONES), 200, rtol=0.95, max_matvecs=300) >= 200 * 0.95 - OFF * math.sqrt(200)
 
@@ -107,7 +107,7 @@ def test_the_spread_is_the_variance_of_the_theory():
 
 
 def test_products_that_differ_from_call_to_call_widen_the_interval():
-    """The theory sees the vectors of a product only, not that the matrix is another one."""
+    """The theory cannot see that each product is of another matrix; the sample variance can."""
     drawn = torch.Generator().manual_seed(0)
 
     def noisy(v):
@@ -172,7 +172,7 @@ def test_the_trace_is_exact_where_samples_would_cost_more(dtype):
     exactly(fh.trace(Dense(M), deflate=fh.eigsh(Dense(M), 2)), M, 16 + 90)
 
 
-def test_hutchinson_asked_for_stays_hutchinson_on_the_smallest():
+def test_hutchinson_takes_samples_also_of_the_smallest_operators():
     M = rotated(normal(5))
     found = fh.trace(Dense(M), method="hutchinson", rtol=0.5)
     assert len(found.samples) == found.matvecs >= 16 and found.stderr > 0

@@ -1,4 +1,4 @@
-"""eigsh and density on a float16 basis, without one, and with steps that are looked at late."""
+"""eigsh and density with a float16 basis, without one, and with deferred steps."""
 
 import functools
 import importlib
@@ -30,7 +30,7 @@ def explicit(A, pairs):
 def test_compressed_eigenpairs_report_explicit_residuals(which, dtype):
     spectrum = outliers(4000)
     A = diagonal(spectrum, dtype)
-    k = {"SA": 1, "BE": 2}.get(which, 6)  # eigenvalues within the bulk are out of reach
+    k = {"SA": 1, "BE": 2}.get(which, 6)  # eigenvalues within the bulk do not converge
     found = fh.eigsh(A, k, which, tol=2e-3, basis="compressed")
     assert found.converged and A.matvecs == found.matvecs
     torch.testing.assert_close(found.residuals, explicit(A, found), rtol=1e-3, atol=1e-6)
@@ -47,7 +47,7 @@ def test_compressed_eigenpairs_report_explicit_residuals(which, dtype):
 @pytest.mark.parametrize("n", [40, 600])
 @pytest.mark.parametrize("ratio", [1e3, 1e5])
 def test_outliers_far_above_what_float16_resolves(schedule, n, ratio):
-    """The bulk then is noise to the basis: no false alarm, no invented node, the outliers right."""
+    """The bulk is noise for the basis: no warning, no invented node, and the outliers are right."""
     d = torch.linspace(0.01, 1, n, dtype=F64)
     d[:3] = ratio * torch.arange(1, 4)
     found = fh.eigsh(diagonal(d), 3, tol=1e-2, basis="compressed", schedule=schedule)
@@ -60,14 +60,16 @@ def test_outliers_far_above_what_float16_resolves(schedule, n, ratio):
 @pytest.mark.parametrize("schedule", ["dcgs2", "cgs2"])
 @pytest.mark.parametrize("dtype", [F32, F64])
 def test_a_density_finer_than_float16_resolves_says_so(schedule, dtype):
-    """A bulk of width 1 below 3000: float16 rows end the run, the others resolve it."""
+    """A bulk of width 1 and outliers up to 3000: float16 rows end the run, others resolve it."""
     d = torch.linspace(-0.3, 0.7, 4000, dtype=F64)
     d[:3] = torch.tensor([3000.0, 2100.0, 1500.0])
     options = {"steps": 40, "schedule": schedule}
-    with pytest.warns(ConvergenceWarning, match="float16 basis ended after .* of 40 steps") as told:
+    with pytest.warns(
+        ConvergenceWarning, match="float16 basis ended after .* of 40 steps"
+    ) as caught:
         found = fh.density(diagonal(d, dtype), sigma=0.1, basis="compressed", **options)
-    assert len(told) == 1 and int((found.weights > 0).sum()) < 10
-    # at the width that is asked for by default, ten times that, nothing is lost
+    assert len(caught) == 1 and int((found.weights > 0).sum()) < 10
+    # at the default width, ten times as large, nothing is lost
     fh.density(diagonal(d, dtype), basis="compressed", **options)
     for basis in ("full", "none"):
         found = fh.density(diagonal(d, dtype), sigma=0.1, basis=basis, **options)
@@ -80,7 +82,7 @@ def test_a_density_that_ends_exactly_is_silent():
 
 
 @pytest.mark.parametrize("schedule", ["dcgs2", "cgs2"])
-def test_steps_looked_at_late_tell_of_the_same_loss(schedule):
+def test_deferred_steps_report_the_same_loss(schedule):
     d = torch.linspace(-0.3, 0.7, 4000, dtype=F64)
     d[:3] = torch.tensor([3000.0, 2100.0, 1500.0])
     lost = []
@@ -110,13 +112,13 @@ def test_invariant_subspaces_end_on_a_compressed_basis(schedule):
     torch.testing.assert_close(gram, torch.eye(40, dtype=F64), rtol=0, atol=1e-10)
 
 
-def test_compressed_runs_keep_to_their_products():
+def test_compressed_runs_keep_to_max_matvecs():
     with pytest.warns(ConvergenceWarning):
         found = fh.eigsh(diagonal(outliers(2000)), 5, basis="compressed", max_matvecs=15)
     assert found.matvecs <= 15
 
 
-def test_compressed_runs_need_two_products_a_pair():
+def test_compressed_runs_need_two_products_per_pair():
     with pytest.raises(ValueError, match="max_matvecs must be at least 10, got 9"):
         fh.eigsh(diagonal(outliers(2000)), 5, basis="compressed", max_matvecs=9)
 
@@ -193,7 +195,7 @@ def test_density_without_a_basis_is_the_same_quadrature(dtype, deferred, monkeyp
     for x in at:
         a, b = (float(d.values[(d.grid - x).abs().argmin()]) for d in (full, bare))
         assert abs(a - b) < 2e-2 * max(full.values)
-    if dtype is F32:  # and it did lose orthogonality: copies of the largest eigenvalue
+    if dtype is F32:  # orthogonality was lost: there are copies of the largest eigenvalue
         assert int(((bare.nodes - 100).abs() < 1e-3).sum()) > 1
         assert int(((full.nodes - 100).abs() < 1e-3).sum()) == 1
 
@@ -219,8 +221,8 @@ def test_density_without_a_basis_keeps_three_vectors():
 
 
 @pytest.fixture
-def late(monkeypatch):
-    """Every run of eigsh, density and spectrum is deferred, as on a GPU."""
+def deferred(monkeypatch):
+    """The steps of eigsh, density and spectrum are deferred, as on a GPU."""
     for name in ("eigsh", "density", "spectrum"):
         module = importlib.import_module(f"fasthessian.algorithms.{name}")
         monkeypatch.setattr(module, "Lanczos", functools.partial(Lanczos, deferred=True))
@@ -228,7 +230,7 @@ def late(monkeypatch):
 
 @pytest.mark.parametrize("which", ["LM", "LA", "SA", "BE"])
 @pytest.mark.parametrize("basis", ["full", "compressed"])
-def test_late_looks_find_the_same_eigenvalues(late, which, basis):
+def test_deferred_runs_find_the_same_eigenvalues(deferred, which, basis):
     spectrum = outliers(3000)
     A = diagonal(spectrum, F32)
     k = 1 if which == "SA" else 5
@@ -247,7 +249,7 @@ def test_late_looks_find_the_same_eigenvalues(late, which, basis):
     assert bool(((found.values - want).abs() <= found.residuals).all())
 
 
-def test_late_looks_survive_breakdowns_and_restarts(late):
+def test_deferred_runs_survive_breakdowns_and_restarts(deferred):
     multiple = torch.tensor([9.0] * 3 + [5.0] * 2 + [1.0] * 60, dtype=F64)
     found = fh.eigsh(diagonal(multiple), 6, "LA", tol=1e-8)
     torch.testing.assert_close(
@@ -264,25 +266,27 @@ def test_late_looks_survive_breakdowns_and_restarts(late):
 
 
 @pytest.mark.parametrize("basis", ["full", "compressed"])
-def test_late_looks_give_the_same_density_and_spectrum(request, basis):
+def test_deferred_runs_give_the_same_density_and_spectrum(request, basis):
     def answers():
         A = diagonal(outliers(2000), F32)
-        density = fh.density(A, steps=37, basis=basis)  # the last look is due behind one of all
+        density = fh.density(
+            A, steps=37, basis=basis
+        )  # the last poll is due after a poll of all steps
         return density, fh.spectrum(A, (3, 1), steps=37, basis=basis)
 
-    (density, spectrum), _ = answers(), request.getfixturevalue("late")
-    late_density, late_spectrum = answers()
-    for found, want in ((late_density, density), (late_spectrum.density, spectrum.density)):
+    (density, spectrum), _ = answers(), request.getfixturevalue("deferred")
+    deferred_density, deferred_spectrum = answers()
+    for found, want in ((deferred_density, density), (deferred_spectrum.density, spectrum.density)):
         assert torch.equal(found.nodes, want.nodes) and torch.equal(found.values, want.values)
     for end in ("top", "bottom"):
-        found, want = getattr(late_spectrum, end), getattr(spectrum, end)
+        found, want = getattr(deferred_spectrum, end), getattr(spectrum, end)
         torch.testing.assert_close(found.values, want.values, rtol=1e-5, atol=1e-5)
-    assert late_spectrum.trace.value == pytest.approx(spectrum.trace.value, rel=1e-4)
+    assert deferred_spectrum.trace.value == pytest.approx(spectrum.trace.value, rel=1e-4)
 
 
 @pytest.mark.parametrize("basis", ["full", "compressed"])
 @pytest.mark.parametrize("limit", range(8, 13))
-def test_late_looks_count_no_pair_twice(late, limit, basis):
+def test_deferred_runs_count_no_pair_twice(deferred, limit, basis):
     """Three eigenvalues, ten times each: fewer rows than pairs are left when products are spent."""
     A = diagonal([3.0] * 10 + [1.0] * 10 + [-2.0] * 10, F32)
     with warnings.catch_warnings():
@@ -294,12 +298,12 @@ def test_late_looks_count_no_pair_twice(late, limit, basis):
         assert (V @ V.T - torch.eye(4, dtype=F64)).abs().max() < 1e-5
 
 
-def test_late_looks_take_few_products_more_where_every_step_ends_the_space(late):
+def test_deferred_runs_take_few_more_products_if_every_step_ends_the_space(deferred):
     A = diagonal(torch.ones(47), F64)
     assert fh.eigsh(A, 47, max_matvecs=47).converged and A.matvecs <= 2 * 47
 
 
-def test_late_looks_end_at_full_rank_and_at_the_limit(late):
+def test_deferred_runs_end_at_full_rank_and_at_the_limit(deferred):
     values = torch.linspace(-3, 7, 24, dtype=F64)
     found = fh.eigsh(diagonal(values), 24, "LA", tol=1e-10)
     torch.testing.assert_close(found.values, values.flip(0), rtol=0, atol=1e-12)

@@ -1,4 +1,4 @@
-"""Lanczos steps as a GPU makes them: enqueued, counted on the device, looked at late."""
+"""Lanczos steps as a GPU makes them: enqueued, counted on the device, checked by later polls."""
 
 import functools
 import importlib
@@ -17,7 +17,7 @@ from tests.support.spectra import F64, diagonal, outliers
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_deferred_steps_are_the_same_steps(schedule):
-    """Looking late changes nothing: the same bits as looking at every step."""
+    """Deferred checks change nothing: the same bits as with a check of every step."""
     spectrum = outliers(2000)
     late = Lanczos(diagonal(spectrum), 30, seed=0, schedule=schedule, deferred=True)
     assert not late.poll(wait=False)
@@ -26,7 +26,7 @@ def test_deferred_steps_are_the_same_steps(schedule):
     late.poll(wait=False)
     for _ in range(4):
         late.step()
-    assert late.poll(wait=False)  # the state of the last look, of dcgs2 without its last row
+    assert late.poll(wait=False)  # as of the last poll; with dcgs2 without its last row
     known = 12 if schedule == "cgs2" else 11
     direct = grown(diagonal(spectrum), known, schedule=schedule)
     assert torch.equal(late.state.T[:known, :known], direct.state.T[:known, :known])
@@ -45,7 +45,7 @@ def test_deferred_steps_are_the_same_steps(schedule):
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("refill", [False, True])
-def test_a_breakdown_noticed_late_takes_the_later_rows_back(schedule, refill):
+def test_rows_after_a_breakdown_are_discarded(schedule, refill):
     values = torch.tensor([2.0] * 30 + [5.0] * 10, dtype=F64)
     krylov = Lanczos(diagonal(values), 12, seed=0, schedule=schedule, refill=refill, deferred=True)
     while krylov.size < 12 and not krylov.state.exhausted:
@@ -61,19 +61,19 @@ def test_a_breakdown_noticed_late_takes_the_later_rows_back(schedule, refill):
     assert bool((((ritz - 2).abs() < 1e-12) | ((ritz - 5).abs() < 1e-12)).all())
 
 
-def test_a_candidate_within_the_basis_takes_the_later_rows_back():
+def test_rows_after_a_candidate_within_the_basis_are_discarded():
     krylov = Lanczos(diagonal(outliers(2000)), 12, seed=0, deferred=True)
     for _ in range(8):
         krylov.step()
     krylov.state.coefficients.gauges[5, 1] = 0.9e-4 * krylov.state.coefficients.gauges[5, 0]
     krylov.poll(wait=True)
     assert krylov.state.broke_down and krylov.size == 5 and not krylov.state.T[5].any()
-    assert not krylov.deferred and krylov.poll(wait=False)  # from here on each step is looked at
+    assert not krylov.deferred and krylov.poll(wait=False)  # from here on every step is checked
 
 
 @pytest.mark.parametrize("kept", [None, 5])
-def test_a_look_without_waiting_launches_no_kernel(kept):
-    """Four calls of the contract make a step; a look copies the ledger, also behind a restart."""
+def test_a_poll_without_waiting_launches_no_kernel(kept):
+    """A poll only copies the coefficients, also after a restart."""
     krylov, calls = Lanczos(diagonal(outliers(2000)), 30, seed=0, deferred=True), []
     if kept is not None:
         while krylov.size < 30:
@@ -112,8 +112,8 @@ def test_nan_in_a_deferred_product_is_reported():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("basis", ["full", "compressed"])
-def test_a_step_that_counts_for_itself_is_the_same_step(backend, basis):
-    """What a CUDA graph would replay: the same call each time, the row counted in a cell."""
+def test_a_step_that_counts_its_row_is_the_same_step(backend, basis):
+    """What a CUDA graph would replay: the same call each time; a cell counts the rows."""
     spectrum = outliers(2000)
     krylov = Lanczos(diagonal(spectrum), 20, seed=0, backend=backend, basis=basis)
     counter = krylov.state.coefficients.counter
@@ -134,7 +134,7 @@ def test_a_step_that_counts_for_itself_is_the_same_step(backend, basis):
     assert torch.equal(krylov.state.coefficients.T[:8, :8], direct.state.T[:8, :8])
 
 
-def test_replay_says_why_steps_are_not_captured():
+def test_graph_says_why_steps_are_not_captured():
     assert grown(diagonal(torch.arange(1.0, 50.0)), 5).graph == "eager: cpu has no CUDA graphs"
     krylov = grown(diagonal(torch.arange(1.0, 50.0)), 5, graph=False)
     assert krylov.graph == "eager: graph=False"
@@ -183,7 +183,7 @@ def test_a_deferred_step_reads_nothing_back(schedule, basis):
     with NothingReadBack():
         for _ in range(5):
             krylov.step()
-        krylov.poll(wait=False)  # the first look only sends the state on its way
+        krylov.poll(wait=False)  # the first poll only begins a copy
     krylov = Lanczos(A, 10, deferred=False, **options)
     with NothingReadBack(), pytest.raises(AssertionError, match="waits for the device"):
         krylov.step()

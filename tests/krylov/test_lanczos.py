@@ -39,7 +39,7 @@ def test_orthogonal_at_100_steps_on_a_resnet20():
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_lanczos_relation_holds(schedule):
-    """H V' = V' T + beta q e' to rounding, the last row's link included."""
+    """A V' = V' T + beta q e' to rounding, including the coupling of the last row."""
     spectrum = outliers(2000)
     krylov = grown(diagonal(spectrum), 30, schedule=schedule)
     V, T = krylov.state.basis.rows(30), krylov.state.T[:30, :30]
@@ -121,7 +121,7 @@ def test_full_basis_and_unknown_schedule_are_errors():
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("scale", [1e-12, 1e12])
 def test_breakdowns_end_at_any_scale(schedule, scale):
-    """A fresh direction has norm 1, whatever the scale of the operator."""
+    """A random direction has norm 1, whatever the scale of the operator."""
     values = torch.tensor([2.0] * 30 + [5.0] * 10, dtype=F64) * scale
     krylov = grown(diagonal(values, F32), 12, schedule=schedule)
     assert krylov.size == 12 and krylov.A.matvecs < 30
@@ -155,7 +155,7 @@ def test_compressed_basis_reaches_the_accuracy_of_its_rounding(schedule, dtype):
 
 
 def test_offloaded_basis_equals_the_full_one():
-    """Its logic, with a host for the device: rows brought in chunks, finished rows sent back."""
+    """Its logic on a CPU: rows are copied in chunks, finished rows are copied back."""
     spectrum = outliers(2000)
     for chunk in (1, 3, 50):
         krylov = Lanczos(diagonal(spectrum), 30, seed=0)
@@ -177,7 +177,7 @@ def test_offloaded_basis_equals_the_full_one():
 
 
 def test_a_run_is_freed_when_it_is_dropped():
-    """No cycle keeps a basis alive until the collector comes."""
+    """No reference cycle keeps a basis alive until the garbage collector runs."""
     gc.disable()
     try:
         krylov = grown(diagonal(torch.arange(1.0, 50.0)), 5)

@@ -1,4 +1,4 @@
-"""No wanted eigenvalue is missing: copies of multiple ones, close pairs, values passed over."""
+"""No wanted eigenvalue is missing: copies of multiple ones, close pairs, values overlooked."""
 
 import math
 import warnings
@@ -31,7 +31,7 @@ def wanted(values, k, which):
 
 
 def wrong(found, values, which, error=2e-3):
-    """Whether a result that says "converged" is off."""
+    """Whether a result that says "converged" is wrong."""
     want = wanted(values, len(found.values), which)
     got = found.values.abs() if which == "LM" else found.values
     floor = 1e-6 * float(values.abs().max())
@@ -70,7 +70,7 @@ def test_pairs_closer_than_tol(apart):
 
 
 def test_a_close_pair_in_front_of_a_dense_bulk():
-    """Spectrum of LUNDA (147 x 147): a pair 9e-4 apart, of which one seed in four found one."""
+    """Spectrum of LUNDA (147 x 147), a pair 9e-4 apart: one seed in four found only one of it."""
     top = torch.tensor(
         [2.23854064, 2.21040215, 2.19788363, 2.16594143, 2.12213122, 2.10704309, 2.08478198,
          2.03935452, 2.03316370, 2.03142322, 2.00409166, 1.98642469, 1.98055200, 1.95133679],
@@ -127,7 +127,7 @@ def test_too_few_products_to_tell_is_no_convergence():
     assert found.matvecs == full.matvecs - 2
 
 
-def test_same_seed_same_bits_and_late_looks_agree(monkeypatch):
+def test_same_seed_same_bits_and_deferred_runs_agree(monkeypatch):
     values = torch.cat([VALUES.repeat_interleave(2), BULK])
     first, again = (fh.eigsh(diagonal(values), 5, seed=3) for _ in range(2))
     assert torch.equal(first.vectors, again.vectors) and first.matvecs == again.matvecs
@@ -135,9 +135,9 @@ def test_same_seed_same_bits_and_late_looks_agree(monkeypatch):
     monkeypatch.setattr(
         eigsh_module, "Lanczos", lambda *a, **o: krylov(*a, **o | {"deferred": True})
     )
-    late = fh.eigsh(diagonal(values), 5, seed=3)
-    assert late.converged
-    torch.testing.assert_close(late.values, first.values, rtol=1e-6, atol=0)
+    deferred = fh.eigsh(diagonal(values), 5, seed=3)
+    assert deferred.converged
+    torch.testing.assert_close(deferred.values, first.values, rtol=1e-6, atol=0)
 
 
 def test_the_polynomials_bound_the_weight_at_a_point():
@@ -215,7 +215,7 @@ def test_float32_operators_of_any_norm(scale, schedule):
 
 
 def test_residuals_of_inexact_products_are_measured():
-    """Bounds on |A v - theta v| within a factor of 2, whatever the products err by."""
+    """Bounds on |A v - theta v| within a factor of 2, for every kind of error in products."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4))
 
@@ -258,7 +258,7 @@ def test_an_operator_that_is_zero(which, n):
     assert found.converged and not found.values.any()
 
 
-def test_a_dead_layer_beside_others():
+def test_a_dead_layer_among_others():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 3))
     with torch.no_grad():

@@ -33,7 +33,7 @@ def operator(name, device, dtype=F64):
 
 
 def mlp(device, width=64):
-    """A Hessian that a step can be captured of, large enough for 60 rows."""
+    """A Hessian whose steps can be captured, large enough for 60 rows."""
     # the same on any default device of the caller's
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
@@ -156,7 +156,7 @@ def check_unchanged(device):
 
 
 def check_launches(device, backend):
-    """Kernels of an eager step outside its product, looks included."""
+    """Kernels of an eager step outside its product, polls included."""
     d = torch.linspace(1, 3, 100_003, device=device)
     A = fh.SymmetricOperator(lambda v: d * v, len(d), device=device, check=False)
     krylov = Lanczos(A, 70, seed=0, backend=backend, deferred=True)
@@ -175,7 +175,7 @@ def check_launches(device, backend):
     steps(3)
     step, product = per_step(steps, device), per_step(products, device)
     assert step["kernels"] - product["kernels"] <= 4, (step, product)
-    # a look may wait for the device to reach the last one; a step for nothing
+    # a poll may wait until the device reaches the previous one; a step never waits
     assert per_step(lambda count: steps(count, 100), device)["waits"] == 0
 
 
