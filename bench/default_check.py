@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import fasthessian as fh
-from fasthessian.operators.curvature import Curvature
+from fasthessian.operators import examination
 from fasthessian.operators.products.function_check import RIGHT
 from fasthessian.operators.products.function_guard import Functions
 
@@ -150,16 +150,16 @@ def cost():
                 H = fh.Hessian(model, *made[1:], engine="recompute")
                 gradient = seconds(H.gradient)
                 checked = seconds(lambda m=model, r=made: fh.Hessian(m, *r[1:], engine="recompute"))
-                held = Functions.verdict, Functions.untrusted, Curvature._compare_slope
+                held = Functions.verdict, Functions.unchecked, examination.compare_slope
                 Functions.verdict = lambda self, *_: RIGHT
-                Functions.untrusted = lambda self, *_, **__: []
-                Curvature._compare_slope = lambda self, _: None
+                Functions.unchecked = lambda self, *_, **__: []
+                examination.compare_slope = lambda *_: ""
                 try:
                     bare = seconds(
                         lambda m=model, r=made: fh.Hessian(m, *r[1:], engine="recompute")
                     )
                 finally:
-                    Functions.verdict, Functions.untrusted, Curvature._compare_slope = held
+                    Functions.verdict, Functions.unchecked, examination.compare_slope = held
             finally:
                 F.relu, F.gelu = relu, gelu
             yield f"{name}, {kind}", (checked - bare) / gradient

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fasthessian.errors import InputTypeError
 from fasthessian.operators.loss.calls import scalar
+from fasthessian.operators.loss.coupling import Coupling
 from fasthessian.operators.loss.model_loss import Part
 from fasthessian.operators.torch_state.conditions import (
     Buffers,
@@ -39,6 +41,7 @@ class ClosureLoss:
         "create_graph=True; pass one that only returns the loss (for an optimizer's closure: "
         "without zero_grad() and backward())"
     )
+    model = None
     replayable = True
     size = count = 1
     note = ""
@@ -56,7 +59,14 @@ class ClosureLoss:
         self._levels: list[tuple[Buffers, Copies]] = []  # of the scopes that are open
 
     def survey(self) -> None:
+        """Nothing to look at: there are no batches."""
+
+    def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
         """Nothing to count."""
+
+    def coupling(self, params: Sequence[Tensor], allowed: float) -> Coupling:
+        """That it does not apply."""
+        return Coupling(math.nan, -1, "a closure has no batches")
 
     def entries(self, whole: bool) -> Iterator[Entry]:
         """The tensors given as ``params``, and what can be reached from the closure."""

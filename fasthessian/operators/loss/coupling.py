@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasthessian.errors import InputError
 from fasthessian.memory import out_of_memory
 from fasthessian.operators.loss.batches import Batch, cut, halves, items, samples
-from fasthessian.operators.loss.model_loss import ModelLoss
+from fasthessian.operators.loss.terms import Terms
 
 ATOMS = (str, bytes, bool, int, float, complex, type(None))
+
+
+class Batched(Protocol):
+    """A loss over batches; see ``ModelLoss``."""
+
+    model: nn.Module
+    microbatch: int | None
+    terms: Terms
+
+    def batches(self) -> Generator[tuple[int, Batch], None, None]:
+        """(index, batch) of those that have a weight."""
+
+    def gradient(
+        self, batch: Batch, params: Sequence[Tensor], moved: bool = False
+    ) -> tuple[Sequence[Tensor], list[float]]:
+        """The gradient of the loss of a batch, and its denominators."""
+
+    def varies(self, batch: Batch) -> bool:
+        """Whether the loss of a batch depends on the random numbers that it draws."""
 
 
 class Coupling(NamedTuple):
@@ -26,7 +45,7 @@ class Coupling(NamedTuple):
     reason: str  # why a batch could not be cut; empty if all could
 
 
-def coupling(loss: ModelLoss, params: Sequence[Tensor], allowed: float) -> Coupling:
+def coupling(loss: Batched, params: Sequence[Tensor], allowed: float) -> Coupling:
     """Relative change of a batch's gradient when it is cut into microbatches, or in two.
 
     Costs two gradients of every batch. Where the change is more than ``allowed``, it is measured
@@ -50,7 +69,7 @@ def coupling(loss: ModelLoss, params: Sequence[Tensor], allowed: float) -> Coupl
 
 
 def _of_microbatches(
-    loss: ModelLoss, index: int, batch: Batch, params: Sequence[Tensor], allowed: float
+    loss: Batched, index: int, batch: Batch, params: Sequence[Tensor], allowed: float
 ) -> tuple[float, str]:
     """The change of a batch, or of as much of it as fits, or NaN and why that does not tell."""
     most, whole = loss.microbatch, batch
@@ -73,7 +92,7 @@ def _of_microbatches(
 
 
 def _of_halves(
-    loss: ModelLoss, batch: Batch, params: Sequence[Tensor], allowed: float
+    loss: Batched, batch: Batch, params: Sequence[Tensor], allowed: float
 ) -> tuple[float, str]:
     """The change of a batch that is cut in two, or NaN and why that does not tell."""
     if samples(batch) < 2:
@@ -92,7 +111,7 @@ def _of_halves(
     return (math.nan, reason) if reason else (change, "")
 
 
-def _unlike(loss: ModelLoss, batch: Batch) -> str:
+def _unlike(loss: Batched, batch: Batch) -> str:
     """Why halves that do not make up a batch may be no halves of its samples; empty if nothing."""
     count = samples(batch)
     for item in items(batch):
@@ -108,7 +127,7 @@ def _unlike(loss: ModelLoss, batch: Batch) -> str:
 
 
 def _smaller(
-    loss: ModelLoss,
+    loss: Batched,
     batch: Batch,
     chunks: Iterable[Batch],
     params: Sequence[Tensor],
@@ -133,7 +152,7 @@ def _smaller(
 
 
 def _change(
-    loss: ModelLoss,
+    loss: Batched,
     batch: Batch,
     whole: tuple[Sequence[Tensor], Any],
     chunks: Sequence[Batch],

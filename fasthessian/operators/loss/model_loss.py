@@ -6,6 +6,7 @@ batch is its number of terms over the total, so ragged batches give what one bat
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -17,14 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.memory import out_of_memory
-from fasthessian.operators.loss.batches import (
-    Batch,
-    check_batch,
-    cut,
-    samples,
-    size,
-    to_device,
-)
+from fasthessian.operators.loss.batches import Batch, check_batch, cut, samples, size, to_device
 from fasthessian.operators.loss.calls import (
     call,
     call_whole,
@@ -35,12 +29,14 @@ from fasthessian.operators.loss.calls import (
     without_loss,
 )
 from fasthessian.operators.loss.counting import decide, keyed
+from fasthessian.operators.loss.coupling import Coupling, coupling
 from fasthessian.operators.loss.denominators import denominators
 from fasthessian.operators.loss.sources import Memory, Stream, source
 from fasthessian.operators.loss.terms import Terms
 from fasthessian.operators.loss.trials import SHARP, Gradient, Trials
 from fasthessian.operators.torch_state.conditions import own_buffers, seeded, shifted, training
 from fasthessian.operators.torch_state.hooks import acting
+from fasthessian.operators.torch_state.scopes import Scope
 from fasthessian.operators.torch_state.watch import DATA, OTHER, POINT, Entry, of_module, reach
 from fasthessian.vectors import real
 
@@ -225,6 +221,17 @@ class ModelLoss:
                 raise
         with training(self.roots, "own"):
             return self.evaluate(part)[1]
+
+    def coupling(self, params: Sequence[Tensor], allowed: float) -> Coupling:
+        """See ``coupling.coupling``; the terms are counted again first, unless a callable does."""
+        if not callable(self.terms.given):
+            with contextlib.suppress(ValueError):  # weights were given since none are right
+                self.count_terms(params, allowed)
+        return coupling(self, params, allowed)
+
+    def engaged(self) -> Scope[None]:
+        """Nothing more to protect than the ``roots``."""
+        return Scope(lambda undo: None)
 
     def varies(self, batch: Batch) -> bool:
         """Whether the loss of a batch depends on the random numbers that it draws."""
