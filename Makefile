@@ -57,12 +57,13 @@ bench: .venv/.ready
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(PEERS)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(PEERS_NEED)
 	$(BIN)/python -m pytest -q -s bench
+	$(BIN)/python -m bench.harness.table
 
 gpu:
-	$(PYTHON) bench/gpu.py
+	$(PYTHON) -m bench.gpu.run
 
 tune:
-	PYTHONPATH=. $(PYTHON) bench/gpu_tune.py
+	$(PYTHON) -m bench.gpu.tune
 
 clean:
 	rm -rf .venv build *.egg-info fasthessian/_native*.so

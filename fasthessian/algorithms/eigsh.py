@@ -15,6 +15,7 @@ from fasthessian.arguments import Progress, integer, positive, seed_of
 from fasthessian.errors import InputError
 from fasthessian.kernels.contract import MAX_BLOCK
 from fasthessian.krylov.basis import Basis
+from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.found import Found
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
@@ -262,12 +263,12 @@ def _refined(
     k = len(X)
     Y = torch.empty_like(X)
     yield Request(A, X, Y)
-    grams = [torch.empty(k, k, dtype=torch.float64, device=X.device) for _ in range(2)]
+    products = [torch.empty(k, k, dtype=torch.float64, device=X.device) for _ in range(2)]
     for start in range(0, k, MAX_BLOCK):
         rows = slice(start, start + MAX_BLOCK)
-        for gram, right in zip(grams, (X, Y), strict=True):
-            gram[:, rows], _ = backend.project_(X, right[rows])
-    overlap, projection = (gram.cpu() for gram in grams)
+        for product, right in zip(products, (X, Y), strict=True):
+            product[:, rows], _ = dots(backend, X, right[rows])
+    overlap, projection = (product.cpu() for product in products)
     # the pencil (X A X', X X') through the Cholesky factor of X X', which is I to about 1e-3
     L = torch.linalg.cholesky(overlap)
     inner = torch.linalg.solve_triangular(L, (projection + projection.T) / 2, upper=False)
@@ -281,7 +282,7 @@ def _refined(
         Basis(rows_of, 1.0, backend).rotate(mix)
     for i, (x, y) in enumerate(zip(X, Y, strict=True)):
         y.add_(x, alpha=-float(found[i]))
-        residuals[i] = math.sqrt(float(backend.project_(Y[:0], y[None])[1][0, 0]))
+        residuals[i] = math.sqrt(float(gram(backend, y[None])))
     return found, residuals
 
 

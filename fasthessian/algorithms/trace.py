@@ -15,6 +15,7 @@ from fasthessian import kernels
 from fasthessian.algorithms.intervals import Spread
 from fasthessian.arguments import Progress, integer, positive, seed_of
 from fasthessian.errors import ConvergenceWarning, InputError, InputTypeError
+from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.lanczos import NOISE
 from fasthessian.krylov.lockstep import Asking, Run, solve
 from fasthessian.operators.base import SymmetricOperator, operator
@@ -59,8 +60,8 @@ def trace(  # type: ignore[misc]  # the overloads leave the options to this one
     ``1 + rtol^2`` keeps a trace near 0 from being taken for another one at one of many looks.
 
     The interval covers the trace as often as ``confidence`` says, to 2 % at 95 %: measured over
-    500 seeds on the spectra of bench/coverage.py, skewed ones and eigenvectors on few coordinates
-    among them, deflated or not, at the first look and later.
+    500 seeds on the spectra of bench/cases/coverage.py, skewed ones and eigenvectors on few
+    coordinates among them, deflated or not, at the first look and later.
 
     With ``deflate`` the trace is ``sum theta + tr(P A P)``, P = I - Q'Q for the eigenvectors Q, and
     only the second term is sampled (the idea of Hutch++, arXiv 2010.09649): a few outliers that
@@ -179,11 +180,11 @@ def estimate(
         for i in range(b):
             serve.signs_(rows[i], seed, (skip + s + i) * n)
         yield from products_of(rows[:b], products[:b])
-        C, _ = serve.project_(rows[:b], products[:b])
+        C, _ = dots(serve, rows[:b], products[:b])
         samples = torch.cat((samples, C.diagonal().cpu()))
         y = rows[:b].mul_(products[:b])
         y.sub_(y[0].clone())  # leaves nothing of a diagonal A
-        spread.add(serve.project_(y[:0], y)[1])
+        spread.add(gram(serve, y))
         s, value = len(samples), float(samples.mean())
         stderr, half = spread.interval(samples, confidence)
         wanted = rtol * abs(value) / math.sqrt(1 + rtol**2)
@@ -248,7 +249,7 @@ def _diagonal(
         units[:, i : i + b].fill_diagonal_(1.0)
         yield Request(A, units, out)
         diagonal += out[:, i : i + b].diagonal().tolist()
-        squares += float(serve.project_(out[:0], out)[1].trace())
+        squares += float(gram(serve, out).trace())
         told()
     return math.fsum(diagonal), math.fsum(map(abs, diagonal)) + math.sqrt(squares)
 
@@ -263,10 +264,11 @@ def _deflated(
     """Products of P A P + (sum theta / n) I, which has the trace of A."""
     Q = pairs.vectors.contiguous()
     shift = float(pairs.values.sum()) / Q.shape[1]
-    blocks = [serve.project_(Q, Q[i : i + BLOCK])[0] for i in range(0, len(Q), BLOCK)]
+    blocks = [dots(serve, Q, Q[i : i + BLOCK])[0] for i in range(0, len(Q), BLOCK)]
     if blocks:
-        gram = torch.cat(blocks, 1)
-        off = float((gram - torch.eye(len(Q), dtype=gram.dtype, device=gram.device)).abs().max())
+        overlap = torch.cat(blocks, 1)
+        eye = torch.eye(len(Q), dtype=overlap.dtype, device=overlap.device)
+        off = float((overlap - eye).abs().max())
         if not (off < SKEW and math.isfinite(shift)):
             raise InputError(
                 f"deflate must hold orthonormal vectors and finite values as eigsh returns them, "
@@ -275,9 +277,9 @@ def _deflated(
 
     def products_of(V: Tensor, out: Tensor) -> Asking:
         rest = V.clone()
-        serve.update_(Q, rest, serve.project_(Q, rest)[0])
+        serve.update_(Q, rest, dots(serve, Q, rest)[0])
         yield Request(A, rest, out)
-        serve.update_(Q, out, serve.project_(Q, out)[0])
+        serve.update_(Q, out, dots(serve, Q, out)[0])
         out.add_(V, alpha=shift)
 
     return products_of

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fasthessian.errors import InputError, InputTypeError, InsufficientMemoryError
 from fasthessian.kernels.contract import Count
+from fasthessian.krylov.dots import dots, gram
 from fasthessian.memory import available_bytes, readable
 from fasthessian.vectors import empty_rows, stride_bytes
 
@@ -33,7 +34,7 @@ GPU_NUMBERS = 1 << 25  # numbers widened to float64 at a time on a GPU: 256 MiB
 class Basis:
     """Rows of a basis in one tensor ``stored`` (rows, n), V = stored / scale.
 
-    ``project_`` and ``update_`` are those of the kernel contract on the stored rows: dots come
+    ``dots`` and ``update_`` are those of the kernel contract on the stored rows: dots come
     out, and coefficients go in, in the units of the stored rows (see ``coefficients``).
     """
 
@@ -51,15 +52,12 @@ class Basis:
         return V if self.scale == 1.0 else V.double() / self.scale
 
     def coefficients(self, C: Tensor) -> Tensor:
-        """From dots as ``project_`` gives them to the H that subtracts those parts of V."""
+        """From dots as ``dots`` gives them to the H that subtracts those parts of V."""
         return C / self.scale**2
 
-    def project_(
-        self, W: Tensor, H: Tensor | None = None, *, count: Count
-    ) -> tuple[Tensor, Tensor]:
-        """``kernels.project_`` over the first ``count`` rows."""
-        found: tuple[Tensor, Tensor] = self.kernels.project_(self.stored, W, H, count=count)
-        return found
+    def dots(self, W: Tensor, H: Tensor | None = None, *, count: Count) -> tuple[Tensor, Tensor]:
+        """``dots`` over the first ``count`` rows."""
+        return dots(self.kernels, self.stored, W, H, count=count)
 
     def update_(
         self,
@@ -117,19 +115,17 @@ class Offloaded(Basis):
     def _device(self) -> torch.device:
         return self._like.device
 
-    def project_(
-        self, W: Tensor, H: Tensor | None = None, *, count: Count
-    ) -> tuple[Tensor, Tensor]:
+    def dots(self, W: Tensor, H: Tensor | None = None, *, count: Count) -> tuple[Tensor, Tensor]:
         """One stream without H; with it two, since all rows are subtracted before the dots."""
         if H is not None:
             self.update_(W, H, count=count)
         C = torch.zeros(self.stored.shape[0], W.shape[0], dtype=torch.float64, device=W.device)
         G = None
         for buffer, first, rows in self._chunks(_known(count)):
-            part, G = self.kernels.project_(buffer, W, count=rows)
+            part, G = dots(self.kernels, buffer, W, count=rows)
             C[first : first + rows] = part[:rows]
         if G is None:
-            _, G = self.kernels.project_(self._buffers[0][:0], W)
+            G = gram(self.kernels, W)
         return C, G
 
     def update_(

@@ -27,6 +27,7 @@ from fasthessian.kernels.contract import CANCELLED
 from fasthessian.krylov import basis as bases
 from fasthessian.krylov.coefficients import Ledger, State
 from fasthessian.krylov.cuda_graph import Replay
+from fasthessian.krylov.dots import gram
 from fasthessian.krylov.lockstep import Asking, answer
 from fasthessian.krylov.rows import Rows
 from fasthessian.operators.base import ASYMMETRY, SymmetricOperator, multiply
@@ -238,7 +239,7 @@ class Lanczos(Rows):
             self._absorb_classical()
 
     def _absorb_delayed(self, made: int | Tensor, both: int | Tensor, making: int | Tensor) -> None:
-        C, G = self.basis.project_(self.W, count=made)
+        C, G = self.basis.dots(self.W, count=made)
         H, S = self.kernels.recur_(
             C, G, self.ledger.T, self.ledger.gauges, count=both, scale=self.basis.scale
         )
@@ -247,8 +248,8 @@ class Lanczos(Rows):
     def _absorb_classical(self) -> None:
         j, scale, basis = self.size, self.basis.scale, self.basis
         w = self.W[1 - self._u][None]
-        first, _ = basis.project_(w, count=j + 1)
-        second, G = basis.project_(w, basis.coefficients(first), count=j + 1)
+        first, _ = basis.dots(w, count=j + 1)
+        second, G = basis.dots(w, basis.coefficients(first), count=j + 1)
         nu2 = G[0, 0] - (second / scale).square().sum()
         S = torch.where(nu2 > 0, nu2, torch.inf).rsqrt().reshape(1, 1)
         basis.update_(w, basis.coefficients(second), S, count=j + 1, append=True)
@@ -262,8 +263,7 @@ class Lanczos(Rows):
     def _state(self) -> State:
         """The ledger with the candidate's norm, on its way to the host."""
         if self.delayed:
-            _, G = self.kernels.project_(self.W[:0], self.W[:1])
-            self.ledger.candidate(self.size, G[0, 0])
+            self.ledger.candidate(self.size, gram(self.kernels, self.W[:1])[0, 0])
         return State(self.ledger, self.size)
 
     def _passed_state(self) -> State | None:

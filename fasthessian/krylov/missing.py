@@ -29,6 +29,7 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
+from fasthessian.krylov.dots import dots
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.three_term import ThreeTerm
 from fasthessian.operators.request import Request
@@ -121,7 +122,7 @@ def search(
     krylov.combine(S[:, wanted], Q)
 
     def deflate_(w: Tensor) -> None:
-        C, _ = krylov.kernels.project_(Q, w)
+        C, _ = dots(krylov.kernels, Q, w)
         krylov.kernels.update_(Q, w, C)
 
     sides = [

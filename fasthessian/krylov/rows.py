@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasthessian.krylov.basis import Basis
 from fasthessian.krylov.coefficients import Ledger
+from fasthessian.krylov.dots import dots, gram
 from fasthessian.operators.base import SymmetricOperator
 
 X = TypeVar("X", float, Tensor)
@@ -42,14 +43,14 @@ class Rows:
 
     def project_out_(self, w: Tensor) -> None:
         """Subtract from w (1, n) its parts along the rows."""
-        C, _ = self.basis.project_(w, count=self.size)
+        C, _ = self.basis.dots(w, count=self.size)
         self.basis.update_(w, self.basis.coefficients(C), count=self.size)
 
     def add_candidate_(self, w: Tensor, factor: float, v: Tensor) -> None:
         """Add ``factor (q v) q`` to w (1, n) for v (1, n), q the candidate's direction."""
         u = self.W[self._u][None]
-        C, _ = self.kernels.project_(u, v)
-        _, G = self.kernels.project_(u[:0], u)
+        C, _ = dots(self.kernels, u, v)
+        G = gram(self.kernels, u)
         self.kernels.update_(u, w, torch.where(G > 0, -factor * C / G, 0.0))
 
     @property
@@ -70,7 +71,7 @@ class Rows:
 
     def _chosen_factor(self, w: Tensor) -> float:
         """A power of 2 by which products are multiplied, so that ||A||^2 is in W's range."""
-        size = math.sqrt(float(self.kernels.project_(w[:0], w)[1]))
+        size = math.sqrt(float(gram(self.kernels, w)))
         extreme = math.isfinite(size) and size > 0 and not LEAST < size < 1 / LEAST
         return 2.0 ** -max(-126, min(126, math.floor(math.log2(size)))) if extreme else 1.0
 
@@ -89,7 +90,7 @@ class Rows:
         fill(row[0], self.seed, self.next_offset())
         for _ in range(2 if size else 0):
             self.project_out_(row)
-        _, G = self.kernels.project_(row[:0], row)
+        G = gram(self.kernels, row)
         none = torch.zeros(0, 1, dtype=torch.float64, device=row.device)
         self.kernels.update_(row[:0], row, none, G.rsqrt())
         if not self.delayed:

@@ -15,6 +15,7 @@ from torch import Tensor
 from fasthessian import kernels
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import check_room
+from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.lanczos import NOISE
 from fasthessian.krylov.lockstep import Asking, answer
 from fasthessian.operators.base import SymmetricOperator
@@ -82,8 +83,7 @@ class ThreeTerm:
         fill(start[0], seed, offset)
         if prepare is not None:
             prepare(start)
-        _, G = self._kernels.project_(start[:0], start)
-        self._rescale(start, G)
+        self._rescale(start, gram(self._kernels, start))
 
     def step(self) -> None:
         """One more row of T by a product of the operator; see ``advance``."""
@@ -98,8 +98,8 @@ class ThreeTerm:
             self._restrict(q, w)
         if j:
             serve.update_(rows[(j - 1) % 3][None], w, self._entries[j - 1, 1:, None])
-        C, _ = serve.project_(q, w)
-        _, G = serve.project_(q, w, C)
+        C, _ = dots(serve, q, w)
+        _, G = dots(serve, q, w, C)
         self._entries[j] = torch.cat((C[0], G[0].sqrt()))
         self._rescale(w, G)
         if self._project is not None:  # the less is left, the more of it is rounding

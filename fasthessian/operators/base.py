@@ -13,7 +13,7 @@ from fasthessian import kernels
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.kept import Kept
 from fasthessian.operators.request import Request
-from fasthessian.operators.torch_state.scopes import grad_mode, ordinary, restored
+from fasthessian.operators.torch_state.scopes import grad_mode, no_inference_mode, restored
 
 FLOATS = (torch.float32, torch.float64)
 # Allowed |u'Av - v'Au| over ||Au|| + ||Av||, u and v of N(0, 1). Far above rounding, and above
@@ -98,7 +98,7 @@ class SymmetricOperator:
     def __matmul__(self, v: Tensor) -> Tensor:
         """A v for v (n,), or the products of the rows of v (b, n)."""
         self._accepts("v", v, (1, 2))
-        with ordinary():  # the result is an ordinary tensor in every mode
+        with no_inference_mode():  # the result is an ordinary tensor in every mode
             V = v.detach().reshape(-1, self.n)
             if V.is_inference() or not V.is_contiguous():
                 V = V.clone(memory_format=torch.contiguous_format)
@@ -223,7 +223,7 @@ def multiply(requests: Iterable[Request]) -> None:
         elif len(V):
             shared.setdefault(id(A._matrix), []).append(request)
     for group in shared.values():
-        with ordinary(), grad_mode(False):
+        with no_inference_mode(), grad_mode(False):
             group[0].operator._matrix._multiply(group)
         for request in group:
             _accept(request)

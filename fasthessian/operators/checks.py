@@ -16,8 +16,8 @@ from fasthessian.operators.matrix import Matrix
 from fasthessian.operators.products.differences import DIFFERENCE, distances
 from fasthessian.operators.products.slopes import ALLOWED, distance
 from fasthessian.operators.request import Request
-from fasthessian.operators.torch_state.conditions import in_turn
-from fasthessian.operators.torch_state.scopes import set_to
+from fasthessian.operators.torch_state.lock import exclusive
+from fasthessian.operators.torch_state.scopes import set_attribute
 from fasthessian.results.records import Record
 
 
@@ -111,7 +111,7 @@ def _forward(A: Matrix, v: Tensor, Av: Tensor) -> float:
     return float((found.double() - Av.double()).norm()) / (float(Av.double().norm()) or 1.0)
 
 
-@in_turn
+@exclusive
 def _by_forward(A: Matrix, v: Tensor) -> Tensor:
     """The product with v (n,) by engine "forward", whatever the engine of A; it is not counted."""
     evaluation = A._evaluation
@@ -120,7 +120,7 @@ def _by_forward(A: Matrix, v: Tensor) -> Tensor:
 
     def made() -> None:
         with (
-            set_to(evaluation, "options", forward),
+            set_attribute(evaluation, "options", forward),
             evaluation.conditions() as params,
             closing(evaluation.loss.parts()) as parts,
         ):

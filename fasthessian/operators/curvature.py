@@ -26,7 +26,7 @@ from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.request import Request
 from fasthessian.operators.source import Source
-from fasthessian.operators.torch_state.conditions import in_turn
+from fasthessian.operators.torch_state.lock import exclusive
 from fasthessian.vectors import Layout, real
 
 
@@ -54,14 +54,17 @@ class Curvature(SymmetricOperator):
     _exact = False  # whether the matrix is the derivative of the gradient
 
     def __init__(self, source: Source, options: Options) -> None:
-        """Check the loss, choose the engine and keep the first graph; the caller holds the turn."""
+        """Check the loss, choose the engine and keep the first graph.
+
+        The caller holds the lock of the process.
+        """
         loss, params = source.loss, source.params
         options.check(next(iter(params.values())).device, closure=loss.model is None)
         layout = Layout(params, parameters.common_dtype(params))
         dtypes = {name: p.dtype for name, p in params.items()}
 
         def followed() -> dict[str, Tensor]:
-            return parameters.followed(layout, dtypes, loss.named())
+            return parameters.followed(layout, dtypes, loss.named_parameters())
 
         self.layout, self._places, self._loss = layout, range(len(params)), loss
         self._describe(layout.n, layout.dtype, layout.device)
@@ -72,7 +75,7 @@ class Curvature(SymmetricOperator):
         words = self._evaluation.within_memory(lambda: prepare(self), what)
         self.engine = words + source.note
 
-    @in_turn
+    @exclusive
     def _multiply(self, requests: Sequence[Request]) -> None:
         """Products with this matrix or with blocks of it, in one pass over the data.
 
@@ -222,10 +225,10 @@ class Curvature(SymmetricOperator):
 
     def theta(self) -> Tensor:
         """The parameters as they are now, one vector (n,)."""
-        named = self._loss.named()
+        named = self._loss.named_parameters()
         return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
 
-    @in_turn
+    @exclusive
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
 
@@ -253,7 +256,7 @@ class Curvature(SymmetricOperator):
 
         return evaluation.within_memory(made, "the gradient")
 
-    @in_turn
+    @exclusive
     def loss(self, offset: Tensor | None = None) -> float:
         """The loss at theta, or at theta + ``offset`` (n,), summed over the data in float64.
 
@@ -283,7 +286,7 @@ class Curvature(SymmetricOperator):
 
         return evaluation.within_memory(summed, "the loss")
 
-    @in_turn
+    @exclusive
     def check(self) -> Check:
         """Measure what could silently be wrong with this model, these data and this engine.
 

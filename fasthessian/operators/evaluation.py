@@ -20,10 +20,12 @@ from fasthessian.operators.products.function_guard import Functions
 from fasthessian.operators.products.kept_graphs import KeptGraphs
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.products.padding import Padding
-from fasthessian.operators.torch_state import hooks
-from fasthessian.operators.torch_state.conditions import engaged, in_turn, keep_values
-from fasthessian.operators.torch_state.layer_rewrites import rewritten
-from fasthessian.operators.torch_state.scopes import Scope, Undo
+from fasthessian.operators.torch_state import gradient_hooks
+from fasthessian.operators.torch_state.lock import exclusive
+from fasthessian.operators.torch_state.module_state import keep_values
+from fasthessian.operators.torch_state.patches import patched
+from fasthessian.operators.torch_state.product_state import product_state
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog
 from fasthessian.vectors import Layout, like
 
 Result = TypeVar("Result")
@@ -70,7 +72,7 @@ class Evaluation:
         self.loss, self.layout, self.options, self.kept = loss, layout, options, kept
         self.mode = options.mode
         self.functions = Functions()
-        self.hooks = hooks.Lift()
+        self.hooks = gradient_hooks.HookSwitch()
         self.findings = Findings(layout.dtype)
         self._dtypes, self._always_twice = dtypes, always_twice
 
@@ -89,7 +91,7 @@ class Evaluation:
     ) -> Scope[list[Tensor]]:
         """One pass: the parameters as they are now, inside the conditions of a product.
 
-        The caller holds the turn.
+        The caller holds the lock of the process.
 
         Args:
             curved: second derivatives are taken; else the loss or its gradient alone is needed.
@@ -102,15 +104,15 @@ class Evaluation:
         """
         mode, precision = mode or self.mode, None if exact else self.options.precision
 
-        def begin(undo: Undo) -> list[Tensor]:
+        def begin(undo: UndoLog) -> list[Tensor]:
             kept, loss = self.kept, self.loss
             params = list(kept.follow(deferred, evaluates or not deferred).values())
             copies = kept.copies if kept.capacity else None
             if evaluates or not kept.complete or not loss.counted:
-                undo.after.append(kept.watch.settle)
-            undo.enter(engaged(loss.roots, mode, self.layout.device, copies, precision))
-            undo.enter(loss.engaged())
-            undo.enter(hooks.lifted(self.hooks, params))
+                undo.after.append(kept.watch.ignore_own_changes)
+            undo.enter(product_state(loss.roots, mode, self.layout.device, copies, precision))
+            undo.enter(loss.protected())
+            undo.enter(gradient_hooks.suspended(self.hooks, params))
             if not loss.counted:
                 with Scope(self._rewrite):
                     loss.count_terms(params, self.repeated())
@@ -120,16 +122,16 @@ class Evaluation:
 
         return Scope(begin)
 
-    def _rewrite(self, undo: Undo) -> None:
+    def _rewrite(self, undo: UndoLog) -> None:
         """From now on layers and custom functions have derivatives that serve twice."""
-        undo.enter(rewritten())
+        undo.enter(patched())
         if self.twice:
             undo.enter(self.functions.watching())
 
     def moved(self, params: list[Tensor], offset: Tensor | None) -> Scope[None]:
         """Inside, the parameters are moved by the offset (n,)."""
 
-        def move(undo: Undo) -> None:
+        def move(undo: UndoLog) -> None:
             held = keep_values(undo, params)
             if offset is not None:
                 for p, at, shift in zip(params, held, self.layout.views(offset), strict=True):
@@ -152,7 +154,7 @@ class Evaluation:
             )
         return outputs, loss
 
-    @in_turn
+    @exclusive
     def coupling(self) -> Coupling:
         """Whether samples couple; in eval mode, since masks of dropout differ by microbatch."""
 
@@ -163,7 +165,7 @@ class Evaluation:
         return self.within_memory(measured, "the gradient of a batch")
 
     def within_memory(self, job: Callable[[], Result], what: str = "the product") -> Result:
-        """Do the job, and return its result; the caller holds the turn.
+        """Do the job, and return its result; the caller holds the lock of the process.
 
         Raises:
             MemoryError: memory does not suffice; what was needed and which option would help.

@@ -38,13 +38,13 @@ def prepare(A: Matrix) -> str:
         findings, unchecked = _first_part(A, part, params)
         needs = findings.graph_bytes * loss.size / part.size
         evaluation.findings = dataclasses.replace(findings, graph_bytes=needs)
-        kept.capacity, words = options.choose(needs, loss.count, loss.replayable, A.device)
+        kept.capacity, words = options.choose(needs, loss.count, loss.fixed_order, A.device)
     if loss.note:
         words += f"; {loss.note}"
     words += compare_slope(A, part)
     if options.microbatch:
         words += _check_cut(A, options.microbatch)
-    if kept.capacity and loss.replayable:
+    if kept.capacity and loss.fixed_order:
         with evaluation.conditions() as params:
             A._keep(A._new_graph(part, params), part, params)
     if options.precision is not None:
@@ -54,7 +54,7 @@ def prepare(A: Matrix) -> str:
     words += evaluation.functions.words()
     if evaluation.findings.unreached:
         words += f"; {evaluation.unreached()}"
-    if evaluation.hooks.met:
+    if evaluation.hooks.found:
         words += "; hooks on gradients do not act"
     return words
 
@@ -86,7 +86,9 @@ def _graph_of(A: Matrix, part: Part, params: list[Tensor]) -> tuple[float, Findi
     evaluation, options = A._evaluation, A._evaluation.options
     outputs, loss = evaluation.outputs_and_value(part)
     differentiated = A._differentiated(outputs, loss)
-    unreached = examine(differentiated, params, evaluation.loss.freed, twice=options.keeps_graphs)
+    unreached = examine(
+        differentiated, params, evaluation.loss.freed_graph_advice, twice=options.keeps_graphs
+    )
     lowest, rows = coarsest(loss), tuple(padding(loss, params))
     if not options.keeps_graphs:
         check_untied(rows, evaluation.layout.names, options.engine)

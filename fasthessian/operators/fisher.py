@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.jmj import JMJ, Scores
 from fasthessian.operators.loss.batches import samples
-from fasthessian.operators.loss.criteria import is_torchs
-from fasthessian.operators.loss.likelihood import class_per_sample, sampled_scores, weighted
+from fasthessian.operators.loss.criteria import is_torch_loss
+from fasthessian.operators.loss.likelihood import class_per_sample, class_weighted, sampled_scores
 from fasthessian.operators.loss.model_loss import Part
 from fasthessian.operators.products.linearised import Middle
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.source import of_model
-from fasthessian.operators.torch_state.conditions import in_turn
+from fasthessian.operators.torch_state.lock import exclusive
 
 
 class EmpiricalFisher(JMJ):
@@ -47,7 +47,7 @@ class EmpiricalFisher(JMJ):
         tensor([2., 0.])
     """
 
-    @in_turn
+    @exclusive
     def __init__(
         self,
         model: nn.Module,
@@ -74,8 +74,8 @@ class EmpiricalFisher(JMJ):
         )
         criterion, terms = self._loss.criterion, self._loss.terms
         found = self._categorical(part, z, loss)
-        if found is None and not is_torchs(criterion):
-            found = weighted(criterion, part.batch, z, slopes)
+        if found is None and not is_torch_loss(criterion):
+            found = class_weighted(criterion, part.batch, z, slopes)
         if found is not None:
             # total s_r / weight_r is the slope of the term alone
             factor = torch.where(found.weights > 0, found.total / found.weights, 0.0)
@@ -87,7 +87,7 @@ class EmpiricalFisher(JMJ):
                 f"shape {tuple(z.shape)}; put the batch first"
             )
         mean = 1.0 if terms.summed else float(count)
-        if not terms.summed and class_per_sample(part.batch) and not self._loss.counted_at_a_point:
+        if not terms.summed and class_per_sample(part.batch) and not self._loss.terms_vary:
             mean = self._loss.terms_of(part, loss)
         elif terms.uneven:
             raise InputError(
@@ -125,7 +125,7 @@ class Fisher(JMJ):
         True
     """
 
-    @in_turn
+    @exclusive
     def __init__(
         self,
         model: nn.Module,

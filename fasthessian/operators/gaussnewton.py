@@ -19,7 +19,7 @@ from fasthessian.operators.products.engines import gradient
 from fasthessian.operators.products.linearised import Middle, SecondDerivative, second_derivative
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.source import of_model
-from fasthessian.operators.torch_state.conditions import in_turn
+from fasthessian.operators.torch_state.lock import exclusive
 
 PROBES = 8  # random directions in which the criterion is tested for convexity
 CONCAVE = 1e-4  # of |u| |M u|: how far below 0 rounding may take u'Mu
@@ -53,7 +53,7 @@ class GaussNewton(JMJ):
         tensor([2., 0., 0.])
     """
 
-    @in_turn
+    @exclusive
     def __init__(
         self,
         model: nn.Module,
@@ -98,7 +98,7 @@ class GaussNewton(JMJ):
             outputs, loss = self._evaluation.outputs_and_value(part)
             z = self._outputs(outputs)
             middle = self._middle(part, z, loss)
-            if outputs is not z or not is_sequence(part.batch) or self._loss.whole:
+            if outputs is not z or not is_sequence(part.batch) or self._loss.takes_model:
                 names = ", ".join(self._unchecked_in_loss)
                 raise UnsupportedError(
                     f"GaussNewton cannot check the second derivative of {names} in the loss; "

@@ -26,7 +26,7 @@ from fasthessian.operators.products.linearised import second_derivative
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.request import Request
 from fasthessian.operators.source import of_closure, of_model
-from fasthessian.operators.torch_state.conditions import in_turn
+from fasthessian.operators.torch_state.lock import exclusive
 
 
 class Hessian(Curvature):
@@ -125,7 +125,7 @@ class Hessian(Curvature):
 
     _exact = True
 
-    @in_turn
+    @exclusive
     def __init__(
         self,
         model: nn.Module,
@@ -147,7 +147,7 @@ class Hessian(Curvature):
         super().__init__(source, options)
 
     @classmethod
-    @in_turn
+    @exclusive
     def from_closure(
         cls,
         closure: Callable[[], Tensor],
@@ -186,7 +186,7 @@ class Hessian(Curvature):
         options = Options(engine, memory_budget=memory_budget, weight_decay=weight_decay)
         Curvature.__init__(self, of_closure(closure, params), options)
         watch = self._kept.watch
-        watch.settle(trusted=False)  # batch normalisation leaves no trace in the version
+        watch.ignore_own_changes(trusted=False)  # versions do not show all writes
         if watch.written:
             warnings.warn(
                 f"closure writes into {min(watch.written)} each time it is called, which is "

@@ -13,8 +13,13 @@ from torch import Tensor, nn
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.loss.calls import logits
-from fasthessian.operators.loss.criteria import is_torchs
-from fasthessian.operators.loss.likelihood import Categorical, categorical, is_slope, readings
+from fasthessian.operators.loss.criteria import is_torch_loss
+from fasthessian.operators.loss.likelihood import (
+    Categorical,
+    candidates,
+    categorical,
+    matches_slopes,
+)
 from fasthessian.operators.loss.model_loss import ModelLoss, Part
 from fasthessian.operators.products import layer_factors as layers
 from fasthessian.operators.products.differences import distances
@@ -64,19 +69,19 @@ class JMJ(Curvature):
         """
         criterion = self._loss.criterion
         found = categorical(criterion, part, z)
-        if found is not None or is_torchs(criterion):
+        if found is not None or is_torch_loss(criterion):
             return found
         if part.position not in self._readings:
             (slopes,) = torch.autograd.grad(
                 loss, z, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            ways = enumerate(readings(criterion, part.batch, z))
-            held = (number for number, way in ways if is_slope(way, z, slopes))
+            ways = enumerate(candidates(criterion, part.batch, z))
+            held = (number for number, way in ways if matches_slopes(way, z, slopes))
             self._readings[part.position] = next(held, None)
         number = self._readings[part.position]
         if number is None:
             return None
-        return next(itertools.islice(readings(criterion, part.batch, z), number, None), None)
+        return next(itertools.islice(candidates(criterion, part.batch, z), number, None), None)
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
         if self._survey != self._kept.surveys:  # the data or the criterion changed
@@ -139,7 +144,7 @@ class JMJ(Curvature):
 
     def _outputs(self, outputs: Any) -> Tensor:
         z = logits(outputs)
-        own = self._loss.criterion is None or self._loss.whole
+        own = self._loss.criterion is None or self._loss.takes_model
         if own and isinstance(z, (tuple, list)):  # (outputs, loss)
             several = [each for each in z if isinstance(each, Tensor) and each.dim()]
             z = several[0] if len(several) == 1 else z

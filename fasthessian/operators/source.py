@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from fasthessian.operators import parameters
-from fasthessian.operators.loss.closures import ClosureLoss
+from fasthessian.operators.loss.closure_loss import ClosureLoss
 from fasthessian.operators.loss.model_loss import ModelLoss
 from fasthessian.operators.loss.protocol import Loss
 from fasthessian.operators.products.options import Options

@@ -1,6 +1,5 @@
 """``make gpu`` without a GPU: its parts, its verdicts, and the bodies of test_cuda.py on a CPU."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -11,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.gpu import run as gpu
 from fasthessian import kernels
 from tests.support import cuda_checks
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "bench"))
-gpu = importlib.import_module("gpu")
 CPU = torch.device("cpu")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="here it would be no rehearsal")
 
@@ -71,13 +69,25 @@ def test_time_is_kept_back_for_what_must_run(tmp_path):
     assert gpu.carry_out(parts[2], 1, tmp_path).state == "NO TIME"
 
 
+def test_the_copy_holds_every_module(tmp_path):
+    """Files are compared: an installed package could stand in for a module that is not copied."""
+    copy = tmp_path / "tree"
+    gpu.copy_tree(ROOT, copy, "*.so")
+    for folder in ("fasthessian", "tests", "bench"):
+        wanted, found = (
+            {path.relative_to(tree / folder) for path in (tree / folder).rglob("*.py")}
+            for tree in (ROOT, copy)
+        )
+        assert found == wanted
+
+
 @without_gpu
 def test_rehearsal():
     before = sorted((ROOT / "bench" / "results").glob("*"))
     env = {key: value for key, value in os.environ.items() if key != "OUT"}
     left_out = "build,on the gpu,conformance triton,sanitizer,suite"
-    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--without", left_out]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.gpu.run", "--without", left_out]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     for words in ("lanczos: ok", "(rehearsal: no GPU here)", "REHEARSAL", "pack 65 tensors",
                   "softmax curvature of 50257", "replay eager: cpu has no CUDA graphs",
@@ -89,7 +99,7 @@ def test_rehearsal():
 
 def test_tuning_checks_and_times_every_candidate(tmp_path):
     pytest.importorskip("triton")
-    command = [sys.executable, "bench/gpu_tune.py", "--device", "cpu", "--n", "300", "--k", "3"]
+    command = [sys.executable, "-m", "bench.gpu.tune", "--device", "cpu", "--n", "300", "--k", "3"]
     command += ["--blocks", "2", "--registers", "80", "168", "--repeats", "1"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(

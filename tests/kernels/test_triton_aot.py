@@ -43,7 +43,7 @@ REGISTERS = 65536  # of a multiprocessor; a CDNA3 compute unit has twice as many
 @functools.cache
 def compiled(*arguments):
     """The reports of tests/support/triton_aot.py, one a kernel."""
-    script = Path(__file__).with_name("triton_aot.py")
+    script = Path(__file__).parents[1] / "support/triton_aot.py"
     run = subprocess.run(
         [sys.executable, str(script), *arguments], capture_output=True, text=True,
         env={**os.environ, "TRITON_INTERPRET": "0"},

@@ -1,19 +1,14 @@
 """The bodies of test_cuda.py as functions of a device: test_gpu_rehearsal.py runs them on a CPU."""
 
-import sys
-from pathlib import Path
-
 import torch
 
 import fasthessian as fh
+from bench.gpu.meter import no_waiting, per_step
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.operators.base import multiply
 from fasthessian.operators.request import Request
 from tests.krylov.test_deferred_steps import NothingReadBack
 from tests.support.models import PROBLEMS
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-from gpu_meter import no_waiting, per_step
 
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 

@@ -101,8 +101,8 @@ def describe() -> str:
 
 @functools.cache
 def _kernels() -> tuple[Any, ...]:
-    names = ("kernels", "vectors", "softmax")
-    return tuple(importlib.import_module(f"fasthessian.kernels.triton_{name}") for name in names)
+    names = ("streams", "vectors", "softmax")
+    return tuple(importlib.import_module(f"fasthessian.kernels.triton.{name}") for name in names)
 
 
 @functools.cache

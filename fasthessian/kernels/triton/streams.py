@@ -1,4 +1,4 @@
-"""The Triton kernels behind ``triton_backend``; needs triton at import.
+"""The Triton kernels behind ``backend``; needs triton at import.
 
 A column tile is T groups of F numbers, F numbers of V being 16 bytes, and the tensors of a stream
 all have the axes (rows of W, rows of V, T F columns), of length 1 where they do not vary: so each

@@ -1,4 +1,4 @@
-"""What the Triton kernels of ``triton_backend`` are compiled for."""
+"""What the Triton kernels of ``backend`` are compiled for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def power(number: int, least: int = 1) -> int:
 
 
 class Tile(NamedTuple):
-    """What a stream is compiled for; see ``triton_kernels``."""
+    """What a stream is compiled for; see ``streams``."""
 
     T: int  # groups of F numbers, one a thread
     F: int  # numbers of V in 16 bytes

@@ -1,4 +1,4 @@
-"""The other Triton kernels of ``triton_backend``: recurrence, random streams, packing."""
+"""The other Triton kernels of ``backend``: recurrence, random streams, packing."""
 
 import triton
 import triton.language as tl

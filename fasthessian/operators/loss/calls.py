@@ -14,9 +14,9 @@ from torch.func import functional_call
 
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.loss.batches import Batch, described, is_sequence, leaves
-from fasthessian.operators.loss.criteria import is_torchs
-from fasthessian.operators.torch_state.conditions import own_parameters
-from fasthessian.operators.torch_state.scopes import Undo, put_table, scope
+from fasthessian.operators.loss.criteria import is_torch_loss
+from fasthessian.operators.torch_state.module_state import own_parameters
+from fasthessian.operators.torch_state.scopes import UndoLog, restore_dict, scope
 
 MODEL = ("model", "net", "network", "module", "m")  # names of a parameter that takes the model
 ANY = (
@@ -34,7 +34,7 @@ def takes_model(criterion: Any) -> bool:
     That is called model, net, network, module or m, or is annotated as a module, and another
     parameter follows it.
     """
-    if criterion is None or is_torchs(criterion):
+    if criterion is None or is_torch_loss(criterion):
         return False
     try:
         signature = inspect.signature(
@@ -66,7 +66,7 @@ def call(
             outputs = functional_call(model, dict(values), args, named)
     if criterion is None:
         return outputs, outputs
-    if is_torchs(criterion) and not isinstance(outputs, Tensor):
+    if is_torch_loss(criterion) and not isinstance(outputs, Tensor):
         return outputs, criterion(logits(outputs), _beside(batch))
     return outputs, criterion(outputs, _beside(batch))
 
@@ -90,9 +90,9 @@ def call_whole(
 
 
 @scope
-def _recorded(undo: Undo, model: nn.Module, found: list[Any]) -> None:
+def _recorded(undo: UndoLog, model: nn.Module, found: list[Any]) -> None:
     """Inside, the outputs of the model are appended to ``found``."""
-    undo(put_table, model._forward_hooks, dict(model._forward_hooks))
+    undo(restore_dict, model._forward_hooks, dict(model._forward_hooks))
     model.register_forward_hook(lambda module, inputs, outputs: found.append(outputs))
 
 

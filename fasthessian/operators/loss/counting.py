@@ -2,7 +2,7 @@
 
 Torch's own criteria say how they reduce. For every other loss, a model's own or a function, each
 part is evaluated once: the graph holds the number that its sum over terms is divided by
-(``denominators``). A few batches are cut in two besides, as ``Trials``: the gradient of the whole
+(``denominators``). A few batches are cut in two besides, as ``HalvingTrials``: the gradient of the whole
 is the weighted mean of those of the halves, or their sum, for the right weights only.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from fasthessian.errors import InputError
 from fasthessian.operators.loss.batches import Batch, is_sequence, leaves, samples
 from fasthessian.operators.loss.denominators import denominators
-from fasthessian.operators.loss.trials import SAME, SAMPLES, SUM, Key, Numbers, Trials
+from fasthessian.operators.loss.halving import SAME, SAMPLES, SUM, HalvingTrials, Key, Numbers
 
 LABELS = "valid entries of labels"
 
@@ -117,7 +117,7 @@ class _Seen(NamedTuple):
 
 
 def decide(
-    parts: Iterable[Batch], evaluate: Callable[[int, Batch], Tensor], trials: Trials
+    parts: Iterable[Batch], evaluate: Callable[[int, Batch], Tensor], trials: HalvingTrials
 ) -> Count:
     """How the loss counts its terms, from one evaluation of each part and the trials.
 
@@ -164,7 +164,7 @@ def decide(
 
 
 def _left(
-    every: Sequence[_Seen], common: Sequence[Key], trials: Trials
+    every: Sequence[_Seen], common: Sequence[Key], trials: HalvingTrials
 ) -> tuple[Sequence[Key], str]:
     """The ways to count that are left, never none, and what is guessed about them."""
     read = [key for key in common if isinstance(key, int)]
@@ -209,7 +209,7 @@ def _check_summands(every: Sequence[_Seen], branch: int) -> None:
 
 
 def _named(
-    values: Sequence[float], every: Sequence[_Seen], left: Sequence[Key], trials: Trials
+    values: Sequence[float], every: Sequence[_Seen], left: Sequence[Key], trials: HalvingTrials
 ) -> str | None:
     """The number of entries that is the denominator of each part, or in proportion to it.
 

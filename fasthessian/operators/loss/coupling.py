@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
@@ -24,6 +25,9 @@ class Batched(Protocol):
     model: nn.Module
     microbatch: int | None
     terms: Terms
+
+    def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
+        """Count the terms of each part by the loss itself."""
 
     def batches(self) -> Generator[tuple[int, Batch], None, None]:
         """(index, batch) of those that have a weight."""
@@ -55,6 +59,9 @@ def coupling(loss: Batched, params: Sequence[Tensor], allowed: float) -> Couplin
     this model, or mean something else, is cut along the second dimension, as data with time first
     have their samples there; if that does not tell either, the reason is given.
     """
+    if not callable(loss.terms.given):
+        with contextlib.suppress(ValueError):  # weights were given since none are right
+            loss.count_terms(params, allowed)
     largest, which, why = math.nan, -1, ""
     with closing(loss.batches()) as batches:
         for index, batch in batches:

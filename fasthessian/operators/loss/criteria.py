@@ -33,7 +33,7 @@ def plain(criterion: Any) -> Any:
     return type(criterion) if isinstance(criterion, nn.Module) else criterion
 
 
-def is_torchs(criterion: Any) -> bool:
+def is_torch_loss(criterion: Any) -> bool:
     """Whether this is one of torch's loss modules or functions, with options of its own."""
     kind = plain(criterion)
     home = getattr(kind, "__module__", None)

@@ -42,7 +42,7 @@ class Categorical(NamedTuple):
 def categorical(criterion: Any, part: Part, z: Tensor) -> Categorical | None:
     """How cross-entropy with class indices reads the outputs z; None if the loss is another.
 
-    Known are torch's own and classes derived from it, and log-likelihood of classes; ``readings``
+    Known are torch's own and classes derived from it, and log-likelihood of classes; ``candidates``
     are for other losses.
 
     Raises:
@@ -81,8 +81,8 @@ def _weighed(
     return Categorical(axis, targets, weights, count)
 
 
-def readings(criterion: Any, batch: Batch, z: Tensor) -> Iterator[Categorical]:
-    """Cross-entropies of z that a model's own loss or a function may be; see ``is_slope``.
+def candidates(criterion: Any, batch: Batch, z: Tensor) -> Iterator[Categorical]:
+    """Cross-entropies of z that a model's own loss or a function may be; see ``matches_slopes``.
 
     By every tensor of indices that fits z, at its places or, as in language models, at those of the
     next ones; negative indices are ignored; as a mean or a sum.
@@ -126,7 +126,7 @@ def _residuals(found: Categorical, z: Tensor) -> Tensor:
     return own.scatter_add_(found.axis, index, torch.full_like(index, -1, dtype=own.dtype))
 
 
-def is_slope(found: Categorical, z: Tensor, slopes: Tensor) -> bool:
+def matches_slopes(found: Categorical, z: Tensor, slopes: Tensor) -> bool:
     """Whether the slopes dL/dz are those of the cross-entropy, as looked at in each term."""
     own = _residuals(found, z)
     own.mul_(found.scale().to(own.dtype).unsqueeze(found.axis))
@@ -134,9 +134,9 @@ def is_slope(found: Categorical, z: Tensor, slopes: Tensor) -> bool:
     return float((own - slopes).double().norm()) <= 1e-3 * size if size else not own.any()
 
 
-def weighted(criterion: Any, batch: Batch, z: Tensor, slopes: Tensor) -> Categorical | None:
+def class_weighted(criterion: Any, batch: Batch, z: Tensor, slopes: Tensor) -> Categorical | None:
     """A cross-entropy of z that is a mean with class weights, as the slopes dL/dz show them."""
-    for way in readings(criterion, batch, z):
+    for way in candidates(criterion, batch, z):
         own = _residuals(way, z).double()
         scale = (own * slopes).sum(way.axis) / own.square().sum(way.axis)
         scale = scale.nan_to_num().where(way.weights > 0, 0.0)

@@ -6,7 +6,6 @@ batch is its number of terms over the total, so ragged batches give what one bat
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -31,13 +30,21 @@ from fasthessian.operators.loss.calls import (
 from fasthessian.operators.loss.counting import decide, keyed
 from fasthessian.operators.loss.coupling import Coupling, coupling
 from fasthessian.operators.loss.denominators import denominators
-from fasthessian.operators.loss.sources import Memory, Stream, source
+from fasthessian.operators.loss.halving import SHARP, Gradient, HalvingTrials
+from fasthessian.operators.loss.sources import LoaderSource, Memory, source
 from fasthessian.operators.loss.terms import Terms
-from fasthessian.operators.loss.trials import SHARP, Gradient, Trials
-from fasthessian.operators.torch_state.conditions import own_buffers, seeded, shifted, training
-from fasthessian.operators.torch_state.hooks import acting
+from fasthessian.operators.torch_state.gradient_hooks import active_hooks
+from fasthessian.operators.torch_state.module_state import own_buffers, shifted, training
+from fasthessian.operators.torch_state.random_state import seeded
+from fasthessian.operators.torch_state.reachable import (
+    DATA,
+    OTHER,
+    POINT,
+    Entry,
+    module_entries,
+    reachable,
+)
 from fasthessian.operators.torch_state.scopes import Scope
-from fasthessian.operators.torch_state.watch import DATA, OTHER, POINT, Entry, of_module, reach
 from fasthessian.vectors import real
 
 REPEATED = 1e-3  # relative; two evaluations of one loss differ by rounding only
@@ -59,7 +66,7 @@ class ModelLoss:
     """The loss of a model over data."""
 
     origin = "criterion"
-    freed = (
+    freed_graph_advice = (
         "the model frees its graph where it differentiates inside; if it keeps it in "
         "training (create_graph=self.training) use mode='train', else let it create_graph"
     )
@@ -83,7 +90,7 @@ class ModelLoss:
         if criterion is None:
             self.origin = "model"
         self.model, self.criterion = model, criterion
-        self.whole = takes_model(criterion)  # criterion is a loss of (model, batch)
+        self.takes_model = takes_model(criterion)  # criterion is a loss of (model, batch)
         self._form = ""  # how the loss is made of the outputs, if that is a guess
         self.microbatch = microbatch
         self._device, self._dtype, self._mode = like.device, like.dtype.to_real(), mode
@@ -112,9 +119,9 @@ class ModelLoss:
         self._fits = False  # until the first batch went through
         # batch statistics, dropout masks and given weights depend on the order and the batching
         ordered |= mode == "train" or self.terms.given is not None
-        many = self.whole and _tensors(data) and not self._serves(data)
-        self._source: Memory | Stream = source(data, ordered, self.whole, many)
-        self.replayable = self._source.replayable
+        many = self.takes_model and _tensors(data) and not self._serves(data)
+        self._source: Memory | LoaderSource = source(data, ordered, self.takes_model, many)
+        self.fixed_order = self._source.fixed_order
         self.survey()
 
     def _serves(self, batch: Batch) -> bool:
@@ -170,7 +177,7 @@ class ModelLoss:
             pieces, found = self.gradient(batch, params, moved)
             return pieces, keyed(batch, found)
 
-        trials = Trials(gradient, max(SHARP[self._dtype], allowed / 10), allowed)
+        trials = HalvingTrials(gradient, max(SHARP[self._dtype], allowed / 10), allowed)
         with closing(self._chunks()) as chunks:
             parts = (batch for *_, batch in chunks)
             way = decide(parts, self._either, trials)
@@ -187,7 +194,7 @@ class ModelLoss:
         return "; ".join(filter(None, (self._form, way.note if way else "")))
 
     @property
-    def counted_at_a_point(self) -> bool:
+    def terms_vary(self) -> bool:
         """Whether the numbers of terms may depend on the parameters."""
         return self.terms.way is not None and self.terms.way.words is None
 
@@ -223,14 +230,11 @@ class ModelLoss:
             return self.evaluate(part)[1]
 
     def coupling(self, params: Sequence[Tensor], allowed: float) -> Coupling:
-        """See ``coupling.coupling``; the terms are counted again first, unless a callable does."""
-        if not callable(self.terms.given):
-            with contextlib.suppress(ValueError):  # weights were given since none are right
-                self.count_terms(params, allowed)
+        """See ``coupling.coupling``."""
         return coupling(self, params, allowed)
 
-    def engaged(self) -> Scope[None]:
-        """Nothing more to protect than the ``roots``."""
+    def protected(self) -> Scope[None]:
+        """A scope that does nothing: only the ``roots`` need protection."""
         return Scope(lambda undo: None)
 
     def varies(self, batch: Batch) -> bool:
@@ -258,16 +262,16 @@ class ModelLoss:
     def entries(self, whole: bool) -> Iterator[Entry]:
         """What the loss depends on; see ``watch``."""
         seen: set[int] = set()
-        yield from of_module("model", self.model, POINT, seen, whole)
+        yield from module_entries("model", self.model, POINT, seen, whole)
         if isinstance(self.criterion, nn.Module):
-            yield from of_module("criterion", self.criterion, DATA, seen, whole)
+            yield from module_entries("criterion", self.criterion, DATA, seen, whole)
         yield from self._source.entries(whole, seen)
         if whole:
-            yield from reach("criterion", self.criterion, OTHER, seen)
+            yield from reachable("criterion", self.criterion, OTHER, seen)
             if callable(self.terms.given):
-                yield from reach("weights", self.terms.given, OTHER, seen)
+                yield from reachable("weights", self.terms.given, OTHER, seen)
 
-    def named(self) -> dict[str, Tensor]:
+    def named_parameters(self) -> dict[str, Tensor]:
         """The model's parameters now."""
         return dict(self.model.named_parameters())
 
@@ -276,7 +280,7 @@ class ModelLoss:
         position = 0
         with closing(self._source.one_pass()) as batches:
             for index, batch in enumerate(batches):
-                if not self.whole:
+                if not self.takes_model:
                     check_batch(batch, self.criterion is not None)
                 chunks = list(cut(batch, self.microbatch))
                 weight, counts = self.terms.of_chunks(index, batch, chunks, position)
@@ -302,9 +306,9 @@ class ModelLoss:
         ``values`` take the place of the parameters of these names.
         """
         batch = to_device(part.batch, self._device)
-        called = call_whole if self.whole else call
+        called = call_whole if self.takes_model else call
         try:
-            with seeded(part.position), own_buffers(self.roots), acting():
+            with seeded(part.position), own_buffers(self.roots), active_hooks():
                 outputs, returned = called(self.model, self.criterion, batch, values)
         except Exception as error:
             known = self._fits or out_of_memory(error)
@@ -312,10 +316,10 @@ class ModelLoss:
             if better is None:
                 raise
             raise better from error
-        alone = self.criterion is not None and not self.whole
+        alone = self.criterion is not None and not self.takes_model
         loss, names = loss_of(returned, alone)
         if loss is None and not alone:
-            raise InputError(without_loss(returned, self.whole))
+            raise InputError(without_loss(returned, self.takes_model))
         self._form = f"the loss is the sum of {', '.join(map(repr, names))}" if names else ""
         self._fits = True
         return outputs, scalar(loss, self.origin)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fasthessian.operators.loss.coupling import Coupling
 from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.torch_state.reachable import Entry
 from fasthessian.operators.torch_state.scopes import Scope
-from fasthessian.operators.torch_state.watch import Entry
 
 
 class Loss(Protocol):
@@ -18,43 +18,43 @@ class Loss(Protocol):
 
     Attributes:
         origin: what computes it, for messages: "criterion", "model" or "closure".
-        freed: what to say where its graph is gone.
+        freed_graph_advice: the message for a loss whose graph is gone.
         model: the model, or None for a closure, which also has no batches.
         roots: the modules whose modes and buffers are set for an evaluation.
         count, size: parts, and numbers in all of them.
         counted: whether the terms of all parts are counted.
-        counted_at_a_point: whether their number may depend on the parameters.
-        replayable: whether every pass has the same parts in the same order.
+        terms_vary: whether their number may depend on the parameters.
+        fixed_order: whether every pass has the same parts in the same order.
         note: what was guessed, for ``engine``.
     """
 
     origin: str
-    freed: str
+    freed_graph_advice: str
     roots: list[nn.Module]
     count: int
     size: int
     counted: bool
-    replayable: bool
+    fixed_order: bool
 
     @property
     def model(self) -> nn.Module | None: ...  # noqa: D102
 
     @property
-    def counted_at_a_point(self) -> bool: ...  # noqa: D102
+    def terms_vary(self) -> bool: ...  # noqa: D102
 
     @property
     def note(self) -> str: ...  # noqa: D102
 
-    def named(self) -> dict[str, Tensor]:
+    def named_parameters(self) -> dict[str, Tensor]:
         """The parameters by name, as they are now."""
 
     def entries(self, whole: bool) -> Iterator[Entry]:
-        """What the loss depends on; see ``Watch``."""
+        """What the loss depends on; see ``ChangeDetector``."""
 
     def survey(self) -> None:
         """Look at the data anew, after they or the criterion changed."""
 
-    def engaged(self) -> Scope[None]:
+    def protected(self) -> Scope[None]:
         """Inside, which is a pass, the loss protects what its evaluations may write."""
 
     def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:

@@ -14,8 +14,8 @@ from torch.utils.data import Dataset
 
 from fasthessian.errors import InputError, InputTypeError, UnsupportedError
 from fasthessian.operators.loss.batches import Batch, is_object, leaves
-from fasthessian.operators.torch_state.conditions import seeded
-from fasthessian.operators.torch_state.watch import DATA, OTHER, Entry, reach
+from fasthessian.operators.torch_state.random_state import seeded
+from fasthessian.operators.torch_state.reachable import DATA, OTHER, Entry, reachable
 
 FORMS = (
     "a batch (inputs, targets), a mapping, an object with .to, a list of batches, or a DataLoader"
@@ -26,7 +26,7 @@ CHANGED = "data yields different batches at each pass"  # the first words of tha
 class Memory:
     """One batch or the user's list of batches; they come in the same order at every pass."""
 
-    replayable = True
+    fixed_order = True
 
     def __init__(self, data: Any, many: bool) -> None:
         self._data, self._many = data, many
@@ -43,17 +43,17 @@ class Memory:
 
     def entries(self, whole: bool, seen: set[int]) -> Iterator[Entry]:
         """All that the batches hold; see ``watch``."""
-        return reach("data", self._data, DATA, seen)
+        return reachable("data", self._data, DATA, seen)
 
 
-class Stream:
+class LoaderSource:
     """A re-iterable such as a DataLoader, checked to yield the same samples at every pass.
 
     The global random states differ at each pass, so random augmentation shows as a change
     instead of being frozen. The order of the samples is free unless ``ordered``.
     """
 
-    replayable = False
+    fixed_order = False
 
     def __init__(self, loader: Iterable[Batch], ordered: bool) -> None:
         self._loader = loader
@@ -95,7 +95,7 @@ class Stream:
     def entries(self, whole: bool, seen: set[int]) -> Iterator[Entry]:
         """What the dataset holds in memory, for graphs that are kept; see ``watch``."""
         held = getattr(self._loader, "dataset", self._loader)
-        return reach("data.dataset", held, OTHER, seen) if whole else iter(())
+        return reachable("data.dataset", held, OTHER, seen) if whole else iter(())
 
 
 _SAMPLERS = ("sampler", "batch_sampler")
@@ -151,7 +151,9 @@ def _direction(length: int, salt: int) -> Tensor:
     return torch.rand(length, generator=generator, dtype=torch.float64) - 0.5
 
 
-def source(data: Any, ordered: bool, whole: bool = False, many: bool = False) -> Memory | Stream:
+def source(
+    data: Any, ordered: bool, whole: bool = False, many: bool = False
+) -> Memory | LoaderSource:
     """Recognise the form of ``data``.
 
     Where the loss takes batches ``whole``, a tensor is one, and so is what cannot be iterated. A
@@ -172,7 +174,7 @@ def source(data: Any, ordered: bool, whole: bool = False, many: bool = False) ->
     if one and not (isinstance(data, Dataset) or hasattr(data, "__next__")):
         return Memory(data, False)
     _check_stream(data)
-    return Stream(data, ordered)
+    return LoaderSource(data, ordered)
 
 
 def _check_stream(data: Any) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.loss.batches import Batch
 from fasthessian.operators.loss.counting import Count
-from fasthessian.operators.loss.criteria import is_torchs, option, terms
-from fasthessian.operators.loss.trials import SAME, SUM
+from fasthessian.operators.loss.criteria import is_torch_loss, option, terms
+from fasthessian.operators.loss.halving import SAME, SUM
 
 
 class Terms:
@@ -30,7 +30,7 @@ class Terms:
     @property
     def known(self) -> bool:
         """Whether the numbers are no guess."""
-        return self.way is not None or is_torchs(self._criterion)
+        return self.way is not None or is_torch_loss(self._criterion)
 
     @property
     def summed(self) -> bool:

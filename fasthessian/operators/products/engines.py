@@ -14,8 +14,8 @@ from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.linearised import forward_derivative
 from fasthessian.operators.request import Request
-from fasthessian.operators.torch_state.conditions import keep_values
-from fasthessian.operators.torch_state.scopes import Undo, scope
+from fasthessian.operators.torch_state.module_state import keep_values
+from fasthessian.operators.torch_state.scopes import UndoLog, scope
 from fasthessian.vectors import like, real
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
@@ -173,7 +173,9 @@ def difference(
 
 
 @scope
-def _moved(undo: Undo, params: Sequence[Tensor], tangents: Sequence[Tensor], step: float) -> None:
+def _moved(
+    undo: UndoLog, params: Sequence[Tensor], tangents: Sequence[Tensor], step: float
+) -> None:
     for p, at, v in zip(params, keep_values(undo, params), tangents, strict=True):
         p.data = torch.add(at, v, alpha=step)
 

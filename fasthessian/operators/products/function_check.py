@@ -28,7 +28,7 @@ from fasthessian.operators.products.functions import (
     norm,
     outputs,
 )
-from fasthessian.operators.torch_state.conditions import seeded
+from fasthessian.operators.torch_state.random_state import seeded
 
 LOW = (torch.bfloat16, torch.float16)
 # Accepted relative distance from differences; steps relative to eps^(1/3), the usual one first

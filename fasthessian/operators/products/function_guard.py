@@ -15,8 +15,8 @@ from fasthessian.errors import UnsupportedError
 from fasthessian.operators.products.function_check import RIGHT, Verdict, judge
 from fasthessian.operators.products.functions import Call, Function, Local, is_unwatched, unwatched
 from fasthessian.operators.products.linear_cross_entropy import FORMULAS
-from fasthessian.operators.torch_state.formulas import functorch_level
-from fasthessian.operators.torch_state.scopes import Scope, Undo, scope, set_to
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog, scope, set_attribute
+from fasthessian.operators.torch_state.workarounds import functorch_level
 
 KNOWN = (Tensor, nn.Parameter)  # other subclasses of tensors have rules of their own
 OWN = "fasthessian."
@@ -43,7 +43,7 @@ class Functions:
     """The custom functions of one loss, and what was found of each.
 
     ``watching`` acts in all threads, as checkpointed layers run again in backward threads. The
-    caller holds the turn.
+    caller holds the lock of the process.
     """
 
     _open: list[Functions] = []  # noqa: RUF012
@@ -60,7 +60,7 @@ class Functions:
 
     def learning(self) -> Scope[None]:
         """Inside, more calls than the first of each kind are checked."""
-        return set_to(self, "_learns", True)
+        return set_attribute(self, "_learns", True)
 
     def verdict(self, function: Function, args: tuple[Any, ...]) -> Verdict:
         """The verdict on a call that is about to be made."""
@@ -129,7 +129,7 @@ class Functions:
 
 
 @scope
-def _watching(undo: Undo, functions: Functions) -> None:
+def _watching(undo: UndoLog, functions: Functions) -> None:
     undo(_reopen, [*Functions._open])
     Functions._open.append(functions)
     if _place is not None:

@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from fasthessian.errors import UnsupportedError
-from fasthessian.operators.torch_state.conditions import keep_values
-from fasthessian.operators.torch_state.layer_rewrites import will_run
-from fasthessian.operators.torch_state.scopes import Undo, scope
+from fasthessian.operators.torch_state.convolution import will_run
+from fasthessian.operators.torch_state.module_state import keep_values
+from fasthessian.operators.torch_state.scopes import UndoLog, scope
 
 WIDER = {
     torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64,
@@ -137,7 +137,7 @@ class Call(NamedTuple):
 
 
 @scope
-def _moved(undo: Undo, call: Call, directions: Sequence[Optional], shift: float) -> Call:
+def _moved(undo: UndoLog, call: Call, directions: Sequence[Optional], shift: float) -> Call:
     """The call with its inputs moved, parameters in place."""
     there: list[Tensor] = []
     keep_values(undo, [call.args[i] for i in call.parameters])
@@ -309,7 +309,7 @@ def is_unwatched() -> bool:
 
 
 @scope
-def unwatched(undo: Undo) -> None:
+def unwatched(undo: UndoLog) -> None:
     """Inside, this thread applies custom functions without checks and replacements."""
     undo(setattr, _thread, "unwatched", is_unwatched())
     _thread.unwatched = True

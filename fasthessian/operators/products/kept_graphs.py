@@ -12,9 +12,10 @@ from torch.autograd.graph import get_gradient_edge
 from fasthessian.operators.kept import Kept
 from fasthessian.operators.loss.protocol import Loss
 from fasthessian.operators.products.engines import Graph
-from fasthessian.operators.torch_state.conditions import Copies, in_turn, turn
-from fasthessian.operators.torch_state.scopes import Scope, Undo, scope
-from fasthessian.operators.torch_state.watch import Watch
+from fasthessian.operators.torch_state.changes import ChangeDetector
+from fasthessian.operators.torch_state.lock import exclusive, process_lock
+from fasthessian.operators.torch_state.module_state import Copies
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog, scope
 
 
 class KeptGraphs(Kept):
@@ -39,7 +40,7 @@ class KeptGraphs(Kept):
         self.graphs: list[Graph] = []
         self.complete = False
         self.copies: Copies = {}
-        self.watch = Watch(loss.entries)
+        self.watch = ChangeDetector(loss.entries)
         self.surveys = 0
         self._changes = 0, ""  # changes found so far, and what changed last
         self._runs: dict[object, int] = {}  # the threads of runs, see ``run``
@@ -48,22 +49,22 @@ class KeptGraphs(Kept):
     @property
     def every_part(self) -> bool:
         """Whether every part of the loss keeps its graph, once it is built."""
-        return self.capacity >= self._loss.count and self._loss.replayable
+        return self.capacity >= self._loss.count and self._loss.fixed_order
 
     def follow(self, deferred: bool, whole: bool = True, data: bool = False) -> dict[str, Tensor]:
         """The parameters now; graphs are dropped where they no longer stand for the loss.
 
-        See ``Watch.look`` for the arguments.
+        See ``ChangeDetector.poll`` for the arguments.
         """
         now = self._parameters()
         data |= threading.get_ident() not in self._runs.values()
         interrupted, self._looking = self._looking, True  # then what it found is not known
-        change = self.watch.look(deferred, whole, data)
-        if change.void or interrupted:
+        change = self.watch.poll(deferred, whole, data)
+        if change.stale or interrupted:
             self.forget()
         if change.name is not None:
             self._changes = self._changes[0] + 1, change.name
-        if change.terms or interrupted or (change.void and self._loss.counted_at_a_point):
+        if change.recount or interrupted or (change.stale and self._loss.terms_vary):
             self._loss.survey()
             self.surveys += 1
         self._looking = False
@@ -78,7 +79,7 @@ class KeptGraphs(Kept):
     def changes(self, look: bool = False) -> tuple[int, str]:
         """See ``Kept``."""
         if look:
-            in_turn(self.follow)(deferred=False, data=True)
+            exclusive(self.follow)(deferred=False, data=True)
         return self._changes
 
     def run(self) -> Scope[None]:
@@ -91,7 +92,7 @@ class KeptGraphs(Kept):
         A capture fails if a graph of the user's own holds the nodes at which gradients of the
         parameters arrive, and with them another stream.
         """
-        with turn():
+        with process_lock():
             self.forget()
             params = self._parameters()
             for p in params.values():  # a node that nobody holds is made anew each time
@@ -107,7 +108,7 @@ class KeptGraphs(Kept):
 
 
 @scope
-def _running(undo: Undo, runs: dict[object, int]) -> None:
+def _running(undo: UndoLog, runs: dict[object, int]) -> None:
     token = object()
     undo(runs.pop, token, None)
     runs[token] = threading.get_ident()

@@ -20,8 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fasthessian.operators.products.linearised import Linearised, Middle
-from fasthessian.operators.torch_state.layer_rewrites import unfolded
-from fasthessian.operators.torch_state.scopes import Undo, put_table, scope
+from fasthessian.operators.torch_state.layer_rewrites import no_folding
+from fasthessian.operators.torch_state.scopes import UndoLog, restore_dict, scope
 
 MOST = 64  # classes: with more, reading J costs more than a pass through the layers
 LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
@@ -99,11 +99,11 @@ class _Watch:
 
 
 @scope
-def _watching(undo: Undo, modules: Sequence[nn.Module]) -> _Watch:
+def _watching(undo: UndoLog, modules: Sequence[nn.Module]) -> _Watch:
     watch = _Watch()
     for module in modules:
         for table in (module._forward_hooks, module._forward_hooks_with_kwargs):
-            undo(put_table, table, dict(table))
+            undo(restore_dict, table, dict(table))
         # before the user's hooks, which may return or write something else
         module.register_forward_hook(watch.note, prepend=True, with_kwargs=True)
     return watch
@@ -129,7 +129,7 @@ def build(
             only through z, and z is piecewise linear in each layer's output.
     """
     found = _candidates(model, params)
-    with unfolded(), _watching(list(found)) as watch:
+    with no_folding(), _watching(list(found)) as watch:
         z, loss = outputs()
     if not isinstance(z, Tensor) or z.is_complex() or z.dim() != 2 or not 0 < z.shape[1] <= MOST:
         return None

@@ -13,7 +13,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from fasthessian.operators.torch_state.scopes import Undo, scope
+from fasthessian.operators.torch_state.scopes import UndoLog, scope
 
 eager_transforms: Any = importlib.import_module("torch._functorch.eager_transforms")
 Middle = Callable[[Tensor], Tensor]  # M u; it may write into u
@@ -32,7 +32,7 @@ def forward_derivative(
 
 
 @scope
-def _levels(undo: Undo) -> list[bool]:
+def _levels(undo: UndoLog) -> list[bool]:
     """Note the levels of forward mode that are open; a non-empty list says that all were closed."""
     ended: list[bool] = []
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()

@@ -78,7 +78,7 @@ class Options:
         return available_bytes(device) // 2 if self.memory_budget is None else self.memory_budget
 
     def choose(
-        self, needs: float, count: int, replayable: bool, device: torch.device
+        self, needs: float, count: int, fixed_order: bool, device: torch.device
     ) -> tuple[int, str]:
         """How many parts keep their graph, and words that say why.
 
@@ -93,7 +93,7 @@ class Options:
         if needs <= budget:
             return sys.maxsize, f"retained: {size}, within {limit}"
         # a loader may shuffle: then no kept graph belongs to a part of the next pass
-        capacity = int(budget / needs * count) if replayable else 0
+        capacity = int(budget / needs * count) if fixed_order else 0
         if capacity:
             return capacity, f"retained for {capacity} parts: {size}, above {limit}"
         return 0, f"recompute: {size}, above {limit}"

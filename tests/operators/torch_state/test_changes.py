@@ -158,7 +158,7 @@ def _global() -> Any:
 def test_products_follow_what_changed(
     name: str, sums: bool, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(snapshot, "EXACT", 0 if sums else snapshot.EXACT)
+    monkeypatch.setattr(snapshot, "COPIED", 0 if sums else snapshot.COPIED)
     make, change = CHANGES[name]
     p = problem(make and make())
     A = fh.Hessian(p.model, p.criterion, (p.x, p.y), engine=engine)
@@ -452,15 +452,15 @@ def test_a_run_compares_the_values_of_the_data_at_its_ends(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     p = problem()
-    monkeypatch.setattr(snapshot, "EXACT", 0)
+    monkeypatch.setattr(snapshot, "COPIED", 0)
     A = fh.Hessian(p.model, p.criterion, (p.x, p.y))
-    compared, sums = [], snapshot._sums
+    compared, sums = [], snapshot._checksums
 
     def counting(tensor: Tensor) -> Tensor:
         compared.append(tensor is p.x)
         return sums(tensor)
 
-    monkeypatch.setattr(snapshot, "_sums", counting)
+    monkeypatch.setattr(snapshot, "_checksums", counting)
     assert fh.density(A, steps=10).matvecs == 10 and sum(compared) == 2
     for _ in range(3):
         A @ torch.ones(A.n, dtype=F64)

@@ -7,7 +7,7 @@ from torch import nn
 from torch.func import functional_call
 
 import fasthessian as fh
-from fasthessian.operators.torch_state.layer_rewrites import Rewrite
+from fasthessian.operators.torch_state.patches import Patches
 from tests.support.models import columns, error, refused
 
 F64 = torch.float64
@@ -175,11 +175,11 @@ def test_values_are_torchs_to_rounding():
         weight, eps = torch.randn(6, 3).to(dtype), torch.finfo(dtype).eps
         for mode in ("sum", "mean", "max"):
             own = F.embedding_bag(INDICES, weight, OFFSETS, mode=mode)
-            with Rewrite():
+            with Patches():
                 made = F.embedding_bag(INDICES, weight, OFFSETS, mode=mode)
             assert made.dtype is dtype and (made - own).abs().max() <= 16 * eps
     x, y = torch.randn(40, 3), torch.randn(30, 3)
-    with Rewrite():
+    with Patches():
         made = torch.cdist(x, y)
     assert (made - torch.cdist(x.double(), y.double())).abs().max() < 1e-6
     assert (
@@ -188,7 +188,7 @@ def test_values_are_torchs_to_rounding():
 
 
 def test_distances_that_would_fill_the_memory_are_left_to_torch(monkeypatch):
-    monkeypatch.setattr("fasthessian.operators.torch_state.formulas.MOST", 5 * 5 * 3 - 1)
+    monkeypatch.setattr("fasthessian.operators.torch_state.workarounds.LARGEST", 5 * 5 * 3 - 1)
     x = torch.randn(5, 3, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     there = x.detach() + 1

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fasthessian as fh
-from fasthessian.operators.torch_state.layer_rewrites import Rewrite
+from fasthessian.operators.torch_state.patches import Patches
 from tests.support.models import columns, dense, error, gauss_newton
 
 F64 = torch.float64
@@ -126,7 +126,7 @@ def test_values_have_torchs_bits_and_slopes_torchs_kinks(dtype):
         with torch.no_grad():
             value = function(x.clone())
         plain = slope(lambda x, f=function: f(x * 1), x)
-        with Rewrite():
+        with Patches():
             y = function((x.clone().requires_grad_()) * 1)
             rewritten = slope(lambda x, f=function: f(x * 1), x)
         assert y.requires_grad and y.dtype is dtype
@@ -147,6 +147,6 @@ def test_torchs_own_functions_are_back_after_a_product():
         getattr(place, name) is own for (place, name), own in zip(names, before, strict=True)
     )
     x, out = torch.ones(3), torch.empty(3)
-    with Rewrite():
+    with Patches():
         assert torch._C._nn.hardsigmoid(x, out=out) is out
         assert F.hardsigmoid(x, inplace=True) is x and torch.equal(x, out)

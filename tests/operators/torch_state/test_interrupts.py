@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 import fasthessian as fh
-from fasthessian.operators.torch_state.scopes import Scope, Undo, restored, scope
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog, restored, scope
 from tests.support.interrupts import interrupted, left_changed, of_modules, switches
 
 Call = Callable[[], object]
@@ -153,7 +153,7 @@ def test_an_interrupted_check_of_a_function_is_made_again() -> None:
         late[0] = True
         places.add(interrupted(lambda: H @ torch.ones(2), at).partition(":")[0])  # noqa: B023
         torch.testing.assert_close(H @ torch.ones(2), torch.tensor([6.0, 12.0]), rtol=1e-3, atol=0)
-    assert "functioncheck.py" in places
+    assert "function_check.py" in places
 
 
 def test_the_turn_is_given_back_to_other_threads() -> None:
@@ -268,7 +268,7 @@ def test_steps_are_repeated_until_they_are_made() -> None:
         box[name] = 0
 
     @scope
-    def changed(undo: Undo) -> None:
+    def changed(undo: UndoLog) -> None:
         for name in box:
             undo(put, name)
             box[name] = 1
@@ -286,7 +286,7 @@ def test_steps_are_repeated_until_they_are_made() -> None:
 def test_a_step_that_fails_holds_up_no_other() -> None:
     done: list[str] = []
 
-    def change(undo: Undo) -> None:
+    def change(undo: UndoLog) -> None:
         undo(done.append, "first")
         undo(int, "no number")
         undo(done.append, "last")

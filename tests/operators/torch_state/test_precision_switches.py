@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from fasthessian.operators.torch_state.conditions import _float32, _no_cudnn
+from fasthessian.operators.torch_state.product_state import _float32, _no_cudnn
 
 if not hasattr(torch.backends.cudnn, "conv"):
     pytest.skip("this torch has only the older switches", allow_module_level=True)
@@ -44,7 +44,7 @@ def test_newer_switches_are_set_and_brought_back(newer, tf32):
 
 LATER = """
 import torch
-from fasthessian.operators.torch_state.conditions import _float32
+from fasthessian.operators.torch_state.product_state import _float32
 backends = torch.backends
 backends.fp32_precision = "tf32"
 with _float32(False):

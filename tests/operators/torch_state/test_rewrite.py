@@ -9,7 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fasthessian as fh
-from fasthessian.operators.torch_state.layer_rewrites import Convolution, Rewrite
+from fasthessian.operators.torch_state.convolution import Convolution
+from fasthessian.operators.torch_state.patches import Patches
 from tests.support.models import dense
 
 F64 = torch.float64
@@ -81,7 +82,7 @@ def test_fold_happens_only_behind_an_untouched_convolution(kind, folded, monkeyp
         return original(*args)
 
     monkeypatch.setattr(Convolution, "forward", staticmethod(counting))
-    with Rewrite():
+    with Patches():
         out = model(x)
     assert len(calls) == 2 + folded
     torch.testing.assert_close(out, model(x), rtol=1e-12, atol=1e-12)
@@ -116,7 +117,7 @@ def test_convolution_derivatives(conv, shape, kernel, options, bias):
     tensors = [make(*shape), make(*kernel)] + ([make(kernel[0])] if bias else [])
 
     def rewritten(*args):
-        with Rewrite():
+        with Patches():
             return conv(*args, **options)
 
     torch.testing.assert_close(rewritten(*tensors), conv(*tensors, **options))
@@ -126,7 +127,7 @@ def test_convolution_derivatives(conv, shape, kernel, options, bias):
 
 def test_frozen_inputs_get_no_gradients():
     x, w = torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3, requires_grad=True)
-    with Rewrite():
+    with Patches():
         y = F.conv2d(x, w)
     (gw,) = torch.autograd.grad(y.square().sum(), w, create_graph=True)
     (hv,) = torch.autograd.grad(gw, w, torch.ones_like(w))
@@ -138,7 +139,7 @@ def test_frozen_inputs_get_no_gradients():
 
 def test_names_are_put_back_when_contexts_overlap():
     original = F.conv2d, F.batch_norm
-    first, second = Rewrite(), Rewrite()
+    first, second = Patches(), Patches()
     first.__enter__()
     second.__enter__()
     assert F.conv2d is not original[0]

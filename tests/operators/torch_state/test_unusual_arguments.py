@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fasthessian as fh
-from fasthessian.operators.torch_state.layer_rewrites import Rewrite
+from fasthessian.operators.torch_state.patches import Patches
 from tests.support.models import EACH_ENGINE, columns, dense, error
 
 F64, C128 = torch.float64, torch.complex128
@@ -105,7 +105,7 @@ def test_what_torch_takes_or_refuses_is_taken_or_refused(name: str) -> None:
     for rewritten in (False, True):
         try:
             if rewritten:
-                with Rewrite():
+                with Patches():
                     found.append(CALLS[name]())
             else:
                 found.append(CALLS[name]())
