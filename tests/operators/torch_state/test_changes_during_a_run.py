@@ -93,14 +93,14 @@ def test_the_last_look_finds_what_trusted_products_do_not_compare() -> None:
     A = fh.Hessian(p.model, p.criterion, (p.x, p.y))
     V = torch.ones(1, A.n, dtype=F64)
     out = torch.empty_like(V)
-    count, _ = A.changes(look=True)
+    count, _ = A._kept.changes(look=True)
     p.model.b.weight.data.mul_(1.01)
     multiply([Request(A, V, out, deferred=True)])
-    assert A.changes()[0] == count
-    assert A.changes(look=True) == (count + 1, "parameter 'b.weight'")
+    assert A._kept.changes()[0] == count
+    assert A._kept.changes(look=True) == (count + 1, "parameter 'b.weight'")
     _step(p)
     multiply([Request(A, V, out, deferred=True)])  # autograd's version tells of this one
-    assert A.changes() == (count + 2, "parameter 'b.weight'")
+    assert A._kept.changes() == (count + 2, "parameter 'b.weight'")
     exact = dense(p.model, p.criterion, (p.x, p.y))
     assert error(out[0], exact.sum(1)) < 1e-12
 
