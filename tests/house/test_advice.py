@@ -37,13 +37,13 @@ FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
 INSTALLED = "test_advice.py::test_what_messages_ask_to_install_serves"
 TAKEN = {
     "pass a criterion, or mode='train'":
-        "test_detectors.py::test_a_loss_in_training_only_is_told_of_training",
+        "test_detectors.py::test_a_model_with_a_loss_only_in_training_is_refused_in_eval_mode",
     "closure frees its graph":
-        "test_closure_accidents.py::test_an_optimizers_closure_leaves_gradients",
+        "test_closure_loss.py::test_a_closure_that_clears_gradients_leaves_them_as_they_were",
     "closure writes into ":
-        "test_closure_accidents.py::test_a_tensor_that_is_no_buffer_is_named_and_the_advice_works",
+        "test_closure_loss.py::test_a_closure_that_writes_into_a_tensor_is_warned_of_and_the_advice_works",
     "engine='difference' needs first ones only":
-        "test_formulas.py::test_what_has_no_formula_names_an_engine_that_serves",
+        "test_workarounds.py::test_a_function_without_a_workaround_names_an_engine_that_works",
     "; pass smaller batches":
         "test_checks_that_do_not_apply.py::test_a_batch_that_cannot_be_cut_into_microbatches_is_refused",
     "does not serve, a part of batch":

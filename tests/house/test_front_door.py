@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import fasthessian
 from bench.harness import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,3 +53,9 @@ def test_every_example_is_linked():
     text = (ROOT / "README.md").read_text()
     for script in (ROOT / "examples").glob("*.py"):
         assert f"](examples/{script.name})" in text, script.name
+
+
+def test_the_version_is_the_same_everywhere():
+    version = fasthessian.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()

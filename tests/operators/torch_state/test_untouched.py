@@ -1,4 +1,4 @@
-"""The user's model, gradients, modes and random states: as they were, whatever happens."""
+"""The user's model, gradients, modes and random states stay as they were, whatever happens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_nothing_of_the_user_changes(loader: bool, mode: str, engine: str) -> No
 
 
 @each_engine
-def test_nothing_changes_when_an_exception_flies(engine: str) -> None:
+def test_nothing_changes_after_an_exception(engine: str) -> None:
     model, criterion, x, y = restless()
     batches = [(x[:4], y[:4]), (x[4:], y[4:])]
     before = world(model, criterion)
@@ -68,7 +68,7 @@ def test_nothing_changes_when_an_exception_flies(engine: str) -> None:
     assert world(model, criterion) == before
 
 
-def test_gradients_from_before_do_not_enter_the_product() -> None:
+def test_gradients_in_grad_do_not_enter_products() -> None:
     model, criterion, data = PROBLEMS["mlp"].make()
     A = fh.Hessian(model, criterion, data)
     Hv = A @ torch.ones(A.n, dtype=A.dtype)
@@ -78,7 +78,7 @@ def test_gradients_from_before_do_not_enter_the_product() -> None:
     assert torch.equal(B @ torch.ones(A.n, dtype=A.dtype), Hv)
 
 
-def test_a_module_with_its_own_train_method_is_not_asked() -> None:
+def test_a_modules_own_train_method_is_not_called() -> None:
     model, criterion, data = PROBLEMS["mlp"].make()
 
     class Merging(nn.Sequential):
@@ -111,7 +111,7 @@ def test_a_closure_keeps_the_random_states_and_sees_the_same_numbers() -> None:
 
 
 class DrawsInBackward(torch.autograd.Function):
-    """The square; its backward passes draw random numbers."""
+    """The square, whose backward passes draw random numbers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ class DrawsInBackward(torch.autograd.Function):
 
 
 @each_engine
-def test_random_numbers_drawn_while_differentiating_leave_no_trace(engine: str) -> None:
+def test_random_numbers_drawn_in_backward_do_not_change_the_random_states(engine: str) -> None:
     w = torch.ones(3, requires_grad=True)
     state = torch.get_rng_state()
     A = fh.Hessian.from_closure(lambda: DrawsInBackward.apply(w).sum(), [w], engine=engine)
