@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +22,11 @@ from fasthessian.kernels.contract import (
 NAME = "native"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2}  # FhType in csrc/cpu/kernels.h
 
-_native: Any = None
 _reason: str | None = None
 try:
-    _native = importlib.import_module("fasthessian._native")
+    import fasthessian._native as _native
 except ImportError as error:
+    _native = None  # type: ignore[assignment]
     _reason = str(error)
     if "FASTHESSIAN_ISA" not in _reason:
         _reason = (

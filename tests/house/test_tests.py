@@ -1,13 +1,14 @@
 """The tests are arranged like the package: shared helpers in tests/support, files of one idea."""
 
 import ast
-from pathlib import Path
 
 import pytest
 
 from tests.support.house import ROOT, modules
 
 TESTS = ROOT / "tests"
+# run in processes of their own; bits by hand, before and after a change that keeps all results
+PROGRAMS = {f"tests.support.{name}" for name in ("bits", "pyhessian_script", "triton_aot")}
 ROOMS = {path.name for path in TESTS.iterdir() if path.is_dir() and path.name != "__pycache__"}
 
 
@@ -17,15 +18,16 @@ def imported_by(path):
         if isinstance(node, ast.Import):
             yield from ((alias.name, "") for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield from ((node.module or ".", alias.name) for alias in node.names)
+            module = "." * node.level + (node.module or "")
+            yield from ((module, alias.name) for alias in node.names)
 
 
 def strange(path):
     """Imports of a file under tests/ that are not ``from tests.support.module import name``."""
     for module, name in imported_by(path):
-        if module.split(".")[0] in ("tests", "."):
+        if module.split(".")[0] in ("tests", ""):
             known = TESTS / "support" / f"{module.rpartition('.')[2]}.py"
-            if not (module.startswith("tests.support.") and known.exists()):
+            if not (name and module.startswith("tests.support.") and known.exists()):
                 yield f"{module} {name}".strip()
 
 
@@ -51,15 +53,12 @@ def test_the_rooms_of_the_tests_are_those_of_the_package():
     package = {
         name.partition(".")[0] for name, path in modules().items() if path.stem == "__init__"
     }
-    assert ROOMS == (package - {""}) | {"house", "support"}
+    assert (package - {""}) | {"house", "support"} == ROOMS
 
 
 def test_helpers_that_nobody_uses_are_gone():
-    used = {module for path in TESTS.rglob("*.py") for module, _ in imported_by(path)}
-    used |= {module for path in (ROOT / "bench").rglob("*.py") for module, _ in imported_by(path)}
+    files = [path for name in ("tests", "bench") for path in (ROOT / name).rglob("*.py")]
+    found = {pair for path in files for pair in imported_by(path)}
+    used = {name for module, imported in found for name in (module, f"{module}.{imported}")}
     helpers = {f"tests.support.{path.stem}" for path in (TESTS / "support").glob("*.py")}
-    # triton_aot, pyhessian_script and simulated run in processes of their own or are imported late
-    assert helpers - used - {"tests.support.__init__"} <= SCRIPTS
-
-
-SCRIPTS = {"tests.support.triton_aot", "tests.support.pyhessian_script", "tests.support.bits"}
+    assert helpers - used - {"tests.support.__init__"} == PROGRAMS
