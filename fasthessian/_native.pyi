@@ -7,8 +7,8 @@ device and a stream.
 # fmt: off
 from collections.abc import Sequence
 
-class
-    _Cpu: def workspace(
+class _Cpu:
+    def workspace(
         self, v: int, ldv: int, vtype: int, k: int, n: int, w: int, ldw: int, wtype: int, b: int,
         h: int, count_at: int, count: int, threads: int, /,
     ) -> int: ...
@@ -35,8 +35,8 @@ class
         threads: int, /,
     ) -> None: ...
 
-class
-    _Cuda: def workspace(
+class _Cuda:
+    def workspace(
         self, v: int, ldv: int, vtype: int, k: int, n: int, w: int, ldw: int, wtype: int, b: int,
         h: int, count_at: int, count: int, device: int, stream: int, /,
     ) -> int: ...
@@ -71,7 +71,7 @@ class
     ) -> None: ...
 
 cpu: _Cpu
-cuda: _Cuda  # where it was built with CUDA
+cuda: _Cuda  # only in a build with CUDA, like the functions cuda_*
 
 def isa() -> str:
     """The instruction set in use."""
@@ -80,10 +80,10 @@ def isas() -> list[str]:
     """The instruction sets that this processor has kernels for."""
 
 def cuda_state() -> tuple[int, int, int, str | None]:
-    """Devices, the version of the runtime, that of the driver, and what went wrong."""
+    """The number of devices, the versions of runtime and driver, and the error if there is one."""
 
-def cuda_chip(index: int, /) -> int:
+def cuda_chip(device: int, /) -> int:
     """10 major + minor of the device's chip; 0 without kernels for it; minus an error's number."""
 
-def cuda_error(number: int, /) -> str:
+def cuda_error(error: int, /) -> str:
     """The text of an error's number."""

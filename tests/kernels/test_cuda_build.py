@@ -148,7 +148,7 @@ def test_every_kernel_of_the_sources_was_seen(built):
     assert all(name in seen for name in written), written
 
 
-@pytest.mark.parametrize("unit", [name for name in UNITS if name.startswith("stream_")])
+@pytest.mark.parametrize("unit", [name for name in UNITS if name.startswith("rows_")])
 def test_streaming_kernels_load_rows_16_bytes_at_a_time(built, unit):
     streaming = [k for k in built[unit] if k.name.startswith(STREAMING)]
     assert len(streaming) == len(STREAMING) * 4 * len(CHIPS)  # blocks of 1, 2, 4, 8 rows of W

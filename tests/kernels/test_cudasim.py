@@ -28,7 +28,7 @@ PLAIN = ("-O1",)
 TSAN = ("-O1", "-fsanitize=thread")
 # at -O1 g++ takes twice as long over these two
 ASAN = ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-CASES = ("f32", "f64", "f16", "mixed", "recur", "softmax", "streams")  # of driver.cpp
+CASES = ("f32", "f64", "f16", "mixed", "recur", "softmax", "vectors")  # of driver.cpp
 SEEDS = range(5)
 POOL = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
 
@@ -187,7 +187,7 @@ def test_right_kernels_are_clean(program, flags, name):
 def test_the_kernels_are_clean(program, flags):
     driver = program("driver", flags)
     # threads race alike for all types; what lies out of bounds or misaligned differs
-    cases = ("f32", "f16", "recur", "softmax", "streams") if flags == TSAN else CASES
+    cases = ("f32", "f16", "recur", "softmax", "vectors") if flags == TSAN else CASES
     cases = [(seed, case) for case in cases for seed in ((1, 2) if flags == PLAIN else (1,))]
     for case, run in zip(cases, POOL.map(lambda c: execute(driver, *c), cases), strict=True):
         assert run.returncode == 0 and run.stdout == "ok\n", (case, run.stdout, run.stderr[:4000])
@@ -195,7 +195,7 @@ def test_the_kernels_are_clean(program, flags):
 
 BARRIER = "__syncthreads();"
 # of driver.cpp, by where the barrier is
-CASE = {"recur.cu": "recur", "softmax.cu": "softmax", "streams.cu": "streams", "pack.cu": "streams"}
+CASE = {"recur.cu": "recur", "softmax.cu": "softmax", "random.cu": "vectors", "pack.cu": "vectors"}
 
 
 def barriers():
@@ -216,7 +216,7 @@ def noticed(folder, name, start, instead=";"):
     path = csrc / "cuda" / name
     text = path.read_text()
     path.write_text(text[:start] + instead + text[start + len(BARRIER) :])
-    unit = csrc / "cuda" / (name if name.endswith(".cu") else "stream_f32.cu")
+    unit = csrc / "cuda" / (name if name.endswith(".cu") else "rows_f32.cu")
     case = CASE.get(name, "f32")
     for flags, sign in ((PLAIN, "wrong: .*"), (TSAN, "ThreadSanitizer: data race")):
         target = csrc / f"driver{len(flags)}"

@@ -68,7 +68,7 @@ def unavailable(device: torch.device | str = "cpu") -> str | None:
 
 
 def _interpreted() -> bool:
-    if "fasthessian.kernels.triton.streams" in sys.modules:
+    if "fasthessian.kernels.triton.rows" in sys.modules:
         return bool(_kernels()[0].INTERPRETED)
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
@@ -101,7 +101,7 @@ def describe() -> str:
 
 @functools.cache
 def _kernels() -> tuple[Any, ...]:
-    names = ("streams", "vectors", "softmax")
+    names = ("rows", "vectors", "softmax")
     return tuple(importlib.import_module(f"fasthessian.kernels.triton.{name}") for name in names)
 
 
