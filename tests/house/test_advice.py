@@ -185,9 +185,7 @@ def test_an_interpreter_that_is_unset(monkeypatch):
 
     from fasthessian.kernels.triton import backend as triton_backend
 
-    monkeypatch.delitem(
-        __import__("sys").modules, "fasthessian.kernels.triton.rows", raising=False
-    )
+    monkeypatch.delitem(__import__("sys").modules, "fasthessian.kernels.triton.rows", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_backend, "_cannot_compile", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -26,7 +26,10 @@ from tests.support.cuda_checks import (
 )
 from tests.support.models import PROBLEMS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
 F32, CUDA = torch.float32, torch.device("cuda")
 each_problem = pytest.mark.parametrize("name", PROBLEMS)
 

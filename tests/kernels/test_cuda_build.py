@@ -24,7 +24,10 @@ UNITS = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
 STREAMING = ("project_kernel", "corrected_kernel", "update_kernel")  # V is their first argument
 REGISTERS = 65536  # of a multiprocessor, handed out eight to a thread at a time
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
+]
 
 
 class Kernel(NamedTuple):

@@ -32,7 +32,10 @@ CASES = ("f32", "f64", "f16", "mixed", "recur", "softmax", "vectors")  # of driv
 SEEDS = range(5)
 POOL = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
+]
 
 
 def call(*command, **options):
