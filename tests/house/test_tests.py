@@ -8,7 +8,7 @@ from tests.support.house import ROOT, modules
 
 TESTS = ROOT / "tests"
 # run in processes of their own; bits by hand, before and after a change that keeps all results
-PROGRAMS = {f"tests.support.{name}" for name in ("bits", "pyhessian_script", "triton_aot")}
+PROGRAMS = {f"tests.support.{name}" for name in ("bits", "script_for_pyhessian", "triton_aot")}
 ROOMS = {path.name for path in TESTS.iterdir() if path.is_dir() and path.name != "__pycache__"}
 
 

@@ -1,4 +1,4 @@
-"""What nvcc says of every kernel, for every chip: no spills, no stack, wide loads of V.
+"""What nvcc reports for every kernel and chip: no spills, no stack, wide loads of V.
 
 Needs nvcc but no GPU. Reports are kept in the system's temporary folder by a hash of the sources.
 """
@@ -214,7 +214,7 @@ def test_a_spilling_kernel_is_reported(tmp_path):
     assert any(re.search(r"stack_kernel sm_90: [1-9]\d* bytes of stack", line) for line in lines)
 
 
-def test_a_narrow_load_is_told_from_a_wide_one(tmp_path):
+def test_narrow_and_wide_loads_are_distinguished(tmp_path):
     (tmp_path / "loads.cu").write_text(LOADS)
     found = {k.name: k.loads_of_first_argument() for k in kernels(tmp_path / "loads.cu", (90,))}
     assert set(found["wide_kernel"]) == {16} and set(found["narrow_kernel"]) == {4}, found

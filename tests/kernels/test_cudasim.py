@@ -134,7 +134,7 @@ def line_of(mark):
 
 
 @pytest.mark.parametrize("name", ["reversed", "reused", "neighbours"])
-def test_a_missing_barrier_is_a_wrong_answer_for_some_seed(program, name):
+def test_a_missing_barrier_gives_a_wrong_answer_for_some_seed(program, name):
     planted = program("planted", PLAIN)
     right = {execute(planted, f"{name}-right", seed).stdout for seed in SEEDS}
     found = {execute(planted, name, seed).stdout for seed in SEEDS}
@@ -253,7 +253,7 @@ def test_a_removed_barrier_is_noticed(removals, name, start):
     print(found)
 
 
-def test_no_removed_barrier_is_noticed_where_none_is_removed(removals):
+def test_nothing_is_noticed_where_no_barrier_is_removed(removals):
     assert removals["none"].result() is None
 
 

@@ -1,4 +1,4 @@
-"""``make gpu`` without a GPU: its parts, its verdicts, and the bodies of test_cuda.py on a CPU."""
+"""``make gpu`` without a GPU: its parts, their outcomes, and the checks of test_cuda.py."""
 
 import json
 import os
@@ -124,7 +124,7 @@ def test_tuning_checks_and_times_every_candidate(tmp_path):
     assert [row["what"] for row in rows] == names
 
 
-def test_the_parts_on_a_gpu_are_those_rehearsed(tmp_path):
+def test_the_rehearsed_parts_are_those_of_a_gpu(tmp_path):
     facts = {"gpu": True, "capability": "90", "nvcc": "some"}
     real, rehearsed = (gpu.parts_of(tmp_path, f, set()) for f in (facts, {"gpu": False}))
     assert [p.name for p in real] == [p.name for p in rehearsed]

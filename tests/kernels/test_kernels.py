@@ -195,7 +195,7 @@ def test_recurrence_matches_the_reference(row, j, m, scale):
 
 @each_backend
 @pytest.mark.parametrize("cause", ["nothing new", "zero", "nan in u", "nan in w"])
-def test_recurrence_tells_a_candidate_that_holds_nothing(row, cause):
+def test_recurrence_reports_a_dependent_candidate(row, cause):
     j, m = 4, 6
     C, G, T, gauges = (x.to(row.device) for x in recurrence(j, m, 2))
     if cause == "nothing new":
@@ -259,7 +259,7 @@ def test_same_bits_twice(row):
 
 @each_backend
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_not_a_number_is_carried_through(row, bad):
+def test_nan_and_infinity_propagate(row, bad):
     backend = row.module()
     V, W = rows(3, 2000, F32, 1, 0, row.device), rows(2, 2000, F32, 2, 0, row.device)
     V[1, 1999] = bad

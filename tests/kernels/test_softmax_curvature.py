@@ -126,7 +126,7 @@ def test_logits_of_any_size(row, dtype, inner, make, classes):
 
 @each_backend
 @inners
-def test_is_the_second_derivative_of_cross_entropy(row, inner):
+def test_equals_the_second_derivative_of_cross_entropy(row, inner):
     """By double backward in float64, with weights of classes and ignored targets."""
     U, Z, _ = problem((6, 5, inner), F64)
     generator = torch.Generator().manual_seed(2)
@@ -155,7 +155,7 @@ def test_is_the_second_derivative_of_cross_entropy(row, inner):
     [("Z", NAN, True), ("Z", INF, True), ("all of Z", -INF, True), ("all of Z", NAN, True),
      ("U", NAN, True), ("U", INF, False), ("masked U", NAN, True), ("scale", NAN, True)],
 )  # fmt: skip
-def test_what_is_not_a_number_stays_in_its_row(row, dtype, inner, classes, which, value, all_nan):
+def test_nan_and_infinity_stay_in_their_row(row, dtype, inner, classes, which, value, all_nan):
     U, Z, scale = problem((3, classes, inner), dtype, row.device)
     last = classes - 1
     clean = row.module().softmax_curvature_(U.clone(), Z, scale)
@@ -211,7 +211,7 @@ def test_the_matrix_is_symmetric_semidefinite_with_zero_row_sums(row, dtype, inn
 
 @each_backend
 @inners
-def test_constant_tangents_give_nothing(row, inner):
+def test_constant_tangents_give_zero(row, inner):
     """They are the null space: shifted logits have the same softmax."""
     U, Z, scale = problem((3, 700, inner), F32, row.device)
     found = row.module().softmax_curvature_(torch.full_like(U, 1e3), Z, scale)
@@ -292,7 +292,7 @@ BAD = [
 
 @each_backend
 @pytest.mark.parametrize(("given", "message"), BAD)
-def test_bad_arguments_are_one_clear_line(row, given, message):
+def test_bad_arguments_are_refused_in_one_line(row, given, message):
     with pytest.raises(ValueError, match=message) as caught:
         row.module().softmax_curvature_(*given)
     assert "\n" not in str(caught.value)
