@@ -22,9 +22,7 @@ from bench.cases import problems
 from fasthessian.operators import examination
 from fasthessian.operators.products.function_check import RIGHT
 from fasthessian.operators.products.function_guard import Functions
-from tests.operators import test_huggingface, test_model_zoo
-from tests.operators.products import test_gradient_of_the_loss
-from tests.support import custom_models, models
+from tests.support import custom_models, detached, huggingface, model_zoo, models
 from tests.support.custom_good import Good
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -53,7 +51,6 @@ def planted(seeds):
             made = [custom_models.planted(name, dtype, seed)[0] for seed in range(seeds)]
             caught = [bool(notes(lambda k=kind, m=each: k(*m))) for kind in kinds for each in made]
             yield f"{name}, {str(dtype)[6:]}", sum(caught), len(caught)
-    detached = test_gradient_of_the_loss
     for name, dtype in itertools.product(detached.MODELS, DTYPES[:2]):
         made = [detached.made(name, always=False, dtype=dtype, seed=seed) for seed in range(seeds)]
         caught = [bool(notes(lambda m=each: fh.Hessian(*m))) for each in made]
@@ -85,10 +82,10 @@ def right(seeds):
                         yield lambda k=kind, m=model, d=(x, y): k(m, F.cross_entropy, d)
 
     def zoo():
-        for name in test_model_zoo.ZOO:
+        for name in model_zoo.ZOO:
             for dtype in DTYPES[:2]:
                 for mode in ("eval", "train"):
-                    model, criterion, (x, y) = test_model_zoo.zoo(name)
+                    model, criterion, (x, y) = model_zoo.zoo(name)
                     data = x.to(dtype) if x.is_floating_point() else x, y
                     made = model.to(dtype), criterion, data
                     for kind in kinds:
@@ -106,9 +103,9 @@ def right(seeds):
                     yield lambda k=kind, m=made, p=precision: k(*m, precision=p)
 
     def language():
-        for build in (test_huggingface.gpt2, test_huggingface.llama, test_huggingface.bert):
+        for build in (huggingface.gpt2, huggingface.llama, huggingface.bert):
             for dtype in DTYPES:
-                model, batch = test_huggingface.made(build)
+                model, batch = huggingface.made(build)
                 model.to(dtype)
                 for kind in kinds:
                     yield lambda k=kind, m=model, b=batch: k(m, None, b)

@@ -129,7 +129,10 @@ def parts_of(folder, facts, without):
         return Part(name, command, limit, base, must=True)
 
     build = {"FASTHESSIAN_CUDA": "1", "FASTHESSIAN_CUDA_ARCHS": arch}
-    contract = ("test_kernels.py", "test_vector_kernels.py", "test_softmax_curvature.py")
+    contract = (
+        "test_kernels.py", "test_kernel_arguments.py", "test_vector_kernels.py",
+        "test_softmax_curvature.py",
+    )  # fmt: skip
     apart = (*contract, "test_cuda.py", "test_gpu_rehearsal.py")
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     others = [str(p.relative_to(ROOT)) for p in files if p.name not in apart]

@@ -10,8 +10,8 @@ import torch
 import fasthessian as fh
 from fasthessian.algorithms.eigsh import _wanted
 from fasthessian.algorithms.intervals import student_t
-from tests.krylov.test_lanczos import F32, F64, diagonal, outliers
 from tests.support.models import PROBLEMS
+from tests.support.spectra import F32, F64, diagonal, outliers
 
 
 @pytest.fixture(params=sorted(PROBLEMS))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fasthessian.app.report import document as report
-from tests.results.test_files import BLOCKS, MEAN, refused
+from tests.support.result_files import BLOCKS, MEAN, refused_file
 
 pytest.importorskip("matplotlib")
 
@@ -63,7 +63,7 @@ def test_the_pattern_of_these_results_is_drawn(tmp_path):
 )
 def test_a_wrong_field_is_named_when_the_result_is_read(tmp_path, part, field, value, words):
     path = result(tmp_path / "result.json", part, field, value)
-    message = refused(report.read, path, words)
+    message = refused_file(report.read, path, words)
     assert f"the part {part!r} of the result is damaged" in message
 
 
@@ -107,12 +107,12 @@ def test_numbers_that_were_not_finite_are_drawn(tmp_path, part, field, value):
 def test_texts_that_are_no_result(tmp_path, text, words):
     path = tmp_path / "result.json"
     path.write_bytes(text)
-    refused(report.read, path, words)
+    refused_file(report.read, path, words)
 
 
 def test_a_folder_is_no_result_but_may_hold_one(tmp_path):
     result(tmp_path / "result.json")
-    message = refused(report.read, tmp_path, " is a folder; give ")
+    message = refused_file(report.read, tmp_path, " is a folder; give ")
     assert report.read(message.partition("; give ")[2])["format"] == report.FORMAT
 
 

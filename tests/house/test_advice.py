@@ -1,9 +1,10 @@
 """Every piece of advice in a message of the package is followed by a test that takes it.
 
 The source is searched for texts that advise. Each must contain words of one row at least of
-``TAKEN``, or of the cases of test_advice_taken.py and test_advice_of_results.py, which run what
-the message advises. A message with new advice needs a row: words that stand in the source as they
-are here, without values in braces, and the test that does what they say, as "file::function".
+``TAKEN``, or of the cases of advice_of_operators.py and advice_of_results.py in tests/support,
+which test_advice_works.py runs. A message with new advice needs a row: words that stand in the
+source as they are here, without values in braces, and the test that does what they say, as
+"file::function".
 """
 
 import ast
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import fasthessian
-from tests.house import test_advice_of_results, test_advice_taken
+from tests.support.advice_of_operators import CASES as OPERATORS
+from tests.support.advice_of_results import CASES as RESULTS
 
 ROOT = Path(fasthessian.__file__).parent
 TESTS = {path.name: path for path in Path(__file__).parents[1].rglob("test_*.py")}
@@ -30,18 +32,18 @@ ADVICE = re.compile(
     r"|\bway out\b|\bwould fit\b|\bmore cut the batches\b|\.(?:contiguous|to)\(\)"
 )
 
-MEMORY = "test_advice_of_results.py::test_a_basis_that_does_not_fit"
+MEMORY = "test_advice_works.py::test_a_basis_that_does_not_fit"
 FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
 INSTALLED = "test_advice.py::test_what_messages_ask_to_install_serves"
 TAKEN = {
     "pass a criterion, or mode='train'":
-        "test_detectors.py::test_a_loss_in_training_only_is_told_of_training",
+        "test_detectors.py::test_a_model_with_a_loss_only_in_training_is_refused_in_eval_mode",
     "closure frees its graph":
-        "test_closure_accidents.py::test_an_optimizers_closure_leaves_gradients",
+        "test_closure_loss.py::test_a_closure_that_clears_gradients_leaves_them_as_they_were",
     "closure writes into ":
-        "test_closure_accidents.py::test_a_tensor_that_is_no_buffer_is_named_and_the_advice_works",
+        "test_closure_loss.py::test_a_closure_that_writes_into_a_tensor_is_warned_of_and_the_advice_works",
     "engine='difference' needs first ones only":
-        "test_formulas.py::test_what_has_no_formula_names_an_engine_that_serves",
+        "test_workarounds.py::test_a_function_without_a_workaround_names_an_engine_that_works",
     "; pass smaller batches":
         "test_checks_that_do_not_apply.py::test_a_batch_that_cannot_be_cut_into_microbatches_is_refused",
     "does not serve, a part of batch":
@@ -95,7 +97,7 @@ TAKEN = {
     "takes no --data; use resnet20": "test_cli.py::test_resnet20_on_a_cifar_folder",
     "give the unpacked CIFAR folder": "test_cli.py::test_resnet20_on_a_cifar_folder",
 }  # fmt: skip
-CASES = {**test_advice_taken.CASES, **test_advice_of_results.CASES}
+CASES = {**OPERATORS, **RESULTS}
 
 
 def texts(tree):

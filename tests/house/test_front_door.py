@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import fasthessian
 from bench.harness import table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,7 +49,21 @@ def test_links_lead_to_files(path):
         assert (page.parent / target).exists(), target
 
 
+def test_contributing_names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    names = set(re.findall(r"`([\w.]+/[\w./]+)`", text))
+    assert "tests/support/models.py" in names
+    for name in names:
+        assert (ROOT / name).exists() or (ROOT / "fasthessian" / name).exists(), name
+
+
 def test_every_example_is_linked():
     text = (ROOT / "README.md").read_text()
     for script in (ROOT / "examples").glob("*.py"):
         assert f"](examples/{script.name})" in text, script.name
+
+
+def test_the_version_is_the_same_everywhere():
+    version = fasthessian.__version__
+    assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"\n## [{version}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -11,8 +11,8 @@ import fasthessian as fh
 from fasthessian.errors import ConvergenceWarning
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.three_term import ThreeTerm
-from tests.krylov.test_lanczos import diagonal, outliers
 from tests.support.models import PROBLEMS
+from tests.support.spectra import diagonal, outliers
 
 F32, F64 = torch.float32, torch.float64
 

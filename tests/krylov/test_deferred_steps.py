@@ -8,7 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasthessian as fh
 from fasthessian.krylov.lanczos import Lanczos
-from tests.krylov.test_lanczos import BACKENDS, F64, SCHEDULES, defects, diagonal, grown, outliers
+from tests.support.cuda_checks import NothingReadBack
+from tests.support.krylov_runs import BACKENDS, SCHEDULES, defects, grown
+from tests.support.spectra import F64, diagonal, outliers
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -142,17 +144,6 @@ def test_results_say_why_steps_were_not_captured():
     assert "without a basis" in fh.density(A, steps=9, basis="none").graph
     found = fh.spectrum(A, 1, steps=9, graph=False)
     assert {found.top.graph, found.bottom.graph, found.density.graph} == {off}
-
-
-class NothingReadBack(TorchDispatchMode):
-    """Fails on every operation that would make the host wait for a GPU."""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run the operation unless its result depends on the values of a tensor."""
-        name = str(func.overloadpacket)
-        waits = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
-        assert name.removeprefix("aten.") not in waits, f"{name} waits for the device"
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

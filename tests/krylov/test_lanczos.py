@@ -11,37 +11,10 @@ from fasthessian import kernels
 from fasthessian.krylov import basis as bases
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.study.resnet import resnet
-from tests.support.backends import ROWS
+from tests.support.krylov_runs import BACKENDS, SCHEDULES, defects, grown
+from tests.support.spectra import diagonal, outliers
 
-BACKENDS = [row.name for row in ROWS if row.device == "cpu" and not row.slow]
-SCHEDULES = ["dcgs2", "cgs2"]
 F32, F64 = torch.float32, torch.float64
-
-
-def diagonal(values, dtype=F64, scale=1.0):
-    d = torch.as_tensor(values, dtype=F64).mul(scale).to(dtype)
-    return fh.SymmetricOperator(lambda v: d * v, len(d), dtype=dtype)
-
-
-def outliers(n=20000):
-    """A bulk and twelve outliers, the shape of a network's spectrum."""
-    bulk = torch.rand(n - 12, generator=torch.Generator().manual_seed(0), dtype=F64) * 0.5 - 0.05
-    return torch.cat([bulk, torch.tensor([100.0, 60, 40, 30, 20, 12, 8, 5, 3, 2, 1.5, -3])])
-
-
-def grown(A, steps, **options):
-    krylov = Lanczos(A, steps, **{"seed": 0, **options})
-    while krylov.size < krylov.capacity and not krylov.exhausted:
-        krylov.step()
-    return krylov
-
-
-def defects(krylov, spectrum):
-    """max |V V' - I| and max |V H V' - T| / max |T| in float64."""
-    V, T = krylov.basis.rows(krylov.size).double(), krylov.T[: krylov.size, : krylov.size]
-    orthogonality = (V @ V.T - torch.eye(krylov.size)).abs().max()
-    projection = (V @ (spectrum[:, None] * V.T) - T).abs().max() / T.abs().max()
-    return float(orthogonality), float(projection)
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

@@ -6,7 +6,6 @@ import gc
 import os
 import subprocess
 import sys
-import weakref
 from typing import Any
 
 import pytest
@@ -15,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasthessian as fh
-from tests.support.models import PROBLEMS, refused
+from tests.support.hungry import Hungry
+from tests.support.models import CURVATURES, PROBLEMS, each_curvature, refused
 
 F32, F64 = torch.float32, torch.float64
-CURVATURES = (fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher, fh.Fisher)
-each_curvature = pytest.mark.parametrize("curvature", CURVATURES)
 
 
 class Lying:
@@ -133,37 +131,6 @@ def test_a_wrong_problem_fails_its_check(dtype: torch.dtype) -> None:
 
 
 # Memory
-
-
-class Hungry(nn.Module):
-    """Asks for 4 PiB in its forward or in the derivative of its backward, when told to."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.when, self.seen = inner, "never", []
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = torch.tanh(self.inner(x))
-        self.seen.append(weakref.ref(out))
-        if self.when == "forward":
-            torch.empty(1 << 50)
-        return Eater.apply(out, self) * out
-
-
-class Eater(torch.autograd.Function):
-    """x^2, by a backward that may run out of memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, owner: Hungry) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.owner = owner
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if ctx.owner.when == "backward":
-            torch.empty(1 << 50)
-        return 2 * grad * ctx.saved_tensors[0], None
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])

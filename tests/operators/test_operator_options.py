@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 import fasthessian as fh
 from tests.support.models import (
+    CURVATURES,
     EACH_ENGINE,
     PROBLEMS,
     columns,
     dense,
+    each_curvature,
     error,
     gauss_newton,
     mismatch,
@@ -23,8 +25,6 @@ from tests.support.models import (
 )
 
 F32, F64 = torch.float32, torch.float64
-CURVATURES = (fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher, fh.Fisher)
-each_curvature = pytest.mark.parametrize("curvature", CURVATURES)
 each_engine = pytest.mark.parametrize("engine", EACH_ENGINE)
 
 

@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 import fasthessian as fh
-from tests.operators.test_operator_health import CURVATURES, Hungry
-from tests.support.models import PROBLEMS, dense, error, refused
+from tests.support.hungry import Hungry
+from tests.support.models import PROBLEMS, dense, each_curvature, error, refused
 
 F64 = torch.float64
-each_curvature = pytest.mark.parametrize("curvature", CURVATURES)
 WORDS = "memory of cpu: an allocation of .* failed.*microbatch="
 
 

@@ -1,4 +1,4 @@
-"""A loss given by a function without arguments, for all that is no criterion over batches."""
+"""A loss given by a function without arguments: a closure, for losses without batches."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ from fasthessian.operators.torch_state.scopes import Scope, UndoLog, set_attribu
 
 
 class ClosureLoss:
-    """A loss given by a function without arguments: a single part.
+    """The loss of a closure: a single part.
 
-    The modules that it calls are found by a hook. They work on copies of their buffers, as those of
-    a model do, and gradients in ``.grad`` are those of before: an optimizer's closure clears them.
+    The closure does not say which modules it calls. A global hook finds them while it runs. As the
+    modules of a model do, they work on copies of their buffers. The gradients in ``.grad`` are
+    restored too, since the closure of an optimizer clears them.
     """
 
     origin = "closure"
@@ -54,22 +55,22 @@ class ClosureLoss:
         self._closure, self._params = closure, params
         self.roots: list[nn.Module] = []
         self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # called so far
-        reached = (tensor for _, tensor, _ in self.entries(True) if isinstance(tensor, Tensor))
-        self._leaves = [weakref.ref(t) for t in reached if t.is_leaf and t.requires_grad]
-        self._levels: list[tuple[Buffers, Copies]] = []  # of the scopes that are open
+        found = (tensor for _, tensor, _ in self.entries(True) if isinstance(tensor, Tensor))
+        self._leaves = [weakref.ref(t) for t in found if t.is_leaf and t.requires_grad]
+        self._scopes: list[tuple[Buffers, Copies]] = []  # of the open ``_own_buffers``
 
     def survey(self) -> None:
-        """Nothing to look at: there are no batches."""
+        """Do nothing: there are no batches."""
 
     def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
-        """Nothing to count."""
+        """Do nothing: a closure is a single term."""
 
     def coupling(self, params: Sequence[Tensor], allowed: float) -> Coupling:
         """That it does not apply."""
         return Coupling(math.nan, -1, "a closure has no batches")
 
     def entries(self, whole: bool) -> Iterator[Entry]:
-        """The tensors given as ``params``, and what can be reached from the closure."""
+        """The tensors given as ``params``, and if ``whole`` what the closure can reach."""
         for name, tensor in self._params.items():
             yield f"parameter {name!r}", tensor, POINT
         if whole:
@@ -85,24 +86,26 @@ class ClosureLoss:
         yield Part(0, 1.0, None, 1)
 
     def protected(self) -> Scope[None]:
-        """Inside, which is a pass, modules are found, and what the closure may write is put back.
+        """A scope for one pass: finds modules, and restores what the closure may write.
 
-        A backward pass may run checkpointed modules again, in another thread.
+        Only calls in this thread count: another thread may use modules of its own. Modules inside
+        a found module are found with it, since a backward pass may run checkpointed ones again in
+        another thread.
         """
         thread = threading.get_ident()
 
-        def meet(module: nn.Module, inputs: Any) -> None:
+        def find(module: nn.Module, inputs: Any) -> None:
             if module not in self._modules and threading.get_ident() == thread:
                 for each in module.modules():
                     if each not in self._modules:
                         self._modules.add(each)
-                        for held, copies in self._levels:
-                            copy_buffers([each], held, copies)
+                        for originals, copies in self._scopes:
+                            copy_buffers([each], originals, copies)
 
         def begin(undo: UndoLog) -> None:
             handle = RemovableHandle(torch_module._global_forward_pre_hooks)
             undo(handle.remove)
-            torch_module._global_forward_pre_hooks[handle.id] = meet
+            torch_module._global_forward_pre_hooks[handle.id] = find
             self._own_buffers(undo)
             leaves = [leaf() for leaf in self._leaves]
             leaves += [p for module in self._modules for p in module.parameters(recurse=False)]
@@ -114,12 +117,12 @@ class ClosureLoss:
         return Scope(begin)
 
     def _own_buffers(self, undo: UndoLog) -> None:
-        """From now on the modules have copies of their buffers, also those that are found later."""
-        held: Buffers = []
+        """Let all modules work on copies of their buffers, also those that are found later."""
+        originals: Buffers = []
         copies: Copies = {}
-        undo(restore_buffers, held)
-        undo.enter(set_attribute(self, "_levels", [*self._levels, (held, copies)]))
-        copy_buffers([*self._modules], held, copies)
+        undo(restore_buffers, originals)
+        undo.enter(set_attribute(self, "_scopes", [*self._scopes, (originals, copies)]))
+        copy_buffers([*self._modules], originals, copies)
 
     def evaluate(
         self, part: Part, values: Mapping[str, Tensor] | None = None

@@ -1,4 +1,10 @@
-"""Batches cut in two: which weights of the halves' gradients make up that of the whole."""
+"""Trials on batches that are cut in two: which way to count terms explains the gradients.
+
+If g is the gradient of a batch with n terms, and g1 and g2 are those of its halves with n1 and n2
+terms, then g = (n1 g1 + n2 g2) / n for a mean. For a sum g = g1 + g2. Only the right numbers
+satisfy this to rounding. A candidate, such as "valid entries of the targets", that misses g in one
+trial is excluded.
+"""
 
 from __future__ import annotations
 
@@ -13,75 +19,83 @@ from fasthessian.memory import out_of_memory
 from fasthessian.operators.loss.batches import Batch, halves, mapped, samples
 
 TRIALS = 3  # batches that are cut in two at most
-SAME = 1e-6  # relative; a denominator in float32 against a number of entries
-SHARP = {torch.float64: 1e-5, torch.float32: 1e-4}  # some losses are float32 in every model
+SAME = 1e-6  # relative; a denominator in float32 is compared with a number of entries
+# Relative miss that rounding makes; some losses are computed in float32 in every model.
+ROUNDING = {torch.float64: 1e-5, torch.float32: 1e-4}
 SUM = "sum"
 SAMPLES = "samples"
-Key = int | str  # of a way to count: a summand of the loss by its denominator; words; SUM
-Numbers = dict[Key, float]
-Gradient = tuple[Sequence[Tensor], Numbers]  # of a batch, with its numbers of terms
+Key = int | str  # a way to count: the place of a denominator, or the name of a counter, or SUM
+Numbers = dict[Key, float]  # numbers of terms, or misses, by way to count
+Gradient = tuple[Sequence[Tensor], Numbers]  # of the loss of a batch, with its numbers of terms
 
 
 class HalvingTrials:
-    """The trials made, and how well each way to count terms explains their gradients.
+    """The trials so far, and how well each way to count terms explains their gradients.
 
     Args:
-        gradient: of the loss of a batch; at parameters a little off where the flag is set.
-        sharp: relative miss that rounding makes.
+        gradient: returns the gradient of the loss of a batch; if the flag is set, at parameters
+            that are moved a little.
+        rounding: relative miss that rounding makes.
         allowed: relative miss that is accepted.
     """
 
     def __init__(
-        self, gradient: Callable[[Batch, bool], Gradient], sharp: float, allowed: float
+        self, gradient: Callable[[Batch, bool], Gradient], rounding: float, allowed: float
     ) -> None:
-        self._gradient, self.sharp, self._allowed = gradient, sharp, allowed
-        self._left, self._idle = TRIALS, TRIALS
-        self._first: Numbers = {}
-        self.fits: Numbers = {}  # the largest relative miss of each way to count
+        self._gradient, self.rounding, self._allowed = gradient, rounding, allowed
+        self._trials_left, self._failures_left = TRIALS, TRIALS
+        self._first: Numbers = {}  # the numbers of terms of the first batch that was cut
+        self.misses: Numbers = {}  # the largest relative miss of each way to count
 
     def consider(self, batch: Batch, values: Numbers) -> None:
-        """Cut the batch in two, if it can tell more than those before it."""
-        if not (self._left and self._idle):
+        """Make a trial, if this batch can exclude a way to count; ``values`` are its numbers."""
+        if not (self._trials_left and self._failures_left):
             return
-        if self.fits:
+        if self.misses:
             kept = [key for key in self.survivors() if key in values]
             ratios = [values[key] / (self._first[key] or math.nan) for key in kept]
             if not ratios or max(ratios) - min(ratios) <= SAME * abs(ratios[0]):
                 return
         try:
-            found = self._misses(batch)
-        except Exception as error:  # whatever a model raises at half of its batch
-            if out_of_memory(error) and samples(batch) > 1:  # one sample was doubled
+            found = self._trial(batch)
+        except Exception as error:  # whatever a model raises for half of its batch
+            if out_of_memory(error) and samples(batch) > 1:  # a single sample was doubled
                 raise
-            self._idle -= 1
+            self._failures_left -= 1
             return
-        if _says_nothing(self._surviving(found)):
-            self._idle -= 1
+        if _undecided(self._surviving(found)):
+            self._failures_left -= 1
             return
-        self._left -= 1
-        if self.fits:
-            self.fits = {key: max(self.fits[key], found[key]) for key in self.fits if key in found}
+        self._trials_left -= 1
+        if self.misses:
+            both = [key for key in self.misses if key in found]
+            self.misses = {key: max(self.misses[key], found[key]) for key in both}
         else:
-            self._first, self.fits = values, found
+            self._first, self.misses = values, found
 
     def survivors(self) -> list[Key]:
-        """The ways to count that explain the gradients to rounding, or else nearly."""
-        return self._surviving(self.fits)
+        """The ways to count that explain the gradients to rounding, or if none does, nearly."""
+        return self._surviving(self.misses)
 
-    def _surviving(self, fits: Numbers) -> list[Key]:
-        best = min(fits.values(), default=math.inf)
-        most = min(self._allowed, max(10 * best, self.sharp))
-        return [key for key, each in fits.items() if each <= most]
+    def _surviving(self, misses: Numbers) -> list[Key]:
+        best = min(misses.values(), default=math.inf)
+        most = min(self._allowed, max(10 * best, self.rounding))
+        return [key for key, each in misses.items() if each <= most]
 
-    def _misses(self, batch: Batch) -> Numbers:
-        found = self._made(batch, moved=False)
+    def _trial(self, batch: Batch) -> Numbers:
+        """The misses for a batch, here or, if these decide nothing, at moved parameters."""
+        found = self._misses(batch, moved=False)
         left = self._surviving(found)
-        if not left or _says_nothing(left):  # as where the gradient is 0
-            moved = self._made(batch, moved=True)
+        if not left or _undecided(left):  # for example the gradient is 0
+            moved = self._misses(batch, moved=True)
             found = moved if self._surviving(moved) else found
         return found
 
-    def _made(self, batch: Batch, moved: bool) -> Numbers:
+    def _misses(self, batch: Batch, moved: bool) -> Numbers:
+        """How far each way to count misses the gradient of a batch, from those of its halves.
+
+        A single sample cannot be cut: it is compared with a batch that has it twice.
+        """
         count = samples(batch)
         pieces = list(halves(batch)) if count > 1 else [batch, batch]
         whole = batch if count > 1 else twice(batch)
@@ -97,13 +111,13 @@ class HalvingTrials:
         return {key: each for key, each in misses.items() if math.isfinite(each)}
 
 
-def _says_nothing(left: Sequence[Key]) -> bool:
-    """Whether a sum and a mean explain the gradients alike: there are none."""
+def _undecided(left: Sequence[Key]) -> bool:
+    """Whether both a sum and a mean explain the gradients: these are 0."""
     return SUM in left and SAMPLES in left
 
 
 def twice(batch: Batch) -> Batch:
-    """The batch with each of its samples a second time."""
+    """The batch with all of its samples twice."""
     count = samples(batch)
 
     def doubled(item: Any) -> Any:
@@ -114,7 +128,7 @@ def twice(batch: Batch) -> Batch:
 
 
 def inner_products(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
-    """g_i'g_j in float64."""
+    """The matrix of g_i'g_j in float64."""
     total = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
     for pieces in zip(*gradients, strict=True):
         rows = torch.stack([piece.flatten() for piece in pieces]).double()
@@ -123,7 +137,7 @@ def inner_products(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
 
 
 def miss(gram: Tensor, shares: Sequence[float]) -> float:
-    """|g_0 - sum_i shares_i g_i| over sum_i shares_i |g_i|, from the inner products."""
+    """|g_0 - sum_i shares_i g_i| / sum_i shares_i |g_i|, from the matrix of inner products."""
     weights = torch.tensor([1.0, *(-share for share in shares)], dtype=torch.float64)
     used = weights != 0  # the mean over no term at all is NaN
     gram, weights = gram[used][:, used], weights[used]

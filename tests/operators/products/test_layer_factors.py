@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fasthessian as fh
-from tests.operators.test_gaussnewton import dense as dense_gauss_newton
-from tests.support.models import columns, dense, error
+from tests.support.models import columns, dense, error, gauss_newton
 
 F64 = torch.float64
 
@@ -96,7 +95,7 @@ def test_outer_products_whatever_the_activations(kind):
     made = problem(net, (7, 5))
     A = kind(*made)
     assert factored(A)
-    whole = dense_gauss_newton(*made) if kind is fh.GaussNewton else columns(kind(*made))
+    whole = gauss_newton(*made) if kind is fh.GaussNewton else columns(kind(*made))
     assert_blocks(A, whole)
 
 

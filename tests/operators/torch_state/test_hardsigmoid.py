@@ -1,4 +1,4 @@
-"""Hardsigmoid and hardswish: exact second derivatives, by whatever name they are called."""
+"""Hardsigmoid and hardswish have exact second derivatives under each of their names."""
 
 import functools
 
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 class ByRelu6(nn.Module):
-    """Hardsigmoid, or hardswish, of functions that torch differentiates twice."""
+    """Hardsigmoid or hardswish, made of functions that torch differentiates twice."""
 
     def __init__(self, swish):
         super().__init__()
@@ -112,7 +112,7 @@ def slope(function, x):
 
 
 def points(dtype):
-    """Around the kinks to the last bit, and everywhere."""
+    """The kinks, the floating-point numbers next to them, and a grid."""
     kinks = [torch.tensor(at, dtype=dtype) for at in (-3.0, 0.0, 3.0)]
     near = [torch.nextafter(k, k + side) for k in kinks for side in (-1, 1)]
     special = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)

@@ -1,4 +1,7 @@
-"""Float32 products are float32 by either set of torch's switches, which exclude each other."""
+"""Products in float32 do not use TF32, by both of torch's sets of switches.
+
+Once a program has set one of the newer switches, torch refuses to read the older ones.
+"""
 
 import subprocess
 import sys
@@ -19,7 +22,7 @@ def precisions():
 
 @pytest.fixture(params=["all", "matmul", "rnn"])
 def newer(request):
-    """The user chose by the newer switches, so that asking by the older ones raises."""
+    """The user set one of the newer switches, so that reading the older ones raises."""
     held = [torch.backends.fp32_precision, *precisions()]
     if request.param == "all":
         torch.backends.fp32_precision = "tf32"
@@ -55,8 +58,8 @@ assert [switch.fp32_precision for switch in switches] == ["ieee"] * 3
 """
 
 
-def test_a_later_choice_for_all_still_counts():
-    """In a process of its own: whether a switch follows that for all cannot be asked, or undone."""
+def test_a_later_choice_for_all_backends_still_applies():
+    """This needs its own process: a switch that inherits cannot be recognised or set back."""
     subprocess.run([sys.executable, "-c", LATER], check=True)
 
 

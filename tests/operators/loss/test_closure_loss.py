@@ -1,4 +1,4 @@
-"""What a closure writes besides its loss: statistics of modules, gradients, tensors of its own."""
+"""What a closure changes when it is called: statistics of modules, gradients, its own tensors."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def normed() -> tuple[nn.Sequential, Tensor, Tensor]:
 
 
 def hessian(loss: Any, params: list[Tensor]) -> Tensor:
-    """Dense, by torch's own double backward."""
+    """The dense Hessian, by torch's own double backward."""
     sizes = [p.numel() for p in params]
 
     def of(flat: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def test_batch_norm_in_train_mode_keeps_its_statistics(engine: str) -> None:
 
 
 class Counts(nn.Module):
-    """Its value depends on how often it was called, and a buffer is made by the call."""
+    """Its result depends on the number of calls, and each call registers a buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Counts(nn.Module):
 
 @each_engine
 def test_a_counter_inside_another_module_starts_where_it_was(engine: str) -> None:
-    """Found by the call alone: no variable of the closure holds it."""
+    """The module is found when it is called: no variable of the closure is the module itself."""
     w, inner = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True), Counts()
     box = [[[[[inner]]]]]
     H = fh.Hessian.from_closure(lambda: box[0][0][0][0][0](w).pow(3).sum(), [w], engine=engine)
@@ -90,7 +90,7 @@ def test_a_counter_inside_another_module_starts_where_it_was(engine: str) -> Non
     assert not hasattr(inner, "scratch")
 
 
-def test_layers_that_are_run_again_and_found_late() -> None:
+def test_checkpointed_modules_and_modules_called_later_keep_their_buffers() -> None:
     model, x, y = normed()
     second, late = nn.BatchNorm1d(2).double(), [False]
 
@@ -107,8 +107,8 @@ def test_layers_that_are_run_again_and_found_late() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:closure writes into")
-def test_modules_of_another_thread_are_not_taken() -> None:
-    """Its calls meanwhile count, as without the product."""
+def test_modules_called_in_another_thread_are_left_alone() -> None:
+    """It updates its own statistics during a product, as it would without one."""
     model, x, y = normed()
     other = nn.BatchNorm1d(3).double()
 
@@ -127,7 +127,7 @@ def test_modules_of_another_thread_are_not_taken() -> None:
 
 @pytest.mark.filterwarnings("ignore:closure writes into")
 @pytest.mark.parametrize("to_none", [True, False])
-def test_an_optimizers_closure_leaves_gradients(to_none: bool) -> None:
+def test_a_closure_that_clears_gradients_leaves_them_as_they_were(to_none: bool) -> None:
     model, x, y = normed()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(x).sum().backward()
@@ -157,7 +157,7 @@ def test_an_optimizers_closure_leaves_gradients(to_none: bool) -> None:
     torch.testing.assert_close(found, torch.block_diag(block, block).detach())
 
 
-def test_a_tensor_that_is_no_buffer_is_named_and_the_advice_works() -> None:
+def test_a_closure_that_writes_into_a_tensor_is_warned_of_and_the_advice_works() -> None:
     model, x, y = normed()
     mean, var = torch.zeros(4, dtype=F64), torch.ones(4, dtype=F64)
 
@@ -192,7 +192,7 @@ def test_no_warning_for_closures_that_keep_what_they_compute() -> None:
         fh.Hessian.from_closure(closure, [w])
 
 
-def test_interrupts_leave_nothing_of_a_closures_modules() -> None:
+def test_interrupts_leave_a_closures_modules_unchanged() -> None:
     model, x, y = normed()
     model(x).sum().backward()
     H = fh.Hessian.from_closure(

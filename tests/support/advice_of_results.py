@@ -1,12 +1,5 @@
-"""What the messages of algorithms, kernels and records advise is done, and succeeds.
+"""The advice in the messages of algorithms, kernels and records, as in advice_of_operators.py."""
 
-As test_advice_taken.py; see test_advice.py for the list of all advice.
-"""
-
-import re
-import warnings
-
-import pytest
 import torch
 from torch import nn
 
@@ -120,39 +113,3 @@ def symmetric():
 def strided():
     U = torch.rand(4, 3, 2).transpose(1, 2)
     return U, torch.rand(4, 2, 3), torch.rand(4, 3).double()
-
-
-@pytest.mark.parametrize("words", CASES)
-def test_the_advice_works(tmp_path, words):
-    kind, wrong, *right = CASES[words]
-    warned = issubclass(kind, Warning)
-    with (pytest.warns if warned else pytest.raises)(kind, match=re.escape(words)):
-        wrong(tmp_path)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for follow in right:
-            follow(tmp_path)
-
-
-def test_a_basis_that_does_not_fit(monkeypatch):
-    n, room = 100_000, [10**9]
-    for module in ("fasthessian.krylov.basis", "fasthessian.algorithms.density"):
-        monkeypatch.setattr(f"{module}.available_bytes", lambda device: room[0])
-    d = torch.linspace(1, 2, n)
-    A = fh.SymmetricOperator(lambda v: d * v, n)
-    room[0] = 6 * 10**6
-    with pytest.raises(MemoryError) as info:
-        fh.density(A, steps=20)
-    assert "basis='compressed' needs " in str(info.value)
-    rows = int(re.search(r"(\d+) rows would fit \(fewer steps or pairs", str(info.value)).group(1))
-    fh.density(A, steps=rows)
-    fh.density(A, steps=20, basis="compressed")
-    room[0] = 2 * 10**6
-    with pytest.raises(MemoryError, match="or basis='none' needs "):
-        fh.density(A, steps=20)
-    fh.density(A, steps=20, basis="none")
-    room[0] = 10**6
-    with pytest.raises(MemoryError, match="use a machine with more memory"):
-        fh.density(A, steps=20)
-    room[0] = 10**9
-    fh.density(A, steps=20)

@@ -1,4 +1,4 @@
-"""embedding_bag and cdist, whose second derivative torch lacks, against dense Hessians."""
+"""embedding_bag and cdist, which have no second derivative in torch, against dense Hessians."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ OFFSETS = torch.tensor([0, 2, 2, 6])  # the second bag is empty
 
 
 def by_loops(weight, bags, mode, scales=None, padding=None):
-    """The reduction of the rows of each bag, in plain torch."""
+    """The reduction of the rows of each bag, by Python loops."""
     out = []
     for bag, scale in zip(bags, scales or [torch.ones(len(bag), dtype=F64) for bag in bags],
                           strict=True):  # fmt: skip
@@ -28,7 +28,7 @@ def by_loops(weight, bags, mode, scales=None, padding=None):
 
 
 class Bags(nn.Module):
-    """Bags of embeddings before a ReLU network."""
+    """Bags of embeddings, followed by a ReLU network."""
 
     def __init__(self, mode, padding=None, last=False, scaled=False, loops=False):
         super().__init__()
@@ -112,7 +112,7 @@ def test_weighted_bags_and_the_module():
 
 
 class Prototypes(nn.Module):
-    """Classes by the distance from learned points; one sample lies on one of them."""
+    """Classifies by the distances from learned points."""
 
     def __init__(self, mode, plain=False):
         super().__init__()
@@ -148,7 +148,7 @@ def test_distances_of_points_to_themselves():
     assert torch.allclose(H, want, rtol=0, atol=1e-12)
 
 
-def test_what_has_no_formula_names_an_engine_that_serves():
+def test_a_function_without_a_workaround_names_an_engine_that_works():
     x = torch.randn(5, 3, dtype=F64, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
     there = x.detach() + 1

@@ -1,4 +1,4 @@
-"""The rewritten convolution and normalisation against torch's own, derivatives included."""
+"""The rewritten convolution and batch normalisation equal torch's, derivatives included."""
 
 import copy
 
@@ -17,7 +17,7 @@ F64 = torch.float64
 
 
 class Net(nn.Module):
-    """What can follow what: conv-BN, BN alone, BN on a changed or a shared output, no affine."""
+    """Batch normalisation after a convolution whose output may be changed or used twice."""
 
     def __init__(self, kind):
         super().__init__()
@@ -34,7 +34,7 @@ class Net(nn.Module):
     def forward(self, x):
         x = x * 1
         y = self.a(x)
-        if self.kind == "input written":  # allowed where a's own gradient is not wanted
+        if self.kind == "input written":  # allowed if a.weight needs no gradient
             x.zero_()
         if self.kind == "written":
             y.mul_(2)
@@ -73,7 +73,7 @@ def test_hessian_is_that_of_the_model_as_written(kind):
 @pytest.mark.parametrize(
     ("kind", "folded"), [("usual", 2), ("written", 1), ("input written", 1), ("alone", 2)]
 )
-def test_fold_happens_only_behind_an_untouched_convolution(kind, folded, monkeypatch):
+def test_only_the_unmodified_result_of_a_convolution_is_folded(kind, folded, monkeypatch):
     model, _, (x, _) = made(kind)
     calls, original = [], Convolution.forward
 
@@ -104,8 +104,8 @@ CASES = [
     (F.conv2d, (2, 3, 7, 6), (4, 3, 3, 2), {"padding": (1, 0), "dilation": 2}),
     (F.conv2d, (2, 4, 5, 5), (4, 1, 3, 3), {"groups": 4, "padding": 1}),
     (F.conv3d, (1, 2, 4, 5, 4), (3, 2, 2, 3, 2), {"stride": (1, 2, 1)}),
-    (F.conv2d, (3, 7, 6), (4, 3, 3, 2), {}),  # no batch: passed on
-    (F.conv2d, (2, 3, 7, 6), (4, 3, 3, 3), {"padding": "same"}),  # passed on
+    (F.conv2d, (3, 7, 6), (4, 3, 3, 2), {}),  # no batch dimension: torch's own function serves
+    (F.conv2d, (2, 3, 7, 6), (4, 3, 3, 3), {"padding": "same"}),  # likewise
 ]
 
 
@@ -137,7 +137,7 @@ def test_frozen_inputs_get_no_gradients():
     torch.testing.assert_close(hv, expected)
 
 
-def test_names_are_put_back_when_contexts_overlap():
+def test_functions_are_restored_after_overlapping_contexts():
     original = F.conv2d, F.batch_norm
     first, second = Patches(), Patches()
     first.__enter__()
@@ -149,7 +149,7 @@ def test_names_are_put_back_when_contexts_overlap():
     assert (F.conv2d, F.batch_norm) == original
 
 
-def test_checkpointed_layers_are_rewritten_alike_when_run_again():
+def test_checkpointed_layers_use_the_same_rewrites_when_they_run_again():
     model, criterion, data = made("usual")
     inner = model.forward
 
@@ -169,7 +169,7 @@ def test_checkpointed_layers_are_rewritten_alike_when_run_again():
 
 
 class Odd(nn.Module):
-    """A convolution and a norm with something between them that only autograd sees."""
+    """A convolution and a batch normalisation, with a hook, vmap or a checkpoint between them."""
 
     def __init__(self, kind):
         super().__init__()
@@ -192,7 +192,7 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize("kind", ["hook", "vmap", "split segment"])
 @pytest.mark.parametrize("engine", ["retained", "recompute"])
-def test_what_only_autograd_sees_is_kept(kind, engine):
+def test_hooks_vmap_and_checkpoints_between_layers_are_respected(kind, engine):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Odd(kind).double().eval()

@@ -1,0 +1,26 @@
+"""Lanczos runs to a given size, and how far they are from what they must be."""
+
+import torch
+
+from fasthessian.krylov.lanczos import Lanczos
+from tests.support.backends import ROWS
+
+BACKENDS = [row.name for row in ROWS if row.device == "cpu" and not row.slow]
+
+
+SCHEDULES = ["dcgs2", "cgs2"]
+
+
+def grown(A, steps, **options):
+    krylov = Lanczos(A, steps, **{"seed": 0, **options})
+    while krylov.size < krylov.capacity and not krylov.exhausted:
+        krylov.step()
+    return krylov
+
+
+def defects(krylov, spectrum):
+    """max |V V' - I| and max |V H V' - T| / max |T| in float64."""
+    V, T = krylov.basis.rows(krylov.size).double(), krylov.T[: krylov.size, : krylov.size]
+    orthogonality = (V @ V.T - torch.eye(krylov.size)).abs().max()
+    projection = (V @ (spectrum[:, None] * V.T) - T).abs().max() / T.abs().max()
+    return float(orthogonality), float(projection)
