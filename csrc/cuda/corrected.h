@@ -1,7 +1,7 @@
 // W -= H^T V, then the dots with what was stored, in one stream of V: the values of a tile stay in
 // the registers of the warps that loaded them until the tile of W is final.
 //
-// A CTA has all rows, so there may be at most 16 DEPTH of them; for more, see stream.cu.
+// A CTA has all rows, so there may be at most 16 DEPTH of them; for more, see rows.cu.
 #pragma once
 #include "cuda/project.h"
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasthessian as fh
-from tests.support.hungry import Hungry
 from tests.support.models import CURVATURES, PROBLEMS, each_curvature, refused
+from tests.support.out_of_memory import Hungry
 
 F32, F64 = torch.float32, torch.float64
 

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import fasthessian as fh
-from tests.support.hungry import Hungry
 from tests.support.models import PROBLEMS, dense, each_curvature, error, refused
+from tests.support.out_of_memory import Hungry
 
 F64 = torch.float64
 WORDS = "memory of cpu: an allocation of .* failed.*microbatch="

@@ -1,4 +1,4 @@
-"""A KeyboardInterrupt at any line of a call, and all that a call must leave as it was."""
+"""A KeyboardInterrupt at any line of a call, and the state that a call must not change."""
 
 from __future__ import annotations
 

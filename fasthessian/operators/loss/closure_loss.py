@@ -60,10 +60,10 @@ class ClosureLoss:
         self._scopes: list[tuple[Buffers, Copies]] = []  # of the open ``_own_buffers``
 
     def survey(self) -> None:
-        """Do nothing: there are no batches."""
+        """Do nothing: there are no batches to count."""
 
     def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
-        """Do nothing: a closure is a single term."""
+        """Do nothing: there is nothing to count."""
 
     def coupling(self, params: Sequence[Tensor], allowed: float) -> Coupling:
         """That it does not apply."""

@@ -172,7 +172,7 @@ class ModelLoss:
             rule = find_rule(parts, self._loss_in_any_mode, trials)
         self.terms.rule = rule
         if rule.counter is None:
-            self._source.fix_order()  # the numbers belong to the batches of this pass
+            self._source.require_order()  # the numbers belong to the batches of this pass
         self._set_counts(rule.values, sum(rule.values) if self.terms.given is None else self._total)
         self.counted = True  # last, so that an interrupted count is repeated
 

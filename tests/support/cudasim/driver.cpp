@@ -279,7 +279,7 @@ void matrices(const char* types) {
 }
 
 template <class T>
-void streams(const char* type) {
+void vectors(const char* type) {
   current = type;
   for (const Stream fill : {fh_cuda_signs, fh_cuda_normal})
     for (const int64_t n : {0, 1, 131, 3001}) stream<T>(fill, n, 31);
@@ -307,7 +307,7 @@ int main(int argc, char** argv) {
           recur(j, 71, tensor, fresh);
         }
   if (wanted("softmax")) softmaxes<float>(), softmaxes<double>();
-  if (wanted("streams")) streams<float>("float"), streams<double>("double");
+  if (wanted("vectors")) vectors<float>("float"), vectors<double>("double");
   if (!failed) printf("ok\n");
   return failed;
 }

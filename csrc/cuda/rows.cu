@@ -1,6 +1,6 @@
 // The streams of V by type, and the second stage of their sums.
 #include "cuda/corrected.h"
-#include "cuda/stream.h"
+#include "cuda/rows.h"
 
 namespace {
 constexpr int REDUCE_THREADS = 128;

@@ -1,4 +1,4 @@
-// The seam between the dispatch in stream.cu and one unit for each type of V's rows.
+// The seam between the dispatch in rows.cu and one unit for each type of V's rows.
 #pragma once
 #include <type_traits>
 

@@ -1,4 +1,4 @@
-// Counter-based random vectors: the bits of csrc/cpu/streams.inc.
+// Counter-based random vectors: the bits of csrc/cpu/random.inc.
 #include "cuda/kernels.h"
 #include "cuda/tile.h"
 
