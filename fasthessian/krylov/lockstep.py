@@ -36,21 +36,21 @@ class Guard:
         self._runs = contextlib.ExitStack()
 
     def __enter__(self) -> Guard:
-        self._counts = [kept.changes(look=True)[0] for kept in self._kept]
+        self._counts = [kept.changes(poll=True)[0] for kept in self._kept]
         for kept in self._kept:
             self._runs.enter_context(kept.run())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        """Look once more: at the end, and where a change may be the cause of an error."""
+        """Poll once more: at the end, and if a change may be the cause of an error."""
         self._runs.close()
         if kind is None or issubclass(kind, (ValueError, RuntimeError)):
-            self.check(look=True)
+            self.check(poll=True)
 
-    def check(self, look: bool = False) -> None:
-        """Raise RuntimeError if a product found a change, or if a ``look`` finds one."""
+    def check(self, poll: bool = False) -> None:
+        """Raise RuntimeError if a product found a change, or if a ``poll`` finds one."""
         for kept, count in zip(self._kept, self._counts, strict=True):
-            now, name = kept.changes(look)
+            now, name = kept.changes(poll)
             if now != count:
                 owner = name.partition(".")[0].partition("[")[0]
                 owner = owner if owner in ("criterion", "data") else "model"
