@@ -22,8 +22,7 @@ __device__ __forceinline__ double larger(double a, double b) { return a > b || a
 __global__ void __launch_bounds__(THREADS) recur_kernel(FhCudaRecurrence a) {
   FH_SHARED(double, sums, WARPS);
   const int64_t j = a.count_at ? a.count_at[0] : a.count;
-  const bool room =
-      j >= 0 && j < a.m && j <= a.k;  // a graph that is replayed too often writes no row
+  const bool room = j >= 0 && j < a.m && j <= a.k;  // no row if a graph is replayed too often
   const int64_t rows = room ? j : 0;
   const double unit = 1 / a.scale;  // scales the dots with a stored row
   double* const last = a.t + rows * a.ldt;
