@@ -1,6 +1,7 @@
-// A fiber: a separate call stack, entered and left explicitly. Every CUDA thread is a fiber, and all
-// of them take turns on one OS thread. The sanitizers are notified of each switch. For
-// ThreadSanitizer a fiber is a thread and a switch orders nothing, so it sees races between threads.
+// A fiber: a separate call stack, entered and left explicitly. Every CUDA thread is a fiber, and
+// all of them take turns on one OS thread. The sanitizers are notified of each switch. For
+// ThreadSanitizer a fiber is a thread and a switch orders nothing, so it sees races between
+// threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>

@@ -137,7 +137,8 @@ auto meet(bool of_warp, uint32_t mask, const char* operation, Where where, bool 
   if (open == meetings.end())
     open = meetings.insert(open, Meeting{operation, where, mask, {}, 0, 0, {}});
   const bool same = open->operation == operation && open->mask == mask;
-  // Two source lines of a warp operation may be merged by inlining; two barriers of a block may not.
+  // Two source lines of a warp operation may be merged by inlining; two barriers of a block may
+  // not.
   if (!same || (!of_warp && open->where.line != where.line))
     throw Error("threads of one group meet at different places: " + std::string(open->operation) +
                 " of " + open->where.str() + " and " + operation + " of " + where.str());
