@@ -56,7 +56,7 @@ class Replay:
     def _warm_up_and_capture(self, run: Lanczos) -> bool:
         device, counter = run.A.device, run.ledger.counter
         side, ahead = _side_stream(device), torch.cuda.current_stream(device)
-        self._reason = run.A.rebuild()
+        self._reason = run.A._kept.rebuild()
         if self._reason is not None:
             return False
         side.wait_stream(ahead)
@@ -68,7 +68,7 @@ class Replay:
             # the outer context brings the caller's stream back where a failed capture does not
             with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
                 run.delayed_step(counter[:1], counter, counter[1:])
-            self._graph, self._kept = graph, run.A.kept()
+            self._graph, self._kept = graph, run.A._kept.held()
         except RuntimeError as error:
             self._reason = f"the capture failed: {str(error).splitlines()[0]}"
             _mend(graph, side, counter)
@@ -108,4 +108,4 @@ def _obstacle(run: Lanczos, wanted: bool) -> str | None:
         return "an offloaded basis is copied in a growing number of pieces"
     if run.kernels.NAME == "reference":
         return "the reference kernels read the counter on the host"
-    return run.A.capturable()
+    return run.A._capture_obstacle()

@@ -193,7 +193,7 @@ class Lanczos(Rows):
     def close(self) -> None:
         """Give back the rows, and what a captured run holds: A's graphs belong to its stream."""
         if self.replay == "captured":
-            self.A.rebuild()
+            self.A._kept.rebuild()
         del self.basis, self.W, self._replay
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:

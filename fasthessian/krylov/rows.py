@@ -61,7 +61,7 @@ class Rows:
         """
         eps = torch.finfo(self.A.dtype).eps
         shown = SKEWED * eps * float(self.T.abs().max()) + self._dropped
-        return self.A.relative_error() <= eps and self._skew <= shown
+        return self.A._relative_error() <= eps and self._skew <= shown
 
     def next_offset(self) -> int:
         """Where the next n elements of the seed's stream begin that no vector was read from."""

@@ -1,4 +1,4 @@
-"""An operator checks itself, and survives a lack of memory without keeping any."""
+"""An operator checks itself, and after a lack of memory it works on and holds no memory."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_good_problems_pass_their_check(name: str, dtype: torch.dtype) -> None:
         assert B.matvecs == 0
 
 
-def test_kinks_are_told_from_wrong_derivatives() -> None:
+def test_kinks_are_distinguished_from_wrong_derivatives() -> None:
     torch.manual_seed(0)
     relu = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(30, 30), nn.ReLU())))
     x, y = torch.randn(200, 30), torch.randn(200, 30)

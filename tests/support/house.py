@@ -18,7 +18,7 @@ FLOORS = (
     ("kernels",),
     ("vectors",),
     ("results",),
-    ("operators.torch_state", "operators.request"),
+    ("operators.torch_state", "operators.request", "operators.kept"),
     ("operators.loss",),
     ("operators.products",),
     ("operators",),

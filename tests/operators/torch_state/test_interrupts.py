@@ -145,7 +145,7 @@ def test_an_interrupted_check_of_a_function_is_repeated() -> None:
     late = [False]
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     places = set()
-    for at in range(300, 1200, 37):
+    for at in range(300, 1600, 37):
         late[0] = False
         H = fh.Hessian.from_closure(
             lambda: Cube.apply(w).sum() if late[0] else w.pow(3).sum(), [w], engine="recompute"
