@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import fasthessian as fh
 from bench.cases import problems
-from fasthessian.operators.curvature import Curvature
+from fasthessian.operators import examination
 from fasthessian.operators.products.function_check import RIGHT
 from fasthessian.operators.products.function_guard import Functions
 from tests.support import custom_models, detached, huggingface, model_zoo, models
@@ -144,16 +144,16 @@ def cost():
                 H = fh.Hessian(model, *made[1:], engine="recompute")
                 gradient = seconds(H.gradient)
                 checked = seconds(lambda m=model, r=made: fh.Hessian(m, *r[1:], engine="recompute"))
-                held = Functions.verdict, Functions.untrusted, Curvature._compare_slope
+                held = Functions.verdict, Functions.unchecked, examination.compare_slope
                 Functions.verdict = lambda self, *_: RIGHT
-                Functions.untrusted = lambda self, *_, **__: []
-                Curvature._compare_slope = lambda self, _: None
+                Functions.unchecked = lambda self, *_, **__: []
+                examination.compare_slope = lambda *_: ""
                 try:
                     bare = seconds(
                         lambda m=model, r=made: fh.Hessian(m, *r[1:], engine="recompute")
                     )
                 finally:
-                    Functions.verdict, Functions.untrusted, Curvature._compare_slope = held
+                    Functions.verdict, Functions.unchecked, examination.compare_slope = held
             finally:
                 F.relu, F.gelu = relu, gelu
             yield f"{name}, {kind}", (checked - bare) / gradient

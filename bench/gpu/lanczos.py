@@ -161,7 +161,7 @@ def densities(rows, device, net, steps, repeats):
     with rows.section("product over gradient"):
         params = list(model.parameters())
         v, out = (torch.randn(1, A.n, device=device) for _ in range(2))
-        A.rebuild()  # on this stream
+        A._kept.rebuild()  # on this stream
         multiply([Request(A, v, out)])
         product = milliseconds(lambda: multiply([Request(A, v, out, deferred=True)]), device)
         gradient = milliseconds(

@@ -29,7 +29,11 @@ from fasthessian.operators.hessian import Hessian
 from fasthessian.results.records import BlockSpectra, Density, Eigenpairs, Estimate, Landscape
 from fasthessian.study.training import Progress
 
-MATRICES: dict[str, type[Curvature]] = {"hessian": Hessian, "ggn": GaussNewton, "fisher": Fisher}
+MATRICES: dict[str, Callable[..., Curvature]] = {
+    "hessian": Hessian,
+    "ggn": GaussNewton,
+    "fisher": Fisher,
+}
 BLOCK_SAMPLES = 64  # products for the trace of a block
 
 

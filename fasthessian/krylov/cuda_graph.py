@@ -74,7 +74,7 @@ class CapturedStep:
         self, A: SymmetricOperator, counter: Tensor, size: int, step: Step
     ) -> bool:
         side, ahead = _side_stream(A.device), torch.cuda.current_stream(A.device)
-        self._obstacle = A.rebuild()
+        self._obstacle = A._kept.rebuild()
         if self._obstacle is not None:
             return False
         side.wait_stream(ahead)
@@ -86,7 +86,7 @@ class CapturedStep:
             # the outer context restores the caller's stream where a failed capture does not
             with torch.cuda.stream(side), torch.cuda.graph(graph, stream=side):
                 step(counter[:1], counter, counter[1:])
-            self._graph, self._kept = graph, A.kept()
+            self._graph, self._kept = graph, A._kept.held()
         except RuntimeError as error:
             self._obstacle = f"the capture failed: {str(error).splitlines()[0]}"
             _mend(graph, side, counter)
@@ -128,4 +128,4 @@ def obstacle(
         return "an offloaded basis is copied in a growing number of pieces"
     if basis.kernels.NAME == "reference":
         return "the reference kernels read the counter on the host"
-    return A.capturable()
+    return A._capture_obstacle()

@@ -10,7 +10,7 @@ schedules.
 shares its passes over V with the first one of the next row: two passes and one reduction per step
 (Bielich, Langou, Thomas, Swirydowicz, Yamazaki, Boman 2022, arXiv:2104.01253, there for Arnoldi;
 here with the symmetric recurrence). Step j starts from the final rows q_0 .. q_(j-1) of V and a
-candidate u for row j that was orthogonalised once::
+candidate u for row j that was orthogonalised once; ' is transposition::
 
     w = A u
     s = V u,  z = V w,  u'u,  u'w                          pass 1: dots
@@ -264,7 +264,7 @@ class Lanczos:
         """
         eps, state = torch.finfo(self.A.dtype).eps, self.state
         shown = SKEWED * eps * float(state.T.abs().max()) + state.dropped
-        return self.A.relative_error() <= eps and state.skew <= shown
+        return self.A._relative_error() <= eps and state.skew <= shown
 
     def jacobi(self) -> Tensor:
         """The Jacobi matrix of the start vector: T (j, j), j final rows or those of its space."""
@@ -326,5 +326,5 @@ class Lanczos:
     def close(self) -> None:
         """Free the rows and what a captured run holds; the state is unusable afterwards."""
         if self._captured.captured:
-            self.A.rebuild()  # A's graphs belong to the capturing stream
+            self.A._kept.rebuild()  # A's graphs belong to the capturing stream
         del self.state.basis, self.state.W, self._captured

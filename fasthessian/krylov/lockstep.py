@@ -32,25 +32,25 @@ class Guard:
     """
 
     def __init__(self, operators: Iterable[SymmetricOperator]) -> None:
-        self._operators = {id(A._matrix): A for A in operators}.values()
+        self._kept = {id(A._kept): A._kept for A in operators}.values()
         self._runs = contextlib.ExitStack()
 
     def __enter__(self) -> Guard:
-        self._held = [(A, A.changes(look=True)[0]) for A in self._operators]
-        for A in self._operators:
-            self._runs.enter_context(A.run())
+        self._counts = [kept.changes(poll=True)[0] for kept in self._kept]
+        for kept in self._kept:
+            self._runs.enter_context(kept.run())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        """Check once more: at the end, and after an error that a change may have caused."""
+        """Poll once more: at the end, and after an error that a change may have caused."""
         self._runs.close()
         if kind is None or issubclass(kind, (ValueError, RuntimeError)):
-            self.check(look=True)
+            self.check(poll=True)
 
-    def check(self, look: bool = False) -> None:
-        """Raise RuntimeError if a product found a change, or if a full ``look`` finds one now."""
-        for A, count in self._held:
-            now, name = A.changes(look)
+    def check(self, poll: bool = False) -> None:
+        """Raise RuntimeError if a product found a change, or if a ``poll`` finds one."""
+        for kept, count in zip(self._kept, self._counts, strict=True):
+            now, name = kept.changes(poll)
             if now != count:
                 owner = name.partition(".")[0].partition("[")[0]
                 owner = owner if owner in ("criterion", "data") else "model"

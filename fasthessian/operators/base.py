@@ -1,8 +1,7 @@
-"""The symmetric operator: what the algorithms ask for products, and its checks."""
+"""The symmetric operator, and the function that answers requests for its products."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.errors import InputError, InputTypeError
+from fasthessian.operators.kept import Kept
 from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state.scopes import grad_mode, no_inference_mode, restored
 
@@ -22,7 +22,7 @@ ASYMMETRY = {torch.float32: 5e-3, torch.float64: 1e-5}
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether all numbers are finite: if their sum is, which is fifteen times as fast to see."""
+    """Whether all numbers are finite; a finite sum proves it, and is 15 times as fast to check."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
@@ -79,7 +79,7 @@ class SymmetricOperator:
         if dtype not in FLOATS:
             raise InputTypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self._matvec = matvec
-        self._unchecked = check
+        self._to_probe = check
         self._describe(n, dtype, torch.device(device))
 
     def _describe(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -106,44 +106,29 @@ class SymmetricOperator:
             multiply([Request(self, V, out)])
             return out.view(v.shape)
 
-    def relative_error(self) -> float:
-        """The relative error of a product, as far as it is known beforehand: rounding."""
-        return torch.finfo(self.dtype).eps
+    # The algorithms (krylov/) use what follows: ``multiply`` answers their requests for products,
+    # and these members say what an operator keeps, how exact it is, and whether it can be captured.
 
-    def capturable(self) -> str | None:
-        """Why a product cannot be captured in a CUDA graph; None if it can."""
-        return "a matvec may depend on more than its argument"
-
-    def changes(self, look: bool = False) -> tuple[int, str]:
-        """How often what products depend on was found changed, and what changed last.
-
-        Products look at it, in part where they are deferred or in a ``run``; ``look`` looks at all
-        of it. A matvec tells nothing.
-        """
-        return 0, ""
-
-    def run(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, products of this thread leave the values of the data to looks at the ends."""
-        return contextlib.nullcontext()
-
-    def rebuild(self) -> str | None:
-        """Drop what is kept from product to product; see ``Curvature``."""
-        return None
-
-    def kept(self) -> tuple[Any, ...]:
-        """What a captured product reads."""
-        return ()
+    _kept = Kept()
 
     @property
     def _matrix(self) -> SymmetricOperator:
-        """The operator that answers requests: itself, or that of which it is a part."""
+        """The operator that makes the products: this one, or that of which this is a block."""
         return self
 
+    def _relative_error(self) -> float:
+        """The relative error of a product, as far as it is known in advance: rounding."""
+        return torch.finfo(self.dtype).eps
+
+    def _capture_obstacle(self) -> str | None:
+        """Why a product cannot be captured in a CUDA graph; None if it can."""
+        return "a matvec may depend on more than its argument"
+
     def _multiply(self, requests: Sequence[Request]) -> None:
-        """Make the products of requests whose operators have this ``_matrix``."""
-        if self._unchecked:
+        """Make the products that were requested of this operator, or of blocks of it."""
+        if self._to_probe:
             self._probe()
-            self._unchecked = False
+            self._to_probe = False
         for request in requests:
             for v, row in zip(request.V.detach(), request.out, strict=True):
                 row.copy_(self._one(v))
@@ -220,7 +205,9 @@ class SymmetricOperator:
 
 @restored
 def multiply(requests: Iterable[Request]) -> None:
-    """Answer requests: those whose operators share a matrix, in one pass over its data.
+    """Write the products of all requests into their ``out``.
+
+    Requests whose operators share a matrix are answered together, in one pass over its data.
 
     Raises:
         ValueError: V or ``out`` has a wrong shape, or a product that is not deferred holds NaN or

@@ -23,14 +23,14 @@ class Request:
     """
 
     operator: Any  # a SymmetricOperator
-    V: Tensor
-    out: Tensor
+    V: Tensor  # (b, n)
+    out: Tensor  # (b, n)
     deferred: bool = False
 
     @property
     def places(self) -> Sequence[int]:
         """Places of the operator's parameters among those of the graphs."""
-        places: Sequence[int] = self.operator.positions
+        places: Sequence[int] = self.operator._places
         return places
 
     @functools.cached_property

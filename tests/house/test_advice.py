@@ -1,4 +1,4 @@
-"""Every piece of advice in a message of the package is followed by a test that takes it.
+"""Every piece of advice in a message of the package has a test that follows it.
 
 The source is searched for texts that advise. Each must contain words of one row at least of
 ``TAKEN``, or of the cases of advice_of_operators.py and advice_of_results.py in tests/support,
@@ -34,7 +34,7 @@ ADVICE = re.compile(
 
 MEMORY = "test_advice_works.py::test_a_basis_that_does_not_fit"
 FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
-INSTALLED = "test_advice.py::test_what_messages_ask_to_install_serves"
+INSTALLED = "test_advice.py::test_nothing_asks_to_install_what_is_installed"
 TAKEN = {
     "pass a criterion, or mode='train'":
         "test_detectors.py::test_a_model_with_a_loss_only_in_training_is_refused_in_eval_mode",
@@ -62,7 +62,7 @@ TAKEN = {
     "install a C++17 compiler, then reinstall ": INSTALLED,
     "Triton is not installed; pip install triton": INSTALLED,
     "; pip install -U triton": "test_machines.py::test_the_version_of_triton",
-    "); reinstall it": "test_machines.py::test_a_triton_of_ones_own_build_is_taken",
+    "); reinstall it": "test_machines.py::test_a_private_build_of_triton_is_accepted",
     "and finds none; put gcc on PATH": "test_machines.py::test_triton_needs_a_c_compiler",
     "serves CPU tensors only; unset it": "test_advice.py::test_an_interpreter_that_is_unset",
     ", update fasthessian": "test_result_files.py::test_the_pattern_of_these_results_is_drawn",
@@ -135,19 +135,19 @@ def everything():
             yield from ((f"{name}:{line}", text) for line, text in advice(path.read_text()))
 
 
-def test_every_advice_is_followed_by_a_test():
+def test_every_piece_of_advice_has_a_test():
     rows = {**CASES, **TAKEN}
     missing = [f"{at}: {said}" for at, said in everything() if not any(row in said for row in rows)]
     assert not missing, "advice without a row in tests/house/test_advice.py:\n" + "\n".join(missing)
 
 
-def test_every_row_is_about_a_message():
+def test_every_row_belongs_to_a_message():
     said = [text for path in ROOT.rglob("*.py") for _, text in texts(ast.parse(path.read_text()))]
     stale = [row for row in {**CASES, **TAKEN} if not any(row in text for text in said)]
     assert not stale, f"no message of the package holds these words any more: {stale}"
 
 
-def test_every_test_that_is_named_exists():
+def test_every_named_test_exists():
     for row, place in TAKEN.items():
         name, _, function = place.partition("::")
         tree = ast.parse(TESTS[name].read_text())
@@ -164,11 +164,11 @@ def test_every_test_that_is_named_exists():
         ("def f():\n    'Use it, or pass x.'\n    raise ValueError('the use is unclear')", None),
     ],
 )  # fmt: skip
-def test_advice_is_told_from_other_texts(source, found):
+def test_advice_is_distinguished_from_other_texts(source, found):
     assert [text for _, text in advice(source)] == ([found] if found else [])
 
 
-def test_what_messages_ask_to_install_serves():
+def test_nothing_asks_to_install_what_is_installed():
     """Where a package or compiler is there, nothing asks for it."""
     from fasthessian import kernels
     from fasthessian.results import plots
@@ -185,9 +185,7 @@ def test_an_interpreter_that_is_unset(monkeypatch):
 
     from fasthessian.kernels.triton import backend as triton_backend
 
-    monkeypatch.delitem(
-        __import__("sys").modules, "fasthessian.kernels.triton.streams", raising=False
-    )
+    monkeypatch.delitem(__import__("sys").modules, "fasthessian.kernels.triton.rows", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_backend, "_cannot_compile", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fasthessian as fh
-from tests.support.advised import CE, HALVES, Call, H, X, Y, detached, net
+from tests.support.advice_models import CE, HALVES, Call, H, X, Y, detached, net
 
 
 class Broken(fh.Hessian):

@@ -49,6 +49,14 @@ def test_links_lead_to_files(path):
         assert (page.parent / target).exists(), target
 
 
+def test_contributing_names_files_that_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    names = set(re.findall(r"`([\w.]+/[\w./]+)`", text))
+    assert "tests/support/models.py" in names
+    for name in names:
+        assert (ROOT / name).exists() or (ROOT / "fasthessian" / name).exists(), name
+
+
 def test_every_example_is_linked():
     text = (ROOT / "README.md").read_text()
     for script in (ROOT / "examples").glob("*.py"):

@@ -1,4 +1,4 @@
-"""``make gpu`` without a GPU: its parts, its verdicts, and the bodies of test_cuda.py on a CPU."""
+"""``make gpu`` without a GPU: its parts, their outcomes, and the checks of test_cuda.py."""
 
 import json
 import os
@@ -12,7 +12,17 @@ import torch
 
 from bench.gpu import run as gpu
 from fasthessian import kernels
-from tests.support import cuda_checks
+from tests.support.cuda_checks import (
+    check_captured,
+    check_curvatures,
+    check_failed_capture,
+    check_launches,
+    check_long_logits,
+    check_long_rows,
+    check_problem,
+    check_quiet_steps,
+    check_unchanged,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -114,7 +124,7 @@ def test_tuning_checks_and_times_every_candidate(tmp_path):
     assert [row["what"] for row in rows] == names
 
 
-def test_the_parts_on_a_gpu_are_those_rehearsed(tmp_path):
+def test_the_rehearsed_parts_are_those_of_a_gpu(tmp_path):
     facts = {"gpu": True, "capability": "90", "nvcc": "some"}
     real, rehearsed = (gpu.parts_of(tmp_path, f, set()) for f in (facts, {"gpu": False}))
     assert [p.name for p in real] == [p.name for p in rehearsed]
@@ -131,22 +141,22 @@ def test_the_parts_on_a_gpu_are_those_rehearsed(tmp_path):
 
 @pytest.mark.parametrize("name", ["mlp", "pinn", "logistic"])
 def test_problem_body(name):
-    cuda_checks.check_problem(name, CPU)
+    check_problem(name, CPU)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_curvatures_body(name):
-    cuda_checks.check_curvatures(name, CPU)
+    check_curvatures(name, CPU)
 
 
 @pytest.mark.parametrize("graph", [True, False])
 def test_quiet_body(graph):
-    cuda_checks.check_quiet_steps(CPU, graph)
+    check_quiet_steps(CPU, graph)
 
 
 @pytest.mark.parametrize("basis", ["full", "compressed"])
 def test_captured_body(basis):
-    cuda_checks.check_captured(CPU, basis)
+    check_captured(CPU, basis)
 
 
 def planted(count):
@@ -154,10 +164,10 @@ def planted(count):
 
 
 def test_other_bodies(monkeypatch):
-    cuda_checks.check_failed_capture(CPU, monkeypatch, planted)
-    cuda_checks.check_unchanged(CPU)
-    cuda_checks.check_launches(CPU, None)
+    check_failed_capture(CPU, monkeypatch, planted)
+    check_unchanged(CPU)
+    check_launches(CPU, None)
     for name in kernels.AUTOMATIC["cpu"]:
         if kernels.BACKENDS[name].unavailable("cpu") is None:
-            cuda_checks.check_long_rows(kernels.BACKENDS[name], CPU, 4096 + 64)
-            cuda_checks.check_long_logits(kernels.BACKENDS[name], CPU, 67, 100)
+            check_long_rows(kernels.BACKENDS[name], CPU, 4096 + 64)
+            check_long_logits(kernels.BACKENDS[name], CPU, 67, 100)

@@ -45,7 +45,7 @@ BAD = [
 
 @each_backend
 @pytest.mark.parametrize(("call", "message"), BAD)
-def test_bad_arguments_are_one_clear_line(row, call, message):
+def test_bad_arguments_are_refused_in_one_line(row, call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call(row.module())
     assert "\n" not in str(caught.value)

@@ -140,7 +140,8 @@ def test_append_makes_a_row_and_the_next_candidate(row, vtype, wtype, pad):
             assert torch.equal(V[others], before[others]) and torch.equal(W[1:], old[1:])
 
 
-def test_half_precision_rows_are_rounded_to_nearest_even():
+@each_backend
+def test_half_precision_rows_are_rounded_to_nearest_even(row):
     """Every float16, the midpoints between neighbours, and beyond the largest."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     every = bits.view(F16)
@@ -148,17 +149,16 @@ def test_half_precision_rows_are_rounded_to_nearest_even():
     middle = (finite[1:] + finite[:-1]) / 2
     edges = torch.tensor([65519.9, 65520.0, 1e30, -65520.0, 1e-30, float("inf"), float("nan")])
     values = torch.cat([every.double(), middle, middle * (1 + 1e-6), edges.double()]).float()
-    for row in ROWS:
-        V = torch.zeros(1, len(values), dtype=F16, device=row.device)
-        W = values[None].clone().to(row.device)
-        none = torch.zeros(1, 1, dtype=F64, device=row.device)
-        row.module().update_(V, W, none, count=0, append=1.0)
-        torch.testing.assert_close(V[0].cpu(), values.to(F16), rtol=0, atol=0, equal_nan=True)
-        one = torch.ones(1, 1, dtype=F64, device=row.device)
-        W.zero_()
-        row.module().update_(V, W, -one)
-        torch.testing.assert_close(W[0].cpu(), values.to(F16).float(), rtol=0, atol=0,
-                                   equal_nan=True)  # fmt: skip
+    V = torch.zeros(1, len(values), dtype=F16, device=row.device)
+    W = values[None].clone().to(row.device)
+    none = torch.zeros(1, 1, dtype=F64, device=row.device)
+    row.module().update_(V, W, none, count=0, append=1.0)
+    torch.testing.assert_close(V[0].cpu(), values.to(F16), rtol=0, atol=0, equal_nan=True)
+    one = torch.ones(1, 1, dtype=F64, device=row.device)
+    W.zero_()
+    row.module().update_(V, W, -one)
+    torch.testing.assert_close(W[0].cpu(), values.to(F16).float(), rtol=0, atol=0,
+                               equal_nan=True)  # fmt: skip
 
 
 def recurrence(j, m, seed):
@@ -195,7 +195,7 @@ def test_recurrence_matches_the_reference(row, j, m, scale):
 
 @each_backend
 @pytest.mark.parametrize("cause", ["nothing new", "zero", "nan in u", "nan in w"])
-def test_recurrence_tells_a_candidate_that_holds_nothing(row, cause):
+def test_recurrence_reports_a_dependent_candidate(row, cause):
     j, m = 4, 6
     C, G, T, gauges = (x.to(row.device) for x in recurrence(j, m, 2))
     if cause == "nothing new":
@@ -259,7 +259,7 @@ def test_same_bits_twice(row):
 
 @each_backend
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_not_a_number_is_carried_through(row, bad):
+def test_nan_and_infinity_propagate(row, bad):
     backend = row.module()
     V, W = rows(3, 2000, F32, 1, 0, row.device), rows(2, 2000, F32, 2, 0, row.device)
     V[1, 1999] = bad

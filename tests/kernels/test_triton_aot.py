@@ -21,9 +21,12 @@ import torch
 from fasthessian.kernels.contract import FLOATS, STORED
 from fasthessian.kernels.triton.tiles import BOTH, DOTS, UPDATE, tile
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
+]
 TARGETS = ("sm_90", "sm_80", "sm_100", "gfx942")
 PLAIN = r'("H": .*"project"|"S": false, "append": false)'
 SUBSET = "|".join((

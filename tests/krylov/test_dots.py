@@ -6,14 +6,14 @@ import torch
 
 from fasthessian import kernels
 from fasthessian.krylov.dots import dots, gram
-from tests.support import house
+from tests.support.house import modules
 
 
 def test_only_dots_takes_dot_products():
     """No line outside of the kernels and of ``krylov/dots.py`` names ``project_``."""
     naming = {
         name
-        for name, path in house.modules().items()
+        for name, path in modules().items()
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and node.attr == "project_"
     }

@@ -129,6 +129,7 @@ def test_breakdowns_end_at_any_scale(schedule, scale):
     assert bool((((ritz - 2).abs() < 1e-5) | ((ritz - 5).abs() < 1e-5)).all())
 
 
+@pytest.mark.slow
 def test_a_run_on_interpreted_triton_kernels():
     if kernels.BACKENDS["triton"].unavailable() is not None:
         pytest.skip(f"no interpreted Triton: {kernels.BACKENDS['triton'].unavailable()}")

@@ -221,7 +221,7 @@ class Own(nn.Module):
         return {"loss": loss, "logits": z}
 
 
-def test_a_models_own_loss_is_looked_at() -> None:
+def test_a_models_own_loss_is_recognised() -> None:
     torch.manual_seed(0)
     batch = {"x": torch.randn(8, 4, dtype=F64), "labels": torch.randint(3, (8,))}
     for how in ("scaled", "counted"):

@@ -47,7 +47,7 @@ def test_rows_start_on_cache_lines_and_not_a_page_apart(n: int, dtype: torch.dty
     assert all(row.data_ptr() % 64 == 0 for row in V)
 
 
-def test_apply_writes_strided_rows_and_nothing_else() -> None:
+def test_a_request_writes_strided_rows_and_nothing_else() -> None:
     made = PROBLEMS["mlp"].make()
     A = PROBLEMS["mlp"].operator(*made)
     n = A.n
@@ -71,7 +71,7 @@ def _symmetric(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 37])
-def test_a_callable_serves_vectors_blocks_and_apply(n: int, dtype: torch.dtype) -> None:
+def test_a_callable_multiplies_vectors_blocks_and_requests(n: int, dtype: torch.dtype) -> None:
     M = _symmetric(n, dtype)
     A = fh.SymmetricOperator(lambda v: M @ v, n, dtype=dtype)
     v = torch.arange(2.0 * n, dtype=dtype).view(2, n)
@@ -128,7 +128,7 @@ def test_a_matvec_that_differentiates_works_under_no_grad() -> None:
     assert Hv.tolist() == [6.0, 12.0] and not Hv.requires_grad
 
 
-def test_callables_serve_tensors_made_under_inference_mode() -> None:
+def test_callables_multiply_tensors_made_under_inference_mode() -> None:
     M = _symmetric(4)
     A = fh.SymmetricOperator(lambda v: M @ v, 4, dtype=torch.float64)
     with torch.inference_mode():

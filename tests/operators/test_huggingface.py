@@ -1,4 +1,4 @@
-"""Hugging Face models built from a configuration, as they come: mapping batches, their own loss."""
+"""Hugging Face models built from a configuration, unchanged: mapping batches, their own loss."""
 
 import json
 import sys
@@ -112,7 +112,7 @@ def test_a_tied_padding_row_is_refused_where_it_would_show():
     assert fh.Hessian(model, None, batch).check().ok
 
 
-def test_adapters_alone_and_stages():
+def test_blocks_of_only_the_adapters_and_of_stages():
     model, batch = made(gpt2)
     H, _, _ = dense(model, batch)
     for p in model.parameters():

@@ -1,4 +1,4 @@
-"""Layers that people have: the matrices are those of plain torch."""
+"""Layers in common use: the matrices are those of plain torch."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_dropout_in_training_has_one_mask_for_each_batch(engine: str) -> None:
 
 
 @pytest.mark.parametrize("old", [True, False])
-def test_weight_norm_whose_second_derivative_torch_has_wrong(old: bool) -> None:
+def test_weight_norm_whose_second_derivative_is_wrong_in_torch(old: bool) -> None:
     """Against central differences, since torch's own double backward is what is wrong."""
     norm = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""An operator checks itself, and survives a lack of memory without keeping any."""
+"""An operator checks itself, and after a lack of memory it works on and holds no memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasthessian as fh
-from tests.support.hungry import Hungry
 from tests.support.models import CURVATURES, PROBLEMS, each_curvature, refused
+from tests.support.out_of_memory import Hungry
 
 F32, F64 = torch.float32, torch.float64
 
@@ -77,7 +77,7 @@ def test_good_problems_pass_their_check(name: str, dtype: torch.dtype) -> None:
         assert B.matvecs == 0
 
 
-def test_kinks_are_told_from_wrong_derivatives() -> None:
+def test_kinks_are_distinguished_from_wrong_derivatives() -> None:
     torch.manual_seed(0)
     relu = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(30, 30), nn.ReLU())))
     x, y = torch.randn(200, 30), torch.randn(200, 30)

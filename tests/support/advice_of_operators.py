@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fasthessian as fh
 from fasthessian.study.resnet import resnet
-from tests.support.advised import (
+from tests.support.advice_models import (
     CE,
     HALVES,
     THREE,

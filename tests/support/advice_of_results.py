@@ -1,4 +1,4 @@
-"""The advice in the messages of algorithms, kernels and records, as in advice_of_operators.py."""
+"""The advice in the messages of algorithms, kernels and records; see advice_of_operators.py."""
 
 import torch
 from torch import nn

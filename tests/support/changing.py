@@ -1,4 +1,4 @@
-"""A problem of which everything can be changed: data, criterion, attributes of the model."""
+"""A problem in which all can be changed: data, criterion, attributes of the model."""
 
 from __future__ import annotations
 

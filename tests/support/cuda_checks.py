@@ -1,4 +1,4 @@
-"""The bodies of test_cuda.py as functions of a device: test_gpu_rehearsal.py runs them on a CPU."""
+"""The checks of test_cuda.py as functions of a device; test_gpu_rehearsal.py runs them on a CPU."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -8,7 +8,14 @@ from tests.support.backends import ROWS
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 
 
-each_backend = pytest.mark.parametrize("row", ROWS, ids=str)
+def marked(rows):
+    """Rows as parameters, marked as slow or as those of a GPU."""
+    for row in rows:
+        marks = [pytest.mark.slow] * row.slow + [pytest.mark.gpu] * (row.device == "cuda")
+        yield pytest.param(row, marks=marks)
+
+
+each_backend = pytest.mark.parametrize("row", list(marked(ROWS)), ids=str)
 
 
 def rows(k, n, dtype, seed, pad=0, device="cpu"):

@@ -1,4 +1,4 @@
-"""Lanczos runs to a given size, and how far they are from what they must be."""
+"""Lanczos runs of a given size, and their errors of orthogonality and projection."""
 
 import torch
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fasthessian.errors import InputTypeError
 from fasthessian.operators.loss.calls import scalar
+from fasthessian.operators.loss.coupling import Coupling
 from fasthessian.operators.loss.model_loss import Part
 from fasthessian.operators.torch_state.gradient_hooks import active_hooks
 from fasthessian.operators.torch_state.module_state import (
@@ -40,6 +42,7 @@ class ClosureLoss:
         "create_graph=True; pass one that only returns the loss (for an optimizer's closure: "
         "without zero_grad() and backward())"
     )
+    model = None
     fixed_order = True
     size = count = 1
     note = ""
@@ -58,6 +61,13 @@ class ClosureLoss:
 
     def survey(self) -> None:
         """Do nothing: there are no batches to count."""
+
+    def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
+        """Do nothing: there is nothing to count."""
+
+    def coupling(self, params: Sequence[Tensor], allowed: float) -> Coupling:
+        """That it does not apply."""
+        return Coupling(math.nan, -1, "a closure has no batches")
 
     def entries(self, whole: bool) -> Iterator[Entry]:
         """The tensors given as ``params``, and if ``whole`` what the closure can reach."""

@@ -6,20 +6,43 @@ microbatches would change the loss. The check costs two gradients of every batch
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasthessian.errors import InputError
 from fasthessian.memory import out_of_memory
 from fasthessian.operators.loss.batches import Batch, cut, halves, items, samples
-from fasthessian.operators.loss.model_loss import ModelLoss
+from fasthessian.operators.loss.terms import Terms
 
 ATOMS = (str, bytes, bool, int, float, complex, type(None))
+
+
+class Batched(Protocol):
+    """A loss over batches; see ``ModelLoss``."""
+
+    model: nn.Module
+    microbatch: int | None
+    terms: Terms
+
+    def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
+        """Count the terms of each part by the loss itself."""
+
+    def batches(self) -> Generator[tuple[int, Batch], None, None]:
+        """(index, batch) of those that have a weight."""
+
+    def gradient(
+        self, batch: Batch, params: Sequence[Tensor], moved: bool = False
+    ) -> tuple[Sequence[Tensor], list[float]]:
+        """The gradient of the loss of a batch, and its denominators."""
+
+    def varies(self, batch: Batch) -> bool:
+        """Whether the loss of a batch depends on the random numbers that it draws."""
 
 
 class Coupling(NamedTuple):
@@ -30,7 +53,7 @@ class Coupling(NamedTuple):
     reason: str  # why a batch could not be cut; empty if all could
 
 
-def coupling(loss: ModelLoss, params: Sequence[Tensor], allowed: float) -> Coupling:
+def coupling(loss: Batched, params: Sequence[Tensor], allowed: float) -> Coupling:
     """How much a batch's gradient changes if the batch is cut into microbatches, or in two.
 
     A change of more than ``allowed`` is measured again at parameters that are moved a little, since
@@ -40,6 +63,9 @@ def coupling(loss: ModelLoss, params: Sequence[Tensor], allowed: float) -> Coupl
     batch is not a batch of this model. Such a batch is cut along the second dimension, where data
     with time first have their samples. If that shows nothing either, the reason is given.
     """
+    if not callable(loss.terms.given):
+        with contextlib.suppress(ValueError):  # weights were given since none are right
+            loss.count_terms(params, allowed)
     largest, index_of_largest, why = math.nan, -1, ""
     with closing(loss.batches()) as batches:
         for index, batch in batches:
@@ -54,7 +80,7 @@ def coupling(loss: ModelLoss, params: Sequence[Tensor], allowed: float) -> Coupl
 
 
 def _of_microbatches(
-    loss: ModelLoss, index: int, batch: Batch, params: Sequence[Tensor], allowed: float
+    loss: Batched, index: int, batch: Batch, params: Sequence[Tensor], allowed: float
 ) -> tuple[float, str]:
     """The change of a batch, or of as much of it as fits in memory; or NaN and the reason."""
     most, whole = loss.microbatch, batch
@@ -77,7 +103,7 @@ def _of_microbatches(
 
 
 def _of_halves(
-    loss: ModelLoss, batch: Batch, params: Sequence[Tensor], allowed: float
+    loss: Batched, batch: Batch, params: Sequence[Tensor], allowed: float
 ) -> tuple[float, str]:
     """The change of a batch that is cut in two; or NaN and why it shows nothing."""
     if samples(batch) < 2:
@@ -96,7 +122,7 @@ def _of_halves(
     return (math.nan, reason) if reason else (change, "")
 
 
-def _not_samples(loss: ModelLoss, batch: Batch) -> str:
+def _not_samples(loss: Batched, batch: Batch) -> str:
     """Why halves of a batch may not be halves of its samples; empty if there is no such reason."""
     count = samples(batch)
     for item in items(batch):
@@ -112,7 +138,7 @@ def _not_samples(loss: ModelLoss, batch: Batch) -> str:
 
 
 def _change_of_cut(
-    loss: ModelLoss,
+    loss: Batched,
     batch: Batch,
     chunks: Iterable[Batch],
     params: Sequence[Tensor],
@@ -137,7 +163,7 @@ def _change_of_cut(
 
 
 def _change(
-    loss: ModelLoss,
+    loss: Batched,
     batch: Batch,
     whole: tuple[Sequence[Tensor], Any],
     chunks: Sequence[Batch],

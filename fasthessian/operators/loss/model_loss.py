@@ -16,14 +16,7 @@ from torch import Tensor, nn
 
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.memory import out_of_memory
-from fasthessian.operators.loss.batches import (
-    Batch,
-    check_batch,
-    cut,
-    samples,
-    size,
-    to_device,
-)
+from fasthessian.operators.loss.batches import Batch, check_batch, cut, samples, size, to_device
 from fasthessian.operators.loss.calls import (
     call,
     call_with_model,
@@ -34,6 +27,7 @@ from fasthessian.operators.loss.calls import (
     without_loss,
 )
 from fasthessian.operators.loss.counting import find_rule, ways_to_count
+from fasthessian.operators.loss.coupling import Coupling, coupling
 from fasthessian.operators.loss.denominators import denominators
 from fasthessian.operators.loss.halving import ROUNDING, Gradient, HalvingTrials
 from fasthessian.operators.loss.model_checks import check_modules
@@ -50,6 +44,7 @@ from fasthessian.operators.torch_state.reachable import (
     module_entries,
     reachable,
 )
+from fasthessian.operators.torch_state.scopes import Scope
 from fasthessian.vectors import real
 
 REPEATED = 1e-3  # relative difference allowed between two evaluations of one loss
@@ -177,7 +172,7 @@ class ModelLoss:
             rule = find_rule(parts, self._loss_in_any_mode, trials)
         self.terms.rule = rule
         if rule.counter is None:
-            self._source.fix_order()  # the numbers belong to the batches of this pass
+            self._source.require_order()  # the numbers belong to the batches of this pass
         self._set_counts(rule.values, sum(rule.values) if self.terms.given is None else self._total)
         self.counted = True  # last, so that an interrupted count is repeated
 
@@ -222,6 +217,14 @@ class ModelLoss:
                 raise
         with training(self.roots, "own"):
             return self.evaluate(part)[1]
+
+    def coupling(self, params: Sequence[Tensor], allowed: float) -> Coupling:
+        """See ``coupling.coupling``."""
+        return coupling(self, params, allowed)
+
+    def protected(self) -> Scope[None]:
+        """A scope that does nothing: only the ``roots`` need protection."""
+        return Scope(lambda undo: None)
 
     def varies(self, batch: Batch) -> bool:
         """Whether the loss of a batch depends on random numbers that it draws."""

@@ -39,8 +39,8 @@ class MemorySource:
         """Yield every batch."""
         yield from self._data if self._many else [self._data]
 
-    def fix_order(self) -> None:
-        """Do nothing: the order is fixed."""
+    def require_order(self) -> None:
+        """Do nothing: the order never changes."""
 
     def restart(self) -> None:
         """Do nothing: a pass is not compared with others."""
@@ -88,7 +88,7 @@ class LoaderSource:
                 f"randomness, or fix one pass: data=list(loader)"
             )
 
-    def fix_order(self) -> None:
+    def require_order(self) -> None:
         """From now on every pass must yield the same batches in the same order."""
         self._ordered = True
 

@@ -12,14 +12,14 @@ from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 from fasthessian import kernels
 from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.products.layer_factors import Layers
-from fasthessian.operators.products.linearised import along
+from fasthessian.operators.products.linearised import forward_derivative
 from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state.module_state import keep_values
 from fasthessian.operators.torch_state.scopes import UndoLog, scope
 from fasthessian.vectors import like, real
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
-# What torch says of an operation that it cannot differentiate twice, and forward over reverse.
+# Words of torch's errors for operations that it cannot differentiate twice, or in forward mode.
 NOT_TWICE = ("not implemented", "not been implemented", "differentiate twice")
 NOT_FORWARD = ("forward AD", "forward mode AD", "jvp", "ZeroTensors", "setup_context",
                "functorch transform", *NOT_TWICE)  # fmt: skip
@@ -32,7 +32,7 @@ class Graph:
 
     def __init__(self, params: Sequence[Tensor], weight: float) -> None:
         self._params, self._weight = params, weight
-        self.layers: Layers | None = None  # for blocks of single layers, where they are kept
+        self.layers: Layers | None = None  # serves blocks of single layers, where it is kept
         self.padded: dict[int, int | slice] = {}  # rows without gradient, by place
 
     def products(self, requests: Sequence[Request], *, first: bool, keep: bool) -> None:
@@ -79,8 +79,8 @@ class DoubleBackward(Graph):
         grads: tuple[Tensor | None, ...] = (None,) * len(params)
         if loss.requires_grad:
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-        # a gradient that is constant in the parameters has no rows in H; edges of the graph stand
-        # for the others, so that their values need not stay in memory
+        # A gradient that is constant in the parameters has no rows in H. Of the others only the
+        # edges of the graph are kept, so that their values need not stay in memory.
         self._edges = {
             i: get_gradient_edge(g)
             for i, g in enumerate(grads)
@@ -105,7 +105,7 @@ class DoubleBackward(Graph):
 
 
 class Forward(Graph):
-    """H v as the derivative of the gradient along v, forward over reverse: no graph is kept.
+    """H v as the derivative of the gradient along v, by forward over reverse; no graph is kept.
 
     ``loss(places, values)`` is the loss of the part with ``values`` for the parameters at
     ``places``. Reverse over forward is avoided: torch 2.13 is silently wrong there.
@@ -130,15 +130,15 @@ class Forward(Graph):
             return found
 
         at = [self._params[i].detach() for i in places]
-        return along(gradient, at, tangents)  # type: ignore[no-any-return]
+        return forward_derivative(gradient, at, tangents)  # type: ignore[no-any-return]
 
 
 class Difference(Graph):
-    """H v as the central difference of gradients at theta +- h v, for what has no second ones.
+    """H v as the central difference of gradients at theta +- h v: no second derivative is needed.
 
-    ``gradient(places)`` is the gradient of the part where the parameters stand. The error is of
-    the order eps^(2/3) of the dtype relative to the third derivative, about 1e-4 in float32. At
-    kinks (ReLU) there is none: differences see those within the step, whatever its size.
+    ``gradient(places)`` is the gradient of the part at the current parameters. The error is of the
+    order eps^(2/3) of the dtype relative to the third derivative, about 1e-4 in float32. It is not
+    bounded at kinks (ReLU): a step of any size crosses some of them.
     """
 
     def __init__(self, gradient: Gradient, params: Sequence[Tensor], weight: float) -> None:
@@ -187,7 +187,7 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 @contextlib.contextmanager
 def _named(forward: bool) -> Iterator[None]:
-    """Say which engine would serve where torch has no such derivative."""
+    """Say which engine would serve if torch does not have the derivative."""
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one
@@ -215,7 +215,7 @@ def gradient(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def unused(loss: Tensor, params: Sequence[Tensor], places: Sequence[int]) -> list[int]:
-    """Those of the places whose parameters no gradient reaches."""
+    """The places of the parameters that no gradient reaches."""
     if not loss.requires_grad:
         return list(places)
     grads = torch.autograd.grad(loss, [params[i] for i in places], allow_unused=True)
@@ -225,12 +225,12 @@ def unused(loss: Tensor, params: Sequence[Tensor], places: Sequence[int]) -> lis
 def examine(loss: Tensor, params: Sequence[Tensor], freed: str, twice: bool = True) -> list[int]:
     """Check that the loss depends on the parameters and can be differentiated (``twice``).
 
-    Returns the places of the parameters that no gradient reaches. ``freed`` is said of a loss whose
-    graph is gone.
+    Returns the places of the parameters that no gradient reaches. ``freed`` is the message for a
+    loss whose graph is gone.
 
-    torch gives zeros, without a word, where the second derivative runs into a custom function
-    marked ``once_differentiable``: its error node hangs off the way to the parameters. A seed that
-    requires gradients makes every such node appear in the graph, also behind constants.
+    For a custom function marked ``once_differentiable`` torch returns a second derivative of zero
+    without an error: the error node is not on the path to the parameters. A seed that requires
+    gradients makes every such node appear in the graph, also after constants.
     """
     grads: tuple[Tensor | None, ...] = ()
     if loss.requires_grad:
@@ -258,7 +258,7 @@ def examine(loss: Tensor, params: Sequence[Tensor], freed: str, twice: bool = Tr
 
 
 def nodes_from(starts: Iterable[Node | None]) -> Iterator[Node]:
-    """The nodes of a graph that lead to some of them, those included."""
+    """All nodes of the graph that can be reached from some of its nodes, those included."""
     nodes = list(starts)
     seen = set(nodes)
     while nodes:
@@ -272,9 +272,9 @@ def nodes_from(starts: Iterable[Node | None]) -> Iterator[Node]:
 
 
 def coarsest(loss: Tensor) -> torch.dtype:
-    """The dtype of the fewest bits in which a part of the loss is computed.
+    """The dtype with the fewest bits in which a part of the loss is computed.
 
-    That is not the parameters' where the model sets autocast, or converts its outputs.
+    It is not that of the parameters where the model sets autocast or converts its outputs.
     """
     found = {loss.dtype}
     for node in nodes_from([loss.grad_fn]):
@@ -285,7 +285,7 @@ def coarsest(loss: Tensor) -> torch.dtype:
 
 @contextlib.contextmanager
 def metered(params: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
-    """A function that tells the bytes saved by graphs built inside, parameters left out.
+    """A function that returns the bytes saved by graphs built inside, parameters excluded.
 
     The graphs cannot be used after the end of the context.
     """
@@ -305,5 +305,5 @@ def metered(params: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
         with saved_tensors_hooks(pack, saved.__getitem__):
             yield total
     finally:
-        # a graph that owned its tensors through hooks would be a cycle that no collector sees
+        # a graph that holds its tensors through hooks is a cycle that the collector cannot see
         saved.clear()

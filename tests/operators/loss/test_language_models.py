@@ -1,4 +1,4 @@
-"""The number of terms of language models: their tokens, whatever the model is called."""
+"""The terms of a language model are its tokens, whatever the class is called."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from tests.support.models import columns
 
 
 class Out(dict):
-    """As transformers' outputs: entries are attributes."""
+    """Like an output of transformers: entries are attributes."""
 
     __getattr__ = dict.__getitem__
 
 
 class Base(nn.Module):
-    """Scores of the next token at each place; the loss on labels is left to classes below."""
+    """Computes scores for each position; the classes below add a loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Base(nn.Module):
 
 
 class Shifting(Base):
-    """As GPT-2: the scores at a place are for the label of the next."""
+    """Like GPT-2: the scores at a position belong to the label of the next one."""
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Out:
         z = self.scores(input_ids)
@@ -41,7 +41,7 @@ class Shifting(Base):
 
 
 class BertForCausalLM(Base):
-    """Does not shift, whatever its name."""
+    """Does not shift the labels, in spite of its name."""
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Out:
         z = self.scores(input_ids)
@@ -49,11 +49,11 @@ class BertForCausalLM(Base):
 
 
 class XLNetLMHeadModel(BertForCausalLM):
-    """Does not shift either."""
+    """Does not shift the labels either."""
 
 
 class ForConditionalGeneration(Base):
-    """Pictures take places in front of the text, of which the labels do not know."""
+    """Has positions of a picture before the text, which have no labels."""
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Out:
         z = self.scores(torch.cat([input_ids[:, :2] * 0, input_ids], 1))
@@ -63,7 +63,7 @@ class ForConditionalGeneration(Base):
 
 
 class Smoothed(Base):
-    """Sums over tokens with label smoothing, divided by the model itself."""
+    """Sums over tokens with label smoothing, and divides by their number itself."""
 
     def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
         z, y = self.scores(input_ids)[:, :-1].transpose(1, 2), labels[:, 1:]
@@ -72,7 +72,7 @@ class Smoothed(Base):
 
 
 class Masked(Base):
-    """Counts by the attention mask, not by labels."""
+    """Counts tokens by the attention mask, not by labels."""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Out:
         z, y = self.scores(input_ids)[:, :-1].transpose(1, 2), input_ids[:, 1:]
@@ -81,7 +81,7 @@ class Masked(Base):
 
 
 class Wrapped(nn.Module):
-    """As PeftModel: hands the batch on."""
+    """Like PeftModel: passes the batch on to another model."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Wrapped(nn.Module):
 
 
 def tokens(masked: bool = False) -> list[dict[str, Tensor]]:
-    """Batches of different length and number of labels."""
+    """Batches with different lengths and numbers of labels."""
     batches = []
     for rows, length, short in ((3, 6, 5), (1, 6, 2), (2, 4, 3)):
         ids = torch.randint(11, (rows, length), generator=torch.Generator().manual_seed(rows))
@@ -104,7 +104,7 @@ def tokens(masked: bool = False) -> list[dict[str, Tensor]]:
 
 
 def padded(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All batches as one."""
+    """All batches as one batch, padded."""
     fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
     length = max(batch["input_ids"].shape[1] for batch in batches)
     return {
@@ -141,7 +141,7 @@ def test_tokens_count_whatever_the_model_is_called(kind: type[nn.Module], wrappe
 
 
 class Shifted(nn.Module):
-    """A language model that computes its loss from the next tokens, under a name of its own."""
+    """A language model that takes its labels from ``ids``, the next tokens."""
 
     def __init__(self):
         super().__init__()
@@ -154,7 +154,7 @@ class Shifted(nn.Module):
 
 @pytest.mark.parametrize("microbatch", [None, 1])
 def test_numbers_that_agree_by_chance_do_not_count(microbatch):
-    """Ten next tokens, and ten ids that are not 0, in halves six and four of them."""
+    """The batch has ten next tokens and, by chance, ten ids that are not 0; its halves do not."""
     ids = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 0, 6, 2, 0, 7]])
     torch.manual_seed(0)
     A = fh.Hessian(Shifted().double(), None, {"ids": ids}, microbatch=microbatch)

@@ -1,4 +1,4 @@
-"""The number of terms of losses that are not torch's: counted from the computation."""
+"""The terms of losses that are not torch's are counted from the computation of the loss."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ CLASS_WEIGHT = torch.tensor([1.0, 2.0, 0.5], dtype=F64)
 
 
 def made() -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
-    """A network, inputs, and targets: real ones, some missing; classes, some ignored."""
+    """A network, inputs, and targets: numbers, some of them missing; classes, some ignored."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).to(F64)
     x, real = torch.randn(11, 3, dtype=F64), torch.randn(11, 3, dtype=F64)
-    real[3], real[5, 0], real[6, :2], real[9, 1:] = NAN, NAN, NAN, NAN  # sample 3 is a batch
+    real[3], real[5, 0], real[6, :2], real[9, 1:] = NAN, NAN, NAN, NAN  # sample 3 is one batch
     classes = torch.tensor([0, 2, -100, 1, 1, 2, -100, -100, 0, 1, 2])
     return model, x, {"real": real, "classes": classes, "all": classes.clamp(min=0)}
 
@@ -33,7 +33,7 @@ def cut(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 class Opaque(torch.autograd.Function):
-    """The identity, behind which no denominator can be read."""
+    """The identity, as a custom function: no denominator can be read through it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def test_batches_and_microbatches_give_what_one_batch_gives(name: str) -> None:
             assert distance(G, columns(one)) < 1e-12, form
 
 
-def test_a_penalty_counts_once_beside_a_mean() -> None:
+def test_a_penalty_on_parameters_counts_once_next_to_a_mean() -> None:
     model, x, targets = made()
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def test_a_penalty_counts_once_beside_a_mean() -> None:
 
 
 def outer(model: nn.Module, loss: Any, x: Tensor, y: Tensor, rows: Any = None) -> Tensor:
-    """Sum of g g' over samples, g of the loss of the sample alone."""
+    """The sum of g g' over the samples, where g is the gradient of one sample's loss."""
     total: Any = 0
     for i in range(len(x)) if rows is None else rows:
         pieces = torch.autograd.grad(loss(model(x[i : i + 1]), y[i : i + 1]), model.parameters())
@@ -201,7 +201,7 @@ def test_class_weights_of_a_function_are_those_of_the_criterion() -> None:
         assert distance(fh.EmpiricalFisher(model, by_class, data), want) < 1e-12
 
 
-# What cannot be counted, and what does not need to be
+# Losses whose terms cannot be counted, and what counting costs
 
 
 def two_means(z: Tensor, y: Tensor) -> Tensor:
@@ -222,7 +222,7 @@ def per_positive(z: Tensor, y: Tensor) -> Tensor:
 def test_a_loss_that_no_weights_fit_is_refused(loss: Any, kind: str, words: str) -> None:
     model, x, targets = made()
     y = targets[kind]
-    x, y = torch.cat([x[:3], x[4:]]), torch.cat([y[:3], y[4:]])  # no batch without any target
+    x, y = torch.cat([x[:3], x[4:]]), torch.cat([y[:3], y[4:]])  # so that every batch has a target
     batches = [(x[:4], y[:4]), (x[4:7], y[4:7]), (x[7:], y[7:])]
     if kind == "all":
         y[4:7] = 0
@@ -238,7 +238,7 @@ def test_a_loss_that_no_weights_fit_is_refused(loss: Any, kind: str, words: str)
         assert distance(fh.Hessian(model, loss, batches, weights=weights), want) < 1e-12
         for given in (weights, lambda batch: len(batch[0])):
             H = fh.Hessian(model, loss, batches, weights=given)
-            assert not H.check().ok  # and raises nothing
+            assert not H.check().ok  # but it raises no error
 
 
 def test_single_samples_of_an_opaque_loss_ask_for_weights() -> None:
@@ -256,7 +256,7 @@ def test_single_samples_of_an_opaque_loss_ask_for_weights() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-16])
-def test_where_the_gradient_is_rounding_terms_are_counted_beside_it(noise: float) -> None:
+def test_terms_are_counted_where_gradients_are_rounding_errors(noise: float) -> None:
     torch.manual_seed(2)
     model, x = nn.Linear(3, 2).to(F64), torch.randn(11, 3, dtype=F64)
     y = model(x).detach() + noise * torch.randn(11, 2, dtype=F64)
@@ -268,7 +268,7 @@ def test_where_the_gradient_is_rounding_terms_are_counted_beside_it(noise: float
             assert distance(H, want) < 1e-12 and H.check().ok, (H.engine, str(H.check()))
 
 
-def test_terms_are_counted_anew_after_changes_of_data_and_parameters() -> None:
+def test_terms_are_counted_again_after_changes_of_data_and_parameters() -> None:
     model, x, targets = made()
     y = targets["real"]
     data = cut(x, y)
@@ -276,7 +276,7 @@ def test_terms_are_counted_anew_after_changes_of_data_and_parameters() -> None:
     y.numpy()[0] = NAN
     assert distance(H, dense(model, lambda moved: known_only(moved(x), y))) < 1e-12
 
-    def hard(z: Tensor, y: Tensor) -> Tensor:  # which samples count hangs on the parameters
+    def hard(z: Tensor, y: Tensor) -> Tensor:  # the parameters decide which samples count
         losses = F.cross_entropy(z, y, reduction="none")
         return losses[losses.detach() > 1].mean()
 
@@ -288,7 +288,7 @@ def test_terms_are_counted_anew_after_changes_of_data_and_parameters() -> None:
             model[2].bias.add_(torch.tensor([0.5, -0.5, 0.0]))
 
 
-def test_counting_costs_few_evaluations_and_one_batch_none() -> None:
+def test_counting_costs_few_evaluations_and_none_for_one_batch() -> None:
     model, x, targets = made()
     calls: list[int] = []
 

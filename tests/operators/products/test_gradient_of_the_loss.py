@@ -40,7 +40,7 @@ def test_what_eval_mode_detaches_is_part_of_the_matrix(name: str, engine: str) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_so_it_is_in_single_precision_and_the_check_passes(name: str) -> None:
+def test_the_same_in_single_precision_where_the_check_passes(name: str) -> None:
     want = dense(*made(name, always=True))
     A = fh.Hessian(*made(name, always=False, dtype=F32))
     assert error(columns(A), want) < 1e-4 and A.check().ok
@@ -68,7 +68,7 @@ def test_other_losses_of_forces_name_the_mode_that_serves() -> None:
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize("loss", DETACHED)
-def test_what_is_detached_on_purpose_is_served_and_named(loss: Any, dtype: torch.dtype) -> None:
+def test_what_is_detached_on_purpose_is_accepted_and_named(loss: Any, dtype: torch.dtype) -> None:
     model, data = small(dtype)
     for curvature in (fh.Hessian, fh.GaussNewton):
         with pytest.warns(UserWarning, match="detaches a part of itself") as caught:
@@ -82,6 +82,18 @@ def test_what_is_detached_on_purpose_is_served_and_named(loss: Any, dtype: torch
     H = columns(B)
     for i, want in enumerate(_differentiated_twice(model, loss, data)):
         torch.testing.assert_close(H[i], want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("curvature", [fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher])
+def test_the_warning_points_to_the_line_that_builds_the_operator(curvature: Any) -> None:
+    model, data = small(F64)
+    loss = next(iter(DETACHED))
+    with pytest.warns(UserWarning, match="detaches a part of itself") as caught:
+        curvature(model, loss, data)
+    assert [each.filename for each in caught] == [__file__]
+    with pytest.warns(UserWarning, match="derivative of closure") as caught:
+        fh.Hessian.from_closure(lambda: loss(model(data[0]), data[1]), list(model.parameters()))
+    assert [each.filename for each in caught] == [__file__]
 
 
 def _differentiated_twice(model: nn.Module, loss: Any, data: Any) -> list[Tensor]:
@@ -203,7 +215,7 @@ def adversarial(z: Tensor, y: Tensor) -> Tensor:
         (adversarial, 2.0, F32),  # the loss with jumps has no differences in single precision
     ],
 )
-def test_a_gradient_that_custom_functions_make_is_no_alarm_but_said(
+def test_a_gradient_that_custom_functions_make_is_reported_without_a_warning(
     loss: Any, factor: float, dtype: torch.dtype
 ) -> None:
     """The functions have the slope of their backward, 1 and -1: (-1)^2 adds to the square."""

@@ -1,4 +1,4 @@
-"""What changes after construction: followed between calls."""
+"""Products follow what the user changes after the construction of an operator."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 class Focal(nn.Module):
-    """A criterion with an option of its own, and one of a module inside."""
+    """A criterion with an option, and with a module that has options."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Focal(nn.Module):
 
 
 def by_closure() -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[float], None]]:
-    """A criterion that reads a variable of the function around it, and what sets that."""
+    """A criterion that reads a variable of its enclosing function, and a setter of the variable."""
     strength = 0.1
 
     def change(value: float) -> None:
@@ -195,7 +195,7 @@ def test_products_follow_what_a_closure_reads(engine: str) -> None:
     assert torch.equal(A @ torch.ones(2), torch.tensor([36.0, 96.0]))
 
 
-def test_gauss_newton_looks_again_at_a_criterion_that_changed() -> None:
+def test_gauss_newton_checks_a_changed_criterion_again() -> None:
     p = problem(Penalised())
     G = fh.GaussNewton(p.model, p.criterion, (p.x, p.y))
     v = torch.ones(G.n, dtype=F64)

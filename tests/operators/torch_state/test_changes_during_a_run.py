@@ -1,4 +1,4 @@
-"""What changes during a run of an algorithm is refused by name."""
+"""A change during a run of an algorithm is refused, and the message names what changed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ MOVES: dict[str, tuple[Callable[[Any], Any], str, str]] = {
 
 @contextlib.contextmanager
 def moving(p: Any, move: Callable[[Any], Any], at: int) -> Any:
-    """A progress callback that moves something once ``at`` products were made."""
+    """A progress callback that makes one change after ``at`` products."""
     moved = []
 
     def tell(done: int, total: int | None) -> None:
@@ -74,13 +74,13 @@ def moving(p: Any, move: Callable[[Any], Any], at: int) -> Any:
 @pytest.mark.filterwarnings("ignore::fasthessian.ConvergenceWarning")
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("run", RUNS)
-def test_a_run_refuses_what_moves_and_says_a_way_out(run: str, move: str, engine: str) -> None:
+def test_a_run_refuses_changes_and_names_a_way_out(run: str, move: str, engine: str) -> None:
     p = problem()
     change, words, owner = MOVES[move]
     A = fh.Hessian(p.model, p.criterion, (p.x, p.y), engine=engine)
     with moving(p, change, 2) as tell:
         refused(lambda: RUNS[run](A, tell), RuntimeError, words + r".*deepcopy\(" + owner)
-    RUNS[run](A, None)  # followed by the next run
+    RUNS[run](A, None)  # the next run follows the change
     held = SimpleNamespace(model=p.model, criterion=p.criterion, data=(p.x, p.y))
     setattr(held, owner, copy.deepcopy(getattr(held, owner)))
     B = fh.Hessian(held.model, held.criterion, held.data, engine=engine)
@@ -88,25 +88,25 @@ def test_a_run_refuses_what_moves_and_says_a_way_out(run: str, move: str, engine
         RUNS[run](B, tell)
 
 
-def test_the_last_look_finds_what_trusted_products_do_not_compare() -> None:
+def test_the_last_poll_finds_what_deferred_products_do_not_compare() -> None:
     p = problem()
     A = fh.Hessian(p.model, p.criterion, (p.x, p.y))
     V = torch.ones(1, A.n, dtype=F64)
     out = torch.empty_like(V)
-    count, _ = A.changes(look=True)
+    count, _ = A._kept.changes(poll=True)
     p.model.b.weight.data.mul_(1.01)
     multiply([Request(A, V, out, deferred=True)])
-    assert A.changes()[0] == count
-    assert A.changes(look=True) == (count + 1, "parameter 'b.weight'")
+    assert A._kept.changes()[0] == count
+    assert A._kept.changes(poll=True) == (count + 1, "parameter 'b.weight'")
     _step(p)
-    multiply([Request(A, V, out, deferred=True)])  # autograd's version tells of this one
-    assert A.changes() == (count + 2, "parameter 'b.weight'")
+    multiply([Request(A, V, out, deferred=True)])  # autograd's version counter shows this one
+    assert A._kept.changes() == (count + 2, "parameter 'b.weight'")
     exact = dense(p.model, p.criterion, (p.x, p.y))
     assert error(out[0], exact.sum(1)) < 1e-12
 
 
 class Busy(nn.Module):
-    """A network that counts its calls and remembers what it computed."""
+    """A network that counts its calls and keeps what it computed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ def _evaluate(p: Any) -> None:
 
 
 def _swap(p: Any) -> None:
-    """Evaluate other weights, and put these back bit for bit."""
+    """Evaluate the model at other weights, and restore the old ones bit for bit."""
     held = {name: t.clone() for name, t in p.model.state_dict().items()}
     with torch.no_grad():
         for q in p.model.parameters():
@@ -152,10 +152,10 @@ def _ask(p: Any) -> None:
 @pytest.mark.filterwarnings("ignore::fasthessian.ConvergenceWarning")
 @pytest.mark.parametrize("callback", [_evaluate, _swap, _ask])
 @pytest.mark.parametrize("run", ["eigsh", "landscape", "blocks"])
-def test_what_changes_nothing_is_no_move(run: str, callback: Any, engine: str) -> None:
+def test_callbacks_that_change_nothing_are_accepted(run: str, callback: Any, engine: str) -> None:
     p = problem()
     p.model, p.calls = Busy().double(), 0
-    p.x[1, 1] = torch.nan  # which equals itself here
+    p.x[1, 1] = torch.nan  # NaN must count as unchanged
     p.model.net.register_forward_pre_hook(lambda module, args: (args[0].nan_to_num(),))
     p.A = A = fh.Hessian(p.model, p.criterion, [(p.x[:2], p.y[:2]), (p.x, p.y)], engine=engine)
     want = RUNS[run](A, None)
@@ -170,7 +170,7 @@ def test_what_changes_nothing_is_no_move(run: str, callback: Any, engine: str) -
     assert torch.equal(getattr(found, key), getattr(want, key))
 
 
-def test_kept_graphs_serve_as_long_as_nothing_changes() -> None:
+def test_kept_graphs_are_used_as_long_as_nothing_changes() -> None:
     p = problem()
     p.model = Busy().double()
     A = fh.Hessian(p.model, p.criterion, [(p.x[:2], p.y[:2]), (p.x, p.y)], engine="retained")

@@ -85,7 +85,7 @@ PASSES: dict[str, Callable[[fh.Hessian], Any]] = {
     "products": lambda A: A @ torch.ones(2, A.n, dtype=F64),
     "gradients": lambda A: A.gradient(),
     "losses": lambda A: A.loss(torch.ones(A.n, dtype=F64)),
-    "coupling": lambda A: A.coupling()[:2],
+    "coupling": lambda A: A._evaluation.coupling()[:2],
     "blocks": lambda A: A.blocks("layer")["a"] @ torch.ones(20, dtype=F64),
 }
 

@@ -1,4 +1,4 @@
-"""A script as users of PyHessian write them; nothing in it knows of fasthessian."""
+"""A script as users of PyHessian write them, without any mention of fasthessian."""
 
 import density_plot
 import numpy as np

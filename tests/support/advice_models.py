@@ -1,4 +1,4 @@
-"""Models, losses and data that earn advice, for the tests that take it."""
+"""Models, losses and data whose errors contain advice, for the tests that follow it."""
 
 import warnings
 from collections import UserDict

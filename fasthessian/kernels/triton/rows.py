@@ -1,21 +1,21 @@
-"""The Triton kernels behind ``backend``; needs triton at import.
+"""The Triton kernels that read the rows of V: ``project`` and ``update``. Imports triton.
 
-A column tile is T groups of F numbers, F numbers of V being 16 bytes, and the tensors of a stream
-all have the axes (rows of W, rows of V, T F columns), of length 1 where they do not vary: so each
-thread owns a group of every row, loads are 16 bytes wide, sums over rows and groups stay in
-registers, and no tile changes its layout through shared memory. Other axes, or their order, cost
-that in Triton 3.6 or 3.7. All arithmetic is in float64. Only the last tile masks columns: it is
-compiled apart (FULL = False), so that any n is read 16 bytes at a time.
+A column tile has T groups of F numbers; F numbers of V are 16 bytes. All tensors of a kernel have
+the axes (rows of W, rows of V, T F columns), with length 1 where they do not vary. So each thread
+owns one group of every row, loads are 16 bytes wide, sums over rows and groups stay in registers,
+and no tile changes its layout through shared memory. In Triton 3.6 and 3.7 other axes, or another
+order of them, lose this. All arithmetic is in float64. Only the last tile masks columns. It is
+compiled separately (FULL = False), so any n is read 16 bytes at a time.
 
-PARTS is how many loads of 16 bytes a group of W takes. It is 0 where rows are not aligned: there a
-thread owns F numbers T apart, so that a warp still loads neighbours and nothing else changes.
+PARTS is the number of 16-byte loads per group of W. It is 0 where rows are not aligned: a thread
+then owns F numbers that are T apart, so that a warp still loads neighbours.
 """
 
 import triton
 import triton.language as tl
 
 INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were made
-# values that change from call to call must not compile a kernel each
+# a new value of these must not compile a new kernel
 PROJECT_SIZES = ["ldv", "ldw", "hk", "hb", "count", "k", "b", "n", "steps"]
 UPDATE_SIZES = ["ldv", "ldw", "hk", "hb", "si", "sr", "count", "b", "n"]
 
@@ -25,7 +25,7 @@ def _place(
     A, ld, rows, live, start, n,
     i: tl.constexpr, PARTS: tl.constexpr, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Where part i of every thread's numbers of rows (., ., 1) is, and which of them exist."""
+    """Pointers to part i of every thread's numbers of rows (., ., 1), and a mask."""
     if PARTS == 0:
         j = tl.arange(0, T * F)
         group, own = j % T, j // T * T
@@ -34,7 +34,7 @@ def _place(
         j = tl.arange(0, T * P)
         group, own = j // P * F, i * P + j % P
     mask = rows < live
-    if not FULL:  # a thread keeps how many are left from its first on, not where each of them is
+    if not FULL:  # a thread keeps the number of columns left, not the position of each
         left = tl.minimum(n - start, T * F).to(tl.int32) - group
         mask = mask & (own < left)[None, None, :]
     return A + start + rows.to(tl.int64) * ld + (group + own)[None, None, :], mask
@@ -57,7 +57,7 @@ def _load(
 ):  # fmt: skip
     """Rows (., ., 1) of A at columns start .. start + T F, 0 where a row is not live.
 
-    Parts are joined by the thread that loaded them: nothing moves.
+    The thread that loaded the parts joins them, so no data moves between threads.
     """
     if PARTS < 2:
         at, mask = _place(A, ld, rows, live, start, n, 0, PARTS, T, F, FULL)
@@ -114,7 +114,7 @@ def _store(
 def _small(M, i, si, j, sj, mask):
     """M[i, j] for i and j along the first two axes: (., ., 1), of fewer numbers than threads.
 
-    More would be dealt out to the threads by a layout of their own, and V's tiles made to follow.
+    With more numbers Triton would choose a layout for them and convert V's tiles to it.
     """
     return tl.load(M + i * si + j * sj, mask=mask, other=0.0).to(tl.float64)
 
@@ -144,7 +144,7 @@ def _dots(
 ):  # fmt: skip
     """P[row, r] = A[row] . W[r] over ``steps`` tiles; W comes from L1 after the first rows.
 
-    Threads keep sums of their own over the tiles: one sum across threads for BK rows.
+    Each thread adds up its tiles; then there is one sum across threads per BK rows.
     """
     r = tl.arange(0, B)
     for first in range(0, live, BK):
@@ -191,7 +191,7 @@ def project(
 ):  # fmt: skip
     """W -= H^T V unless H is None, then P[program] = [V W^T; W W^T] (k + b, b) of its columns.
 
-    Leading dimensions come in units that keep their divisibility in sight of the compiler.
+    Leading dimensions are given in units, so that the compiler knows their divisibility.
     """
     live = _rows_that_take_part(count, ON_DEVICE)
     chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # the masked one starts first
@@ -219,7 +219,7 @@ def total(
     P, out, count, k: tl.int64, b: tl.int32, chunks: tl.int32,
     BC: tl.constexpr, BO: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = sum over chunks of P[chunk, i], i < (k + b) b, in fixed order; 0 for dead rows."""
+    """out[i] = sum over chunks of P[chunk, i], i < (k + b) b, in fixed order; 0 beyond count."""
     live = _rows_that_take_part(count, ON_DEVICE)
     size = (k + b) * b
     i = tl.program_id(0).to(tl.int64) * BO + tl.arange(0, BO)
@@ -243,7 +243,7 @@ def _mixed(S, si, sr, i, w, b, B: tl.constexpr):
 
 @triton.jit
 def _row(i: tl.constexpr, w, B: tl.constexpr):
-    """Row i of w: (1, 1, T F), a sum of bits that the compiler sees through."""
+    """Row i of w: (1, 1, T F), as a sum of bits, which the compiler reduces to a selection."""
     r = tl.arange(0, B)[:, None, None]
     bits = tl.where(r == i, w.to(tl.int64, bitcast=True), 0)
     return tl.sum(bits, axis=0, keep_dims=True).to(tl.float64, bitcast=True)
@@ -263,7 +263,7 @@ def _update_tile(
         if APPEND:  # rows other than the first, then than the last, are masked by their index
             _store(free, 0, r, 1, start, n, w * scale, min(PARTS, 1), T, F, FULL)
             _store(W, 0, tl.where(r == b - 1, 0, 1), 1, start, n, w, PARTS, T, F, FULL)
-        else:  # row by row, here and with S: addresses of all at once would not fit the registers
+        else:  # row by row, here and with S: the addresses of all rows do not fit the registers
             for i in tl.static_range(B):
                 x = _row(i, w, B)
                 _store(W, ldw, one + i, b, start, n, x, PARTS, T, F, FULL)
