@@ -29,8 +29,8 @@ class EmpiricalFisher(JMJ):
     token of a sequence, with its class weight. Those of other criteria are the samples: the
     criterion must then be a mean or a sum over the first dimension of the outputs.
 
-    Arguments, attributes and errors are those of ``Hessian``. In addition, the model must return
-    one tensor, or an output with ``.logits``.
+    All arguments and their defaults, the attributes and the errors are those of ``Hessian``. In
+    addition, the model must return one tensor, or an output with ``.logits``.
 
     Raises:
         TypeError: the outputs are no tensor.
@@ -105,7 +105,8 @@ class Fisher(JMJ):
     Gauss-Newton matrix (Martens 2020, New insights and perspectives on the natural gradient
     method). Every product draws the same targets, so that the matrix stays the same.
 
-    Arguments, attributes and errors are those of ``Hessian``. In addition:
+    All arguments and their defaults, the attributes and the errors are those of ``Hessian``. In
+    addition:
 
     Args:
         samples: targets drawn for each term of the loss, at least 1.

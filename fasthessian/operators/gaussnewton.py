@@ -36,8 +36,8 @@ class GaussNewton(JMJ):
     second derivative M, so that every such criterion is exact. For cross-entropy with class indices
     M is one kernel, which makes no tensor of the size of the outputs.
 
-    Arguments, attributes and errors are those of ``Hessian``. In addition, the model must return
-    one tensor, or an output with ``.logits``.
+    All arguments and their defaults, the attributes and the errors are those of ``Hessian``. In
+    addition, the model must return one tensor, or an output with ``.logits``.
 
     Raises:
         TypeError: the outputs are no tensor.
