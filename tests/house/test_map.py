@@ -1,12 +1,16 @@
 """The map of the house: what ``make map`` prints, and its copy in CONTRIBUTING.md."""
 
-from pathlib import Path
-
-import pytest
-
-from tests.support.house import FLOORS, between, calls, chain, imports, page, upward
-
-CONTRIBUTING = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
+from tests.support.house import (
+    CONTRIBUTING,
+    FLOORS,
+    between,
+    calls,
+    chain,
+    imports,
+    page,
+    upward,
+    written,
+)
 
 
 def pack_():
@@ -43,9 +47,7 @@ def test_imports_between_rooms_and_upwards_are_counted():
     assert upward(arrows) == [("kernels.native", "app.main")] and upward(imports()) == []
 
 
-@pytest.mark.skipif(not CONTRIBUTING.exists(), reason="there is no CONTRIBUTING.md")
 def test_the_map_in_contributing_is_the_one_of_this_tree():
-    """Otherwise replace it by what ``make map`` prints."""
-    _, _, rest = CONTRIBUTING.read_text().partition("<!-- make map -->\n")
-    inside = rest.partition("<!-- end -->")[0].strip().removeprefix("```text").strip("`\n")
-    assert inside.splitlines() == list(page())
+    """Otherwise run: python tests/support/house.py --write."""
+    text = CONTRIBUTING.read_text()
+    assert text == written(text)

@@ -1,5 +1,7 @@
 """The rooms of the package, the imports between them and a call through them: ``make map``.
 
+``python tests/support/house.py --write`` also puts the map into CONTRIBUTING.md.
+
 A room is a folder of the package, or a module at its top. Imports under ``TYPE_CHECKING`` and in
 functions count like all others.
 """
@@ -12,6 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = "fasthessian"
+CONTRIBUTING = ROOT / "CONTRIBUTING.md"
+EXTENSION = f"{PACKAGE}._native"  # compiled: no module of a room
 # From the bottom: a module imports rooms of its own floor and of those below.
 FLOORS = (
     ("__about__", "errors", "arguments", "memory"),
@@ -54,7 +58,7 @@ def imports(root: Path = ROOT) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {name: set() for name in known}
     for name, path in known.items():
         for imported in _imported(path):
-            if imported == PACKAGE or imported.startswith(PACKAGE + "."):
+            if imported != EXTENSION and f"{imported}.".startswith(f"{PACKAGE}."):
                 target = imported[len(PACKAGE) + 1 :]
                 while target and target not in known:
                     target = target.rpartition(".")[0]
@@ -194,5 +198,16 @@ def page(root: Path = ROOT) -> Iterator[str]:
     yield from (f"  {step}" for step in steps)
 
 
+def written(text: str) -> str:
+    """The text of CONTRIBUTING.md with the map of this tree between its two comments."""
+    before, start, rest = text.partition("<!-- make map -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    return "".join(
+        (before, start, "```text\n", *(f"{line}\n" for line in page()), "```\n", end, after)
+    )
+
+
 if __name__ == "__main__":
     print("\n".join(page()))
+    if sys.argv[1:] == ["--write"]:
+        CONTRIBUTING.write_text(written(CONTRIBUTING.read_text()))
