@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import fasthessian as fh
-from fasthessian.results.records import write_whole
+from fasthessian.results.record import write_whole
 
 ROWS: list[dict] = []
 

@@ -19,7 +19,7 @@ from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.base import SymmetricOperator, operator
 from fasthessian.operators.blocks import Job, multiply
 from fasthessian.operators.torch_state.scopes import restored
-from fasthessian.results.records import Record
+from fasthessian.results.record import Record
 
 R = TypeVar("R", bound=Record)
 

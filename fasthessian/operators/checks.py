@@ -16,7 +16,7 @@ from fasthessian.operators.base import ASYMMETRY
 from fasthessian.operators.loss.model_loss import REPEATED, ROUNDED, Part
 from fasthessian.operators.products.function_guard import wrong
 from fasthessian.operators.products.slopes import ALLOWED, distance
-from fasthessian.results.records import Record
+from fasthessian.results.record import Record
 
 if TYPE_CHECKING:
     from fasthessian.operators.curvature import Curvature

@@ -11,8 +11,8 @@ import torch
 import fasthessian as fh
 from fasthessian.app import main as cli
 from fasthessian.app.advice import as_options
-from fasthessian.app.report import document as report
-from fasthessian.app.report import html as page
+from fasthessian.app.plan import Plan
+from fasthessian.app.report import figures, method, result, summary
 from tests.support.command_line import working_folder
 
 for extra in ("click", "rich", "matplotlib", "sklearn"):
@@ -83,6 +83,11 @@ def run(capsys, *args):
     return info.value.code, capsys.readouterr().err
 
 
+def read(path):
+    """The content of a result.json, as it is read back strictly."""
+    return result.read(path).to_json()
+
+
 def without(args, *names):
     """The arguments without these options and their values."""
     words = list(args)
@@ -137,9 +142,9 @@ def test_the_advice_of_a_note_works(capsys):
     code, err = run(capsys, *args, "--max-products", "3", "--no-trace")
     note = next(line for line in err.splitlines() if line.startswith("note: "))
     assert code == 0 and "raise --max-products, or accept" in note
-    assert note.removeprefix("note: ") in report.read("report/result.json")["notes"]
+    assert note.removeprefix("note: ") in read("report/result.json")["notes"]
     code, err = run(capsys, *args, "--no-trace")
-    assert code == 0 and "note: " not in err and report.read("report/result.json")["notes"] == []
+    assert code == 0 and "note: " not in err and read("report/result.json")["notes"] == []
 
 
 def words_of(capsys, *args):
@@ -187,7 +192,7 @@ def test_options_reach_the_operator_and_are_told(capsys):
                "--engine", "recompute", "--mode", "train", "--blocks", "layer")  # fmt: skip
     code, err = run(capsys, "mine:problem", *options)
     assert code == 0 and "Gauss-Newton spectrum" in err and "Hessian" not in err
-    content = report.read("report/result.json")
+    content = read("report/result.json")
     found = content["settings"]
     asked = dict(matrix="ggn", params="^2", weight_decay=0.5, microbatch=7, engine="recompute",
                  mode="train")  # fmt: skip
@@ -221,14 +226,14 @@ def test_options_reach_the_operator_and_are_told(capsys):
 
 def test_the_figures_name_the_matrix(monkeypatch, capsys):
     seen = []
-    png = report.png
+    png = figures.png
 
     def spy(fig):
         seen.append([t.get_text() for ax in fig.axes
                      for t in (ax.title, ax.xaxis.label, ax.yaxis.label)])  # fmt: skip
         return png(fig)
 
-    monkeypatch.setattr(report, "png", spy)
+    monkeypatch.setattr(figures, "png", spy)
     assert run(capsys, "mine:problem", "--matrix", "fisher", "--blocks", "layer")[0] == 0
     words = " ".join(text for texts in seen for text in texts)
     assert "eigenvalue of the Fisher matrix" in words and "blocks of the Fisher matrix" in words
@@ -244,7 +249,7 @@ def test_the_fisher_matrix_is_the_one_of_the_seed(capsys):
 
     F = fh.Fisher(*mine.problem(), seed=3)
     exact = torch.linalg.eigvalsh((F @ torch.eye(F.n)).double())
-    found = report.read("report/result.json")["top"]["values"][0]
+    found = read("report/result.json")["top"]["values"][0]
     assert found == pytest.approx(float(exact[-1]), rel=1e-3)
 
 
@@ -258,8 +263,8 @@ def test_the_fisher_matrix_is_the_one_of_the_seed(capsys):
     ],
 )
 def test_how_products_were_made_is_told(settings, words):
-    assert page.products(settings) == words
-    assert page.matrix({}) == "Hessian"
+    assert method.products(Plan(**settings)) == words
+    assert summary.kind(result.Result.from_json({})) == "Hessian"
 
 
 @pytest.mark.parametrize(
@@ -272,6 +277,7 @@ def test_how_products_were_made_is_told(settings, words):
         ("5 rows would fit (fewer steps or pairs, or a smaller ncv)",
          "5 rows would fit (fewer --steps, --top or --bottom)"),
         ("raise max_matvecs or rtol", "raise --trace-rtol"),
+        ("raise max_matvecs or steps, or accept", "raise --max-products, or accept"),
         ("raise max_matvecs or tol; residuals under 2e-4 ||A|| need basis='full'",
          "raise --max-products; residuals under 2e-4 ||A|| need --basis full"),
         ("with sigma=0.1 take basis='full', or a sigma of at least 0.2", "take --basis full"),

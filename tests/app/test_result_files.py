@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from fasthessian.app.report import document as report
+from fasthessian.app.report import figures
+from fasthessian.app.report import result as report
 from tests.results.test_files import BLOCKS, MEAN, refused
 
 pytest.importorskip("matplotlib")
@@ -33,7 +34,7 @@ def result(path, part=None, field=None, value=None):
 
 
 def test_the_pattern_of_these_results_is_drawn(tmp_path):
-    assert list(report.figures(report.read(result(tmp_path / "r")))) == list(report.FIGURES)
+    assert list(figures.figures(report.read(result(tmp_path / "r")))) == list(figures.FIGURES)
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,8 @@ def test_a_wrong_field_is_named_when_the_result_is_read(tmp_path, part, field, v
     ],
 )
 def test_numbers_that_were_not_finite_are_drawn(tmp_path, part, field, value):
-    drawn = report.figures(report.read(result(tmp_path / "r", part, field, value)))
-    assert list(drawn) == list(report.FIGURES)
+    drawn = figures.figures(report.read(result(tmp_path / "r", part, field, value)))
+    assert list(drawn) == list(figures.FIGURES)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +114,7 @@ def test_texts_that_are_no_result(tmp_path, text, words):
 def test_a_folder_is_no_result_but_may_hold_one(tmp_path):
     result(tmp_path / "result.json")
     message = refused(report.read, tmp_path, " is a folder; give ")
-    assert report.read(message.partition("; give ")[2])["format"] == report.FORMAT
+    assert report.read(message.partition("; give ")[2]).to_json()["format"] == report.FORMAT
 
 
 def test_a_figure_that_cannot_be_drawn_is_named(monkeypatch):
@@ -122,4 +123,4 @@ def test_a_figure_that_cannot_be_drawn_is_named(monkeypatch):
 
     monkeypatch.setattr("fasthessian.results.plots.plot_estimate", fail)
     with pytest.raises(ValueError, match=r"trace.png cannot be drawn \(ArithmeticError: a bug of"):
-        report.figures(GOOD)
+        figures.figures(report.Result.from_json(GOOD))

@@ -55,6 +55,7 @@ TAKEN = {
     "basis='offload' needs ": "test_machines.py::test_what_would_fit_beside_a_gpu",
     "; pip install 'fasthessian[cli]'": INSTALLED,
     "figures need matplotlib; pip install matplotlib": INSTALLED,
+    "the report needs jinja2; pip install jinja2": INSTALLED,
     "which is missing; pip install scikit-learn": INSTALLED,
     "nvcc on PATH": INSTALLED,
     "install a C++17 compiler, then reinstall ": INSTALLED,
