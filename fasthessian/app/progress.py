@@ -94,23 +94,23 @@ class Stages:
 
         There is none before the first step, so that bad input gets its error line alone.
         """
-        start = said = time.monotonic()
+        start = printed = time.monotonic()
         last = 0
 
         def progress(done: int, total: int | None) -> None:
-            nonlocal said, last
+            nonlocal printed, last
             if last == 0:
                 self.say(f"{title} ...")
                 self.finish = lambda: self.say(f"{title}: {last} in {seconds(start)}")
             last = done
-            if time.monotonic() - said < EVERY or done == 0:
+            if time.monotonic() - printed < EVERY or done == 0:
                 return
-            said = time.monotonic()
+            printed = time.monotonic()
             whole, bound = bounded(total, at_most)
             if whole is None:
                 self.say(f"{title}: {done}")
             else:
-                left = (said - start) * (whole - done) / done
+                left = (printed - start) * (whole - done) / done
                 self.say(f"{title}: {done} of {whole}, {bound} {left:.0f} s left")
 
         self.finish = lambda: None

@@ -206,7 +206,7 @@ def density_floor(values: Array, weights: Array, sigma: float) -> float:
 
 def plot_landscape(landscape: Losses, ax: Axes | None = None) -> Axes:
     """The loss along one direction, or its contours over two; the lowest point is marked."""
-    ax = figure(6.6, 5.2).add_subplot() if ax is None else ax
+    ax = figure(6.8, 5.2).add_subplot() if ax is None else ax
     x, y, losses = (t.numpy() for t in (landscape.alphas, landscape.betas, landscape.losses))
     if not np.isfinite(losses).any():
         ax.set_title("Loss landscape: no finite loss, the span is too wide")

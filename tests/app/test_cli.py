@@ -84,7 +84,7 @@ def test_analyze_writes_a_report_and_says_what_it_found(here, capsys):
     assert not any(name.startswith(".") for name in os.listdir())
 
 
-def test_blocks_are_computed_together_and_told(here, capsys):
+def test_blocks_are_computed_together_and_shown(here, capsys):
     code, _, err = run(capsys, "analyze", "mine:problem", *SMALL)
     found = read("report/result.json")["blocks"]
     assert code == 0 and found["names"] == ["0", "2"] and found["sizes"] == [15.0, 8.0]
@@ -163,7 +163,7 @@ def test_the_same_seed_gives_the_same_numbers(here, capsys, problem):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_compressed_basis_is_used_and_told(here, capsys):
+def test_a_compressed_basis_is_used_and_shown(here, capsys):
     code, _, _ = run(capsys, "analyze", "mine:problem", *SMALL, "--seed", "3", "--out", "full")
     assert code == 0
     options = ("--basis", "compressed", "--seed", "3", "--out", "half")
@@ -208,7 +208,7 @@ def test_resnet20_on_a_cifar_folder(here, capsys):
     assert "cut short" in refused(capsys, *args)
 
 
-def test_what_did_not_converge_is_said(here, capsys):
+def test_unconverged_eigenvalues_are_reported(here, capsys):
     _, out, err = run(
         capsys, "analyze", "mlp-digits", "--epochs", "1", "--no-trace", "--no-density", "--json",
         "--no-landscape", "--top", "1", "--bottom", "2", "--max-products", "3",

@@ -1,4 +1,4 @@
-"""The numbers of a finished run reach the user, whatever happens to its report."""
+"""The numbers of a finished run reach the user, even if its report fails."""
 
 import dataclasses
 import json
@@ -92,14 +92,25 @@ def test_numbers_are_written_before_anything_is_drawn(here, capsys, monkeypatch)
     assert run(capsys, *again)[0] == 0 and "trace.png" in os.listdir("again")
 
 
-def test_a_page_that_cannot_be_made_costs_no_numbers(here, capsys, monkeypatch):
+def test_a_report_that_cannot_be_made_costs_no_numbers(here, capsys, monkeypatch):
     monkeypatch.setattr(folder, "html", lambda *args: "x".missing)
     code, out, line = run(capsys, "analyze", "mine:problem", *SMALL)
     assert code == 1 and out == "" and "'str' object has no attribute 'missing'" in line
     assert read("report/result.json")["top"]["values"]
 
 
-def test_a_report_of_before_does_not_remain_beside_new_numbers(here, capsys, monkeypatch):
+def test_a_landscape_that_fails_leaves_the_rest_of_the_report(here, capsys, monkeypatch):
+    monkeypatch.setattr(analysis, "landscape", lambda *args, **options: 1 / 0)
+    code, _, line = run(capsys, "analyze", "mine:problem", *SMALL)
+    assert code == 1 and "error: loss landscape failed: ZeroDivisionError: division by zero" in line
+    content = read("report/result.json")
+    assert content["landscape"] is None and content["top"]["values"]
+    assert "loss landscape failed" in content["notes"][-1]
+    assert "loss landscape failed" in Path("report/report.html").read_text()
+    assert "density.png" in os.listdir("report") and "landscape.png" not in os.listdir("report")
+
+
+def test_an_earlier_report_does_not_remain_beside_new_numbers(here, capsys, monkeypatch):
     assert run(capsys, "analyze", "mine:problem", *SMALL)[0] == 0
     Path("report/notes.txt").write_text("mine")
     monkeypatch.setattr(folder, "html", lambda *args: 1 / 0)
@@ -107,7 +118,7 @@ def test_a_report_of_before_does_not_remain_beside_new_numbers(here, capsys, mon
     assert sorted(os.listdir("report")) == ["notes.txt", "result.json"]
 
 
-def test_a_folder_that_another_run_takes_meanwhile(here, capsys):
+def test_a_folder_that_another_run_fills_meanwhile(here, capsys):
     code, _, line = run(capsys, "analyze", "mine:taken", *SMALL)
     path, again = advised(line)
     assert code == 1 and "report is not empty; use --overwrite or another --out" in line
@@ -169,7 +180,7 @@ def test_standard_output_that_takes_nothing(here):
     assert os.listdir("tmp") == [os.path.basename(advised(line)[0])]
 
 
-def test_a_disk_without_room_is_found_before_the_work(here):
+def test_a_disk_without_free_space_is_found_before_the_work(here):
     def small():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
@@ -223,7 +234,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_names_are_text_in_the_figures_and_on_the_page(tmp_path, kind):
+def test_names_are_text_in_the_figures_and_in_the_report(tmp_path, kind):
     torch.manual_seed(0)
     name = NAMES[kind]
     layers = nn.ModuleDict({name: nn.Linear(3, 2)})

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -96,6 +97,33 @@ def test_the_document_is_strict_json_and_gives_the_records_back():
             assert same or (a != a and b != b), (name, field.name)
 
 
+def test_a_result_that_is_read_back_is_written_alike():
+    content = small_result().to_json()
+    assert result.Result.from_json(content).to_json() == content
+    assert folder.files(result.Result.from_json(content)) == folder.files(small_result())
+
+
+@pytest.mark.parametrize(
+    ("part", "damage", "words"),
+    [
+        ("settings", {"steps": "many"}, "settings: steps must be an integer, got 'many'"),
+        ("settings", {"span": True}, "settings: span must be a number or null, got True"),
+        ("settings", {"matrix": "other"}, "--matrix other is not one of hessian, ggn, fisher"),
+        ("settings", [], "settings must be an object of JSON, got a list"),
+        ("problem", {"parameters": 1.5}, "parameters must be an integer, got 1.5"),
+        ("timing", {"total": "long"}, "total must be a number, got 'long'"),
+        ("notes", [3], "notes must be a list of text"),
+        ("loss", "low", "loss must be a number, got 'low'"),
+    ],
+)
+def test_what_is_not_a_record_is_read_strictly_too(tmp_path, part, damage, words):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(small_result().to_json() | {part: damage}))
+    with pytest.raises(ValueError, match=re.escape(words)) as info:
+        result.read(path)
+    assert str(info.value).startswith(f"{path}: ") and "\n" not in str(info.value)
+
+
 def tuple_of(value):
     return tuple(value) if isinstance(value, (list, tuple)) else value
 
@@ -114,7 +142,7 @@ def test_numbers_that_are_not_finite_are_null_and_read_as_nan():
     assert lines_of(plots.plot_landscape(back), "lowest").get_xdata()[0] == 0.5
 
 
-def test_only_what_was_computed_is_drawn_and_told():
+def test_only_what_was_computed_is_drawn_and_listed():
     content = small_result(bottom=None, trace=None, density=None, landscape=None, blocks=None)
     made = folder.files(content)
     assert set(made) == {"result.json", "report.html", "eigenvalues.png"}
@@ -124,7 +152,7 @@ def test_only_what_was_computed_is_drawn_and_told():
     assert set(figures.figures(content)) == {"trace.png", "density.png", "blocks.png"}
 
 
-def test_the_page_is_one_file_with_the_numbers_and_figures_inside():
+def test_the_report_is_one_file_with_the_numbers_and_figures_inside():
     content = small_result()
     made = folder.files(content)
     text = made["report.html"].decode()
@@ -138,7 +166,7 @@ def test_the_page_is_one_file_with_the_numbers_and_figures_inside():
     assert "a &amp; b" in text
 
 
-def test_why_steps_were_not_captured_is_told():
+def test_the_report_says_why_steps_were_not_captured():
     made = small_result()
     assert summary.steps(made) == "" and "Lanczos steps" not in dict(method.method(made))
     graphs = {"top": "captured", "density": "eager: why", "bottom": "captured"}
@@ -173,7 +201,7 @@ def test_a_full_folder_is_kept_without_overwrite(tmp_path):
     assert (out / "result.json").read_bytes() == b"1"
 
 
-def test_overwrite_replaces_ours_and_leaves_the_rest(tmp_path):
+def test_overwrite_replaces_the_report_and_leaves_other_files(tmp_path):
     folder.write(tmp_path, {"result.json": b"1", "trace.png": b"old"})
     (tmp_path / "notes.txt").write_text("mine")
     folder.write(tmp_path, {"result.json": b"2"}, overwrite=True)
@@ -214,7 +242,7 @@ def test_places_that_cannot_hold_a_report_are_found_before_the_work(tmp_path, mo
 
 
 @pytest.mark.parametrize("content", ["not json", "[]", '{"format": "other"}'])
-def test_files_that_are_no_result(tmp_path, content):
+def test_files_that_are_not_results(tmp_path, content):
     path = tmp_path / "result.json"
     path.write_text(content)
     with pytest.raises(ValueError, match="is not") as info:
@@ -270,6 +298,19 @@ def test_the_landscape_figure_marks_the_lowest_point():
     assert figures.png(plots.plot_landscape(flat).figure).startswith(PNG)
 
 
+@pytest.mark.parametrize("span", [0.0123, 0.00078, 0.55, 1.0, 123.0, 4.1e4])
+def test_tick_labels_of_a_landscape_do_not_overlap(span):
+    flat = small_landscape()
+    ax = dataclasses.replace(flat, alphas=flat.alphas * span, betas=flat.betas * span).plot()
+    ax.figure.canvas.draw()
+    for axis in (ax.xaxis, ax.yaxis):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [tick for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = [tick.label1.get_window_extent() for tick in ticks]
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+    assert ax.yaxis.label.get_window_extent().x0 >= 0  # inside the figure
+
+
 def test_the_trace_figure_ends_at_the_estimate():
     estimate = small_analysis().trace
     ax = plots.plot_estimate(estimate)
@@ -278,7 +319,7 @@ def test_the_trace_figure_ends_at_the_estimate():
     assert "not reached" in plots.plot_estimate(empty).get_title()
 
 
-def test_an_exact_trace_is_told_and_drawn_as_such():
+def test_an_exact_trace_is_described_and_drawn_as_such():
     exact = Estimate(5.0, 0.0, (5.0, 5.0), 0.95, tensor(5.0), 9, True)
     made = folder.files(small_result(trace=exact))
     text = made["report.html"].decode()

@@ -1,4 +1,4 @@
-"""A result.json that is none is refused in one line, which names the field."""
+"""A damaged result.json is refused in one line, which names the field."""
 
 import json
 
@@ -33,7 +33,7 @@ def result(path, part=None, field=None, value=None):
     return path
 
 
-def test_the_pattern_of_these_results_is_drawn(tmp_path):
+def test_the_undamaged_result_is_drawn(tmp_path):
     assert list(figures.figures(report.read(result(tmp_path / "r")))) == list(figures.FIGURES)
 
 
@@ -81,7 +81,7 @@ def test_a_wrong_field_is_named_when_the_result_is_read(tmp_path, part, field, v
         ("landscape", "losses", [[None, None]] * 3),
     ],
 )
-def test_numbers_that_were_not_finite_are_drawn(tmp_path, part, field, value):
+def test_results_with_numbers_that_are_not_finite_are_drawn(tmp_path, part, field, value):
     drawn = figures.figures(report.read(result(tmp_path / "r", part, field, value)))
     assert list(drawn) == list(figures.FIGURES)
 
@@ -105,13 +105,13 @@ def test_numbers_that_were_not_finite_are_drawn(tmp_path, part, field, value):
         (b'{"format": 1}', "expected format 'fasthessian result 1', found 1"),
     ],
 )
-def test_texts_that_are_no_result(tmp_path, text, words):
+def test_texts_that_are_not_results(tmp_path, text, words):
     path = tmp_path / "result.json"
     path.write_bytes(text)
     refused(report.read, path, words)
 
 
-def test_a_folder_is_no_result_but_may_hold_one(tmp_path):
+def test_a_folder_is_not_a_result_but_may_hold_one(tmp_path):
     result(tmp_path / "result.json")
     message = refused(report.read, tmp_path, " is a folder; give ")
     assert report.read(message.partition("; give ")[2]).to_json()["format"] == report.FORMAT

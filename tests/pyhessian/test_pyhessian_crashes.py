@@ -1,4 +1,4 @@
-"""What crashed PyHessian, C1..C9: an answer, or an error of one line."""
+"""Calls that crash PyHessian, C1..C9: the drop-in gives a result or a one-line error."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from tests.support.pyhessian_cases import (
     quick_trace,
 )
 
-# torch says so to scripts that call backward(create_graph=True), as `ByHand` does
+# torch warns scripts that call backward(create_graph=True), as `ByHand` does
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward")
 
 
 class Partly(nn.Module):
-    """A curved layer, a bias that enters linearly, and a layer that the output never meets."""
+    """A curved layer, a bias that enters linearly, and a layer that the output does not use."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def test_C2_a_layer_alone(name: str):
 
 
 class WithLoss(nn.Module):
-    """Hugging Face style: called with keywords, the loss inside the output."""
+    """Hugging Face style: called with keywords; the output contains the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ def test_C8_default_cuda_without_cuda_warns_once(monkeypatch):
 
 
 class Token:
-    """Something a graph node can hold, to see when the node dies."""
+    """An object that a graph node refers to, to see when the node is freed."""
 
 
 class Marked(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Files that are no records or results are refused in one line, before they fill the memory."""
+"""Files that are not records are refused in one line, before they fill the memory."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def saved(path, kind, scalars, arrays, text=None, write=np.savez):
 
 
 def refused(load, path, *words):
-    """The message of a file that is refused in one line that a ``raise`` of ours made."""
+    """The message of a file that is refused, in one line, by an error that was foreseen."""
     with pytest.raises(ValueError) as info:
         load(path)
     message = str(info.value)
@@ -50,7 +50,7 @@ def refused(load, path, *words):
     return message
 
 
-def test_the_pattern_of_these_tests_is_a_record(tmp_path):
+def test_the_undamaged_files_are_records(tmp_path):
     saved(tmp_path / "a", Eigenpairs, PAIRS, ARRAYS)
     assert Eigenpairs.load(tmp_path / "a").vectors.shape == (2, 3)
     saved(tmp_path / "b", Estimate, MEAN, {"samples": np.ones(3)})
@@ -160,7 +160,7 @@ def test_rules_hold_within_a_record_of_records(tmp_path):
         ('{"record": "Eigenpairs", "scalars": {"matvecs": 1e400}}', "1e400 is above the largest"),
     ],
 )
-def test_headers_that_are_none(tmp_path, text, words):
+def test_headers_that_are_not_records(tmp_path, text, words):
     refused(Eigenpairs.load, saved(tmp_path / "a", Eigenpairs, {}, ARRAYS, text=text), words)
 
 
@@ -173,7 +173,7 @@ def member(shape, descr="<f8"):
 
 
 def zipped(path, members, how=zipfile.ZIP_DEFLATED):
-    """A zip of members, each given as pieces of bytes."""
+    """A zip file of members, each given as pieces of bytes."""
     text = io.BytesIO()
     np.save(text, np.array(json.dumps({"record": "Eigenpairs", "scalars": PAIRS})))
     with zipfile.ZipFile(path, "w", how) as archive:
@@ -225,7 +225,7 @@ def test_a_member_that_declares_what_it_does_not_have(tmp_path):
         refused(Eigenpairs.load, path, f"values, float64 of shape {shape}", "its member has")
 
 
-def test_other_ways_in_which_a_zip_is_none_of_ours(tmp_path):
+def test_other_zip_files_are_refused(tmp_path):
     path = tmp_path / "a"
     refused(Eigenpairs.load, zipped(path, {"values.npy": [b"text"]}), "magic string")
     refused(Eigenpairs.load, zipped(path, {}, zipfile.ZIP_LZMA), "must be stored or deflated")
@@ -249,6 +249,3 @@ def test_every_field_of_every_record_has_a_declaration_that_is_understood():
             assert bool(field.axes) or field.kind is not torch.Tensor, (kind, name)
             assert set(field.items) - {Ellipsis} <= set(WORDS), (kind, name)
     assert {Check, Density, Landscape} < set(Record.__subclasses__())
-
-
-# result.json

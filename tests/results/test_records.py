@@ -182,7 +182,7 @@ def test_stray_arrays_are_a_value_error(tmp_path, stray):
             type(record).load(tmp_path / "b.npz")
 
 
-def test_a_file_of_before_a_field_had_a_default_is_read(tmp_path):
+def test_a_file_without_a_field_that_has_a_default_is_read(tmp_path):
     header = json.dumps({"record": "Eigenpairs", "scalars": {"converged": True, "matvecs": 1}})
     arrays = {"values": np.zeros(1), "vectors": np.zeros((1, 1)), "residuals": np.zeros(1)}
     np.savez(tmp_path / "a.npz", __record__=np.array(header), **arrays)

@@ -92,11 +92,12 @@ class Result:
         }
         notes = fields_of(Analysis)["notes"]
         numbers["notes"] = scalar("notes", notes, content.get("notes", []), {}, null=False)
+        about = set(problem) - {"name", "parameters", "tensors"}
         seconds = {key: _scalar(key, float, timing, None) for key in timing}
         parts: dict[str, Any] = {**dict.fromkeys(PARTS), **records(content)}
         return cls(
             name=name,
-            info={key: problem[key] for key in problem if key not in ("name", *numbers)},
+            info={key: problem[key] for key in problem if key in about},
             plan=_plan(settings),
             analysis=Analysis(**numbers, **parts, seconds=seconds),
             environment=environment,
