@@ -46,9 +46,8 @@ class Stages:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[bound]}"),
+            TextColumn("left {task.fields[bound]}"),
             TimeRemainingColumn(),
-            TextColumn("left"),
             console=console,
             disable=not console.is_terminal,
         )
@@ -77,7 +76,7 @@ class Stages:
 
     def bar(self, title: str, at_most: int | None) -> OnStep:
         """A bar; when the stage is over, its total becomes the steps that were made."""
-        task = self.bars.add_task(title, total=None, bound="about")
+        task = self.bars.add_task(title, total=None, bound="")
         last = 0
 
         def progress(done: int, total: int | None) -> None:
@@ -86,7 +85,7 @@ class Stages:
             whole, bound = bounded(total, at_most)
             self.bars.update(task, completed=done, total=whole, bound=bound)
 
-        self.finish = lambda: self.bars.update(task, completed=last, total=last, bound="about")
+        self.finish = lambda: self.bars.update(task, completed=last, total=last, bound="")
         return progress
 
     def lines(self, title: str, at_most: int | None) -> OnStep:
