@@ -1,4 +1,5 @@
-# make demo | test | lint | bench | clean        (one environment, .venv, made on first use)
+# make demo | test | check | lint | map | bench | clean   (one environment, .venv, made on first use)
+#   test: every test; check: the tests not marked slow; map: the rooms of the package
 # make gpu | tune                                (with PYTHON as it is: no network, no environment)
 PYTHON ?= python3
 BIN := .venv/bin
@@ -6,7 +7,7 @@ DATA ?=
 OUT ?= report
 SOURCES := $(shell find csrc tests/support/cudasim tests/support/simulated.cpp -type f)
 
-.PHONY: demo test lint format bench gpu tune clean
+.PHONY: demo test check map lint format bench gpu tune clean
 .DEFAULT_GOAL := test
 
 SAY := @printf '\n==> %s\n'
@@ -33,8 +34,16 @@ demo: .venv/.demo
 	$(SAY) 'demo: ResNet-20 on images of digits'
 	$(BIN)/fasthessian analyze resnet20 --out $(OUT) --overwrite $(if $(DATA),--data $(DATA))
 
+TESTS := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --benchmark-disable
+
 test: .venv/.ready
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --benchmark-disable
+	$(TESTS)
+
+check: .venv/.ready
+	$(TESTS) -m 'not slow'
+
+map: .venv/.ready
+	@$(BIN)/python tests/support/house.py
 
 lint: .venv/.ready
 	$(BIN)/ruff check .
@@ -57,12 +66,13 @@ bench: .venv/.ready
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(PEERS)
 	$(BIN)/python -m pip install --quiet -c constraints.txt $(PEERS_NEED)
 	$(BIN)/python -m pytest -q -s bench
+	$(BIN)/python -m bench.harness.table
 
 gpu:
-	$(PYTHON) bench/gpu.py
+	$(PYTHON) -m bench.gpu.run
 
 tune:
-	PYTHONPATH=. $(PYTHON) bench/gpu_tune.py
+	$(PYTHON) -m bench.gpu.tune
 
 clean:
 	rm -rf .venv build *.egg-info fasthessian/_native*.so

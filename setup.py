@@ -105,7 +105,7 @@ class BuildExt(build_ext):
             return obj
 
         # the largest first, so that no core is left with it at the end
-        units = sorted(Path("csrc/cuda").glob("*.cu"), key=lambda unit: "stream_" not in unit.stem)
+        units = sorted(Path("csrc/cuda").glob("*.cu"), key=lambda unit: "rows_" not in unit.stem)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = list(pool.map(compile_unit, units))
         extension.extra_objects += objects

@@ -11,20 +11,20 @@ import fasthessian as fh
 
 
 def loss(model, batch):
-    """Any scalar of a model and a batch; its first parameter is called ``model``."""
+    """A loss is any scalar function of a model and a batch."""
     x, y = batch
     return F.cross_entropy(model(x), y)
 
 
 def report(model, batch):
-    """Print what one run finds."""
+    """Print the eigenvalues and the trace that one Krylov run finds."""
     H = fh.Hessian(model, loss, batch)  # H @ v is a Hessian-vector product
     spectrum = fh.spectrum(H, (3, 1), steps=40)  # both ends, trace and density in one run
     low, high = spectrum.trace.interval
-    print("  largest    ", [f"{x:.3g}" for x in spectrum.top.values.tolist()])
+    print("  largest    ", ", ".join(f"{x:.3g}" for x in spectrum.top.values.tolist()))
     print("  smallest   ", f"{spectrum.bottom.values.item():.3g}")
     print("  trace      ", f"{low:.4g} to {high:.4g} at 95 %")
-    print("  products   ", spectrum.matvecs)
+    print("  cost       ", spectrum.matvecs, "Hessian-vector products")
     return spectrum
 
 

@@ -1,4 +1,4 @@
-"""A script for PyHessian, with its import changed and nothing else.
+"""A script for PyHessian in which only the import has changed.
 
 Run: python examples/from_pyhessian.py
 """
@@ -17,10 +17,10 @@ inputs, targets = torch.randn(128, 8), torch.randint(3, (128,))
 comp = hessian(model, criterion, data=(inputs, targets), cuda=False)
 
 values, vectors = comp.eigenvalues(top_n=3)
-print("eigenvalues:", [round(value, 4) for value in values])
-print("parts of a vector:", [tuple(part.shape) for part in vectors[0]])
+print("top eigenvalues:", ", ".join(f"{value:.4f}" for value in values))
+print("shapes of an eigenvector:", [tuple(part.shape) for part in vectors[0]])
 
-print("trace:", round(float(np.mean(comp.trace(maxIter=2000, tol=0.05))), 3))
+print(f"trace: {np.mean(comp.trace(maxIter=2000, tol=0.05)):.3f}")
 
 nodes, weights = comp.density(iter=30, n_v=2)
-print("density: nodes from", round(min(nodes[0]), 3), "to", round(max(nodes[0]), 3))
+print(f"density: nodes from {min(nodes[0]):.3f} to {max(nodes[0]):.3f}")

@@ -6,7 +6,7 @@ from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.spectrum import spectrum
 from fasthessian.algorithms.trace import trace
-from fasthessian.errors import ConvergenceWarning
+from fasthessian.errors import ConvergenceWarning, InputError, InputTypeError
 from fasthessian.kernels import doctor
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.fisher import EmpiricalFisher, Fisher
@@ -24,6 +24,8 @@ __all__ = [
     "Fisher",
     "GaussNewton",
     "Hessian",
+    "InputError",
+    "InputTypeError",
     "Landscape",
     "Spectrum",
     "SymmetricOperator",

@@ -1,4 +1,4 @@
-"""Checks of arguments, each with one line of error that names the argument."""
+"""Checks of arguments; each raises a one-line error that names the argument."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fasthessian.errors import InputError, InputTypeError
 
-Progress = Callable[[int, "int | None"], None]  # (products done, products in all if known)
+ProgressCallback = Callable[[int, "int | None"], None]  # (products done, total if known)
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
@@ -35,5 +35,5 @@ def positive(name: str, value: Any, below: float = math.inf) -> float:
 
 
 def seed_of(value: Any) -> int:
-    """``value`` if it is a seed the random streams accept."""
+    """``value`` if the random streams accept it as a seed."""
     return integer("seed", value, 0, 2**64 - 1)

@@ -1,22 +1,22 @@
 """The errors that the package raises on purpose, and its warning.
 
-Each is also the built-in exception that Python users expect, so ``except ValueError`` catches an
-`InputError`. The common base lets a caller, such as the command line, tell them from bugs.
+Each is also the built-in exception that Python users expect: ``except ValueError`` catches an
+`InputError`. Their common base, `Refusal`, tells them from bugs, for example on the command line.
 """
 
 from __future__ import annotations
 
 
 class Refusal(Exception):
-    """An error that was foreseen: its message says what cannot be done and what would help."""
+    """A foreseen error. Its message says what cannot be done, and what to do instead."""
 
 
 class InputError(Refusal, ValueError):
-    """An argument, a file or a result of the caller's code has a value that is not accepted."""
+    """An argument, a file, or a result of the caller's code has a value that is not accepted."""
 
 
 class InputTypeError(Refusal, TypeError):
-    """As `InputError`, for a type that is not accepted."""
+    """An argument, or a result of the caller's code, has a type that is not accepted."""
 
 
 class UnsupportedError(Refusal, RuntimeError):
@@ -24,12 +24,12 @@ class UnsupportedError(Refusal, RuntimeError):
 
 
 class InsufficientMemoryError(Refusal, MemoryError):
-    """What was asked does not fit into the memory that is free."""
+    """There is not enough free memory for what was asked."""
 
 
 class MissingPackageError(Refusal, ImportError):
-    """An optional package is needed and not installed."""
+    """An optional package is needed but not installed."""
 
 
 class ConvergenceWarning(UserWarning):
-    """A result did not reach the accuracy that was asked for; the record says how far it got."""
+    """A result did not reach the requested accuracy; the record says what it reached."""

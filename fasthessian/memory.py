@@ -1,4 +1,4 @@
-"""How much memory a device has left, and bytes in words."""
+"""The free memory of a device, failed allocations, and bytes in words."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ GROUP = Path("/sys/fs/cgroup")  # this process's control group, as a container s
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of the device; on a CPU within the limit of a container's control group, v2.
+    """Free memory of the device; on a CPU at most what the container's control group (v2) allows.
 
-    Limits of version 1, or of groups below the root, are not seen.
+    Limits of control groups of version 1, or below the root, are not read.
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -29,21 +29,21 @@ def available_bytes(device: torch.device) -> int:
         limit = int((GROUP / "memory.max").read_text())
         used = int((GROUP / "memory.current").read_text())
         for line in (GROUP / "memory.stat").read_text().splitlines():
-            if line.startswith("inactive_file "):  # files that were read and can be dropped
+            if line.startswith("inactive_file "):  # cached files, which can be dropped
                 used -= int(line.split()[1])
         free = min(free, limit - used)
     return max(free, 0)
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an allocation failed: as torch says it on a GPU or a CPU, or as Python does."""
+    """Whether an allocation failed, in torch on a GPU or a CPU, or in Python."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
 
 
 def readable(count: float) -> str:
-    """Bytes with a unit, as 1.5 GiB."""
+    """Bytes with a unit, such as 1.5 GiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.3g} {unit}"

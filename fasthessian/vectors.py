@@ -1,4 +1,4 @@
-"""Flat vectors: between named tensors and one contiguous row, and padded rows of a basis."""
+"""Flat vectors: named tensors as one contiguous row and back, and padded rows of a basis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ALIGN, PAGE = 64, 4096  # bytes: a cache line; the stride at which rows fall int
 
 
 def real(t: Tensor) -> Tensor:
-    """A complex tensor as real numbers, with a last dimension of 2; another as it is."""
+    """A complex tensor as real numbers, with a last dimension of 2; a real tensor unchanged."""
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t
 
 
@@ -27,9 +27,9 @@ def like(v: Tensor, p: Tensor) -> Tensor:
 
 
 class Layout:
-    """Where each named tensor lies in the flat vector of length n.
+    """Where each named tensor is in the flat vector of length n.
 
-    A complex tensor is the real numbers of ``torch.view_as_real``: its shape here ends in 2.
+    A complex tensor is stored as ``torch.view_as_real``: its shape here ends in 2.
 
     Attributes: ``names``, ``shapes``, ``n``, ``dtype``, ``device``.
 
@@ -56,7 +56,7 @@ class Layout:
         self.n: int = sum(self._sizes)
 
     def subset(self, positions: Sequence[int]) -> Layout:
-        """The layout of the tensors at some places alone."""
+        """The layout of the tensors at these positions only."""
         meta = {self.names[i]: torch.empty(self.shapes[i], device="meta") for i in positions}
         chosen = Layout(meta, self.dtype)
         chosen.device = self.device
@@ -105,16 +105,16 @@ class Layout:
 
 
 def stride_bytes(n: int, dtype: torch.dtype) -> int:
-    """Bytes from row to row of ``empty_rows``."""
+    """Bytes from one row of ``empty_rows`` to the next."""
     stride = -(-n * dtype.itemsize // ALIGN) * ALIGN
     return stride + ALIGN if stride % PAGE == 0 else stride
 
 
 def empty_rows(k: int, n: int, dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """A zeroed (k, n) tensor whose rows start on cache lines, never a page multiple apart.
+    """A zeroed (k, n) tensor whose rows start on cache lines.
 
-    The leading dimension is padded to a multiple of 64 bytes, plus 64 when that is a multiple of
-    4096: k streams at the same offset of a page would evict each other from the cache.
+    The leading dimension is padded to a multiple of 64 bytes, plus 64 if that is a multiple of
+    4096: rows at the same offset of a page would evict each other from the cache.
     """
     stride = stride_bytes(n, dtype) // dtype.itemsize
     return torch.zeros(k, stride, dtype=dtype, device=device)[:, :n]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 from fasthessian.errors import InputError
 from fasthessian.operators.curvature import Curvature
@@ -11,7 +12,11 @@ from fasthessian.operators.fisher import Fisher
 from fasthessian.operators.gaussnewton import GaussNewton
 from fasthessian.operators.hessian import Hessian
 
-MATRICES: dict[str, type[Curvature]] = {"hessian": Hessian, "ggn": GaussNewton, "fisher": Fisher}
+MATRICES: dict[str, Callable[..., Curvature]] = {
+    "hessian": Hessian,
+    "ggn": GaussNewton,
+    "fisher": Fisher,
+}
 
 
 @dataclasses.dataclass(frozen=True)

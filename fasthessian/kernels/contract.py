@@ -1,4 +1,4 @@
-"""What every backend accepts: one validation for the arguments of the kernel contract."""
+"""Checks of the arguments of the kernel contract, shared by all backends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fasthessian.errors import InputError
 FLOATS = (torch.float32, torch.float64)
 STORED = (*FLOATS, torch.float16)  # what a basis V may be kept in
 MAX_BLOCK = 8
-CANCELLED = 1e-4  # share of |u|^2 outside the basis under which u holds no new direction
+CANCELLED = 1e-4  # below this share of |u|^2 outside the basis, u counts as linearly dependent
 
 Count = int | Tensor | None  # rows of V that take part; a tensor is read by the kernel
 
@@ -39,7 +39,7 @@ def _count(count: Count, most: int, like: Tensor, cells: int = 1) -> None:
                 f"{count.numel()} of {count.dtype} on {count.device}"
             )
         if count.device.type != "cpu":
-            return  # reading it would wait for the device; kernels keep to the rows there are
+            return  # reading it would wait for the device; kernels never go beyond V's rows
         count = int(count.flatten()[0])
     if count is not None and not 0 <= count <= most:
         raise InputError(f"count must be in 0..{most}, got {count}")

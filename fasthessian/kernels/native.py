@@ -1,9 +1,8 @@
-"""The kernel contract by the C++ extension (csrc/): SIMD and OpenMP on the CPU, CUDA on GPUs."""
+"""The kernel contract in C++ (csrc/): SIMD and OpenMP on the CPU, CUDA on GPUs."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +22,11 @@ from fasthessian.kernels.contract import (
 NAME = "native"
 TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2}  # FhType in csrc/cpu/kernels.h
 
-_native: Any = None
 _reason: str | None = None
 try:
-    _native = importlib.import_module("fasthessian._native")
+    import fasthessian._native as _native
 except ImportError as error:
+    _native = None  # type: ignore[assignment]
     _reason = str(error)
     if "FASTHESSIAN_ISA" not in _reason:
         _reason = (
@@ -91,8 +90,8 @@ def describe() -> str:
     return f"{_native.isa()} of {', '.join(_native.isas())}; {cuda}"
 
 
-class _Elsewhere:
-    """The CUDA entry points for a device that is not the current one, under torch's guard."""
+class _OtherDevice:
+    """The CUDA functions for a device that is not the current one, which they make current."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -108,11 +107,11 @@ class _Elsewhere:
 
 
 def _entry(tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
-    """The entry points for a tensor's device, and their last arguments: where they work."""
+    """The functions for a tensor's device, and their last arguments: where to work."""
     if tensor.device.type == "cpu":
         return _native.cpu, (torch.get_num_threads(),)
     index = tensor.device.index
-    entry = _native.cuda if index == torch.cuda.current_device() else _Elsewhere(index)
+    entry = _native.cuda if index == torch.cuda.current_device() else _OtherDevice(index)
     return entry, (index, torch.cuda.current_stream(index).cuda_stream)
 
 
@@ -131,7 +130,7 @@ def _block(V: Tensor, W: Tensor, h: Tensor | None, count: Count, entry: Any) -> 
     k, n = V.shape
     given = 0
     if h is not None:
-        given = h.data_ptr() or W.data_ptr()  # an H of no rows has no address; none is read
+        given = h.data_ptr() or W.data_ptr()  # an H without rows has no address; it is not read
     return (
         V.data_ptr(), V.stride(0), TYPES[V.dtype], k, n,
         W.data_ptr(), W.stride(0), TYPES[W.dtype], W.shape[0],
@@ -166,8 +165,8 @@ def update_(
 ) -> Tensor:
     """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity.
 
-    With ``append`` row ``count`` of V receives ``append`` times the first row of the result, the
-    first row of W the last, and W's other rows keep what they held.
+    With ``append``, row ``count`` of V becomes ``append`` times the first row of the result, and
+    the first row of W becomes its last row. W's other rows do not change.
     """
     check_block(V, W, H, S, count, append)
     entry, place = _entry(V)

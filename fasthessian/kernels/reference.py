@@ -25,8 +25,8 @@ from fasthessian.kernels.contract import (
 
 NAME = "reference"
 TILE = 1 << 16  # columns widened to float64 at a time: bounds the temporary at k * 512 KiB
-LOGITS = 1 << 17  # widened to float64 at a time, or those of one row: 1 MiB
-SIGNS, NORMAL = 0, 1  # third counter word of Philox: the two streams of one seed never meet
+LOGITS = 1 << 17  # widened to float64 at a time, at least one row: 1 MiB
+SIGNS, NORMAL = 0, 1  # third counter word of Philox: two separate streams for each seed
 
 
 def unavailable(device: torch.device | str = "cpu") -> str | None:
@@ -77,9 +77,9 @@ def update_(
 ) -> Tensor:
     """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity.
 
-    With ``append`` row ``count`` of V, free until then, receives ``append`` times the first row of
-    the result, the first row of W receives the last, and W's other rows keep what they held: the
-    finished basis row goes to V, the next candidate to W.
+    With ``append``, row ``count`` of V, which was free, becomes ``append`` times the first row of
+    the result, the finished basis row. The first row of W becomes the last row of the result, the
+    next candidate. W's other rows do not change.
     """
     check_block(V, W, H, S, count, append)
     for start in range(0, V.shape[1], TILE):
@@ -102,16 +102,16 @@ def recur_(
 ) -> tuple[Tensor, Tensor]:
     """The scalars of one delayed Gram-Schmidt step of Lanczos, from the dots of ``[u, w = A u]``.
 
-    Row j = ``count`` of T (m + 1, m + 1) holds, on entry, the couplings of the candidate u to the
-    final rows over its norm; it leaves with that norm applied and the diagonal set, and row j + 1
-    is laid out for the next candidate. ``gauges[j]`` (m + 1, 3) becomes |u|^2, its part nu^2
-    outside the basis, and how far q_i'Aq_j and q_j'Aq_i differ at most. ``scale`` is that of the
-    stored rows, V = stored / scale. A tensor count of two int64 is read and advanced: from [j, .]
-    to [j + 1, j].
+    On entry, row j = ``count`` of T (m + 1, m + 1) holds the couplings of the candidate u to the
+    final rows, divided by the norm of u. On return they are multiplied by that norm, the diagonal
+    is set, and row j + 1 is ready for the next candidate. ``gauges[j]`` (m + 1, 3) becomes |u|^2,
+    its part nu^2 outside the basis, and the largest difference of q_i'Aq_j and q_j'Aq_i. ``scale``
+    is that of the stored rows, V = stored / scale. If count is a tensor of two int64, it is read
+    on the device and advanced from [j, .] to [j + 1, j].
 
     Returns:
-        H (k, 2) and S (2, 2) for ``update_(V, [u, w], H, S, append=scale)``; zeros where u held
-        no new direction, nu^2 <= 1e-4 |u|^2.
+        H (k, 2) and S (2, 2) for ``update_(V, [u, w], H, S, append=scale)``; zeros if u is
+        linearly dependent, nu^2 <= 1e-4 |u|^2.
     """
     check_recurrence(C, G, T, gauges, count)
     j = int(count if isinstance(count, int) else count[0])
@@ -156,7 +156,7 @@ def _philox(counter: Tensor, kind: int, seed: int) -> Tensor:
 
 
 def _words(out: Tensor, seed: int, offset: int, per_block: int, kind: int) -> tuple[Tensor, int]:
-    """The Philox blocks that cover elements offset .. offset + n, and the first one's position."""
+    """The Philox blocks of elements offset .. offset + n, and the place of the first in them."""
     check_stream(out, seed, offset)
     first = offset // per_block
     last = (offset + out.numel() + per_block - 1) // per_block
@@ -199,8 +199,8 @@ def softmax_curvature_(U: Tensor, Z: Tensor, scale: Tensor) -> Tensor:
     """``u = scale (diag(p) - p p^T) u`` with ``p = softmax(z)``, for each row u of U and z of Z.
 
     The product with the Hessian of the cross-entropy at its logits. U and Z (o, c, i) hold o i rows
-    over c classes, scale (o, i) is float64; all are contiguous. A row of scale 0 becomes 0 whatever
-    it held.
+    over c classes, scale (o, i) is float64; all are contiguous. A row of scale 0 becomes 0, even
+    if it held NaN.
     """
     check_softmax(U, Z, scale)
     outer, classes, inner = U.shape

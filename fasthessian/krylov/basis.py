@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fasthessian.errors import InputError, InputTypeError, InsufficientMemoryError
 from fasthessian.kernels.contract import Count
+from fasthessian.krylov.dots import dots, gram
 from fasthessian.memory import available_bytes, readable
 from fasthessian.vectors import empty_rows, stride_bytes
 
@@ -33,8 +34,8 @@ GPU_NUMBERS = 1 << 25  # numbers widened to float64 at a time on a GPU: 256 MiB
 class Basis:
     """Rows of a basis in one tensor ``stored`` (rows, n), V = stored / scale.
 
-    ``project_`` and ``update_`` are those of the kernel contract on the stored rows: dots come
-    out, and coefficients go in, in the units of the stored rows (see ``coefficients``).
+    ``dots`` and ``update_`` are those of the kernel contract on the stored rows: dots come
+    out, and coefficients go in, in the units of the stored rows (see ``components``).
     """
 
     def __init__(self, stored: Tensor, scale: float, kernels: ModuleType) -> None:
@@ -50,16 +51,13 @@ class Basis:
         V = self.stored[:count]
         return V if self.scale == 1.0 else V.double() / self.scale
 
-    def coefficients(self, C: Tensor) -> Tensor:
-        """From dots as ``project_`` gives them to the H that subtracts those parts of V."""
+    def components(self, C: Tensor) -> Tensor:
+        """From dots C to the H with which ``update_`` subtracts ``V^T V w``."""
         return C / self.scale**2
 
-    def project_(
-        self, W: Tensor, H: Tensor | None = None, *, count: Count
-    ) -> tuple[Tensor, Tensor]:
-        """``kernels.project_`` over the first ``count`` rows."""
-        found: tuple[Tensor, Tensor] = self.kernels.project_(self.stored, W, H, count=count)
-        return found
+    def dots(self, W: Tensor, H: Tensor | None = None, *, count: Count) -> tuple[Tensor, Tensor]:
+        """``dots`` over the first ``count`` rows."""
+        return dots(self.kernels, self.stored, W, H, count=count)
 
     def update_(
         self,
@@ -73,6 +71,11 @@ class Basis:
         """``kernels.update_`` over the first ``count`` rows; ``append`` makes row ``count``."""
         scale = self.scale if append else None
         self.kernels.update_(self.stored, W, H, S, count=count, append=scale)
+
+    def project_out_(self, w: Tensor, *, count: int) -> None:
+        """Subtract from w (1, n) its parts along the first ``count`` rows."""
+        C, _ = self.dots(w, count=count)
+        self.update_(w, self.components(C), count=count)
 
     def store(self, row: int, v: Tensor) -> None:
         """Make v (n,) the row ``row``."""
@@ -117,19 +120,17 @@ class Offloaded(Basis):
     def _device(self) -> torch.device:
         return self._like.device
 
-    def project_(
-        self, W: Tensor, H: Tensor | None = None, *, count: Count
-    ) -> tuple[Tensor, Tensor]:
+    def dots(self, W: Tensor, H: Tensor | None = None, *, count: Count) -> tuple[Tensor, Tensor]:
         """One stream without H; with it two, since all rows are subtracted before the dots."""
         if H is not None:
             self.update_(W, H, count=count)
         C = torch.zeros(self.stored.shape[0], W.shape[0], dtype=torch.float64, device=W.device)
         G = None
         for buffer, first, rows in self._chunks(_known(count)):
-            part, G = self.kernels.project_(buffer, W, count=rows)
+            part, G = dots(self.kernels, buffer, W, count=rows)
             C[first : first + rows] = part[:rows]
         if G is None:
-            _, G = self.kernels.project_(self._buffers[0][:0], W)
+            G = gram(self.kernels, W)
         return C, G
 
     def update_(

@@ -10,31 +10,19 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor
-
-from fasthessian.arguments import Progress
+from fasthessian.arguments import ProgressCallback
 from fasthessian.errors import InputError, UnsupportedError
-from fasthessian.operators.base import SymmetricOperator, operator
-from fasthessian.operators.blocks import Job, multiply
+from fasthessian.operators.base import SymmetricOperator, multiply, operator
+from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state.scopes import restored
 from fasthessian.results.record import Record
 
 R = TypeVar("R", bound=Record)
-
-
-class Request(NamedTuple):
-    """Products wanted: of the rows of V (b, n), into ``out`` (b, n)."""
-
-    V: Tensor
-    out: Tensor
-    trusted: bool = False  # see ``SymmetricOperator.apply``
-
-
 Asking = Generator[Request, None, None]
 Run = Generator[Request, None, tuple[R, list[Warning]]]  # the record, and where it falls short
-Start = Callable[[SymmetricOperator, "Progress | None"], Run[R]]
+Start = Callable[[SymmetricOperator, "ProgressCallback | None"], Run[R]]
 
 
 class Guard:
@@ -44,25 +32,25 @@ class Guard:
     """
 
     def __init__(self, operators: Iterable[SymmetricOperator]) -> None:
-        self._operators = {id(getattr(A, "parent", A)): A for A in operators}.values()
+        self._kept = {id(A._kept): A._kept for A in operators}.values()
         self._runs = contextlib.ExitStack()
 
     def __enter__(self) -> Guard:
-        self._held = [(A, A.changes(look=True)[0]) for A in self._operators]
-        for A in self._operators:
-            self._runs.enter_context(A.run())
+        self._counts = [kept.changes(poll=True)[0] for kept in self._kept]
+        for kept in self._kept:
+            self._runs.enter_context(kept.run())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        """Look once more: at the end, and where a change may be the cause of an error."""
+        """Poll once more: at the end, and if a change may be the cause of an error."""
         self._runs.close()
         if kind is None or issubclass(kind, (ValueError, RuntimeError)):
-            self.check(look=True)
+            self.check(poll=True)
 
-    def check(self, look: bool = False) -> None:
-        """Raise RuntimeError if a product found a change, or if a ``look`` finds one."""
-        for A, count in self._held:
-            now, name = A.changes(look)
+    def check(self, poll: bool = False) -> None:
+        """Raise RuntimeError if a product found a change, or if a ``poll`` finds one."""
+        for kept, count in zip(self._kept, self._counts, strict=True):
+            now, name = kept.changes(poll)
             if now != count:
                 owner = name.partition(".")[0].partition("[")[0]
                 owner = owner if owner in ("criterion", "data") else "model"
@@ -72,27 +60,27 @@ class Guard:
                 )
 
 
-def alone(A: SymmetricOperator, requests: Asking) -> None:
-    """Answer every request by A."""
-    for V, out, trusted in requests:
-        A.apply(V, out, trusted=trusted)
+def answer(requests: Asking) -> None:
+    """Answer every request, one by one."""
+    for request in requests:
+        multiply([request])
 
 
 @restored
-def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R]:
+def solve(A: Any, start: Start[R], progress: ProgressCallback | None) -> R | dict[str, R]:
     """The record of one run over an operator, or one a name over a dictionary of operators."""
     if not isinstance(A, Mapping):
         with Guard([operator(A)]) as guard:
             run = start(A, progress)
             while True:
                 try:
-                    V, out, trusted = next(run)
+                    request = next(run)
                 except StopIteration as stop:
                     record, shortfalls = stop.value
                     break
-                A.apply(V, out, trusted=trusted)
+                multiply([request])
                 guard.check()
-                del V, out  # the run may give their rows back before it asks again
+                del request  # the run may give their rows back before it asks again
         for shortfall in shortfalls:
             warnings.warn(shortfall, stacklevel=4)
         return record  # type: ignore[no-any-return]
@@ -100,7 +88,7 @@ def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R
 
 
 def _together(
-    operators: Mapping[str, SymmetricOperator], start: Start[R], progress: Progress | None
+    operators: Mapping[str, SymmetricOperator], start: Start[R], progress: ProgressCallback | None
 ) -> dict[str, R]:
     """All runs in rounds: one request of each, answered in one pass where they share a matrix."""
     if not operators:
@@ -109,7 +97,7 @@ def _together(
         raise InputError("A holds one operator under two names; name each once")
     done: dict[str, tuple[int, int | None]] = {}
 
-    def told(name: str) -> Progress | None:
+    def told(name: str) -> ProgressCallback | None:
         if progress is None:
             return None
 
@@ -125,10 +113,10 @@ def _together(
     with Guard(map(operator, operators.values())) as guard:
         runs = {name: start(A, told(name)) for name, A in operators.items()}
         while runs:
-            jobs = []
+            requests = []
             for name in list(runs):
                 try:
-                    V, out, trusted = next(runs[name])
+                    requests.append(next(runs[name]))
                 except StopIteration as stop:
                     del runs[name]
                     found[name], shortfalls = stop.value
@@ -137,8 +125,6 @@ def _together(
                     continue
                 except (ValueError, MemoryError) as error:
                     raise type(error)(f"{name}: {error}") from error
-                jobs.append(Job(operators[name], V, out, trusted))
-                del V, out
-            multiply(jobs)
+            multiply(requests)
             guard.check()
     return {name: found[name] for name in operators}

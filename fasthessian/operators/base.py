@@ -1,9 +1,8 @@
-"""The symmetric operator: what the algorithms ask for products, and its checks."""
+"""The symmetric operator, and the function that answers requests for its products."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,9 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.errors import InputError, InputTypeError
-from fasthessian.operators.torch_state.scopes import grad_mode, ordinary, restored
+from fasthessian.operators.kept import Kept
+from fasthessian.operators.request import Request
+from fasthessian.operators.torch_state.scopes import grad_mode, no_inference_mode, restored
 
 FLOATS = (torch.float32, torch.float64)
 # Allowed |u'Av - v'Au| over ||Au|| + ||Av||, u and v of N(0, 1). Far above rounding, and above
@@ -21,7 +22,7 @@ ASYMMETRY = {torch.float32: 5e-3, torch.float64: 1e-5}
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether all numbers are finite: if their sum is, which is fifteen times as fast to see."""
+    """Whether all numbers are finite; a finite sum proves it, and is 15 times as fast to check."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
@@ -78,7 +79,7 @@ class SymmetricOperator:
         if dtype not in FLOATS:
             raise InputTypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self._matvec = matvec
-        self._unchecked = check
+        self._to_probe = check
         self._describe(n, dtype, torch.device(device))
 
     def _describe(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -97,86 +98,40 @@ class SymmetricOperator:
     def __matmul__(self, v: Tensor) -> Tensor:
         """A v for v (n,), or the products of the rows of v (b, n)."""
         self._accepts("v", v, (1, 2))
-        with ordinary():  # the result is an ordinary tensor in every mode
+        with no_inference_mode():  # the result is an ordinary tensor in every mode
             V = v.detach().reshape(-1, self.n)
             if V.is_inference() or not V.is_contiguous():
                 V = V.clone(memory_format=torch.contiguous_format)
             out = torch.empty_like(V)
-            self._product(V, out)
+            multiply([Request(self, V, out)])
             return out.view(v.shape)
 
-    @restored
-    def apply(self, V: Tensor, out: Tensor, *, trusted: bool = False) -> None:
-        """Write the products of the rows of V (b, n) into the rows of ``out`` (b, n).
+    # The algorithms (krylov/) use what follows: ``multiply`` answers their requests for products,
+    # and these members say what an operator keeps, how exact it is, and whether it can be captured.
 
-        The rows may be strided views but are contiguous each. V and out must not overlap. With
-        ``trusted`` nothing is read back from a GPU: the caller looks for NaN and Inf, and changes
-        of parameters that leave no trace in autograd's versions go unnoticed.
-        """
-        self.accepts(V, out)
-        if V.is_inference() or out.is_inference():  # autograd can neither save nor write these
-            out.copy_(self @ V)
-        else:
-            with ordinary():
-                self._product(V.detach(), out, trusted)
+    _kept = Kept()
 
-    def accepts(self, V: Tensor, out: Tensor) -> None:
-        """Raise unless V (b, n) and ``out`` (b, n) can be multiplied and written."""
-        self._accepts("V", V, (2,))
-        self._accepts("out", out, (2,))
-        if V.shape != out.shape:
-            raise InputError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
+    @property
+    def _matrix(self) -> SymmetricOperator:
+        """The operator that makes the products: this one, or that of which this is a block."""
+        return self
 
-    def relative_error(self) -> float:
-        """The relative error of a product, as far as it is known beforehand: rounding."""
+    def _relative_error(self) -> float:
+        """The relative error of a product, as far as it is known in advance: rounding."""
         return torch.finfo(self.dtype).eps
 
-    def capturable(self) -> str | None:
+    def _capture_obstacle(self) -> str | None:
         """Why a product cannot be captured in a CUDA graph; None if it can."""
         return "a matvec may depend on more than its argument"
 
-    def changes(self, look: bool = False) -> tuple[int, str]:
-        """How often what products depend on was found changed, and what changed last.
-
-        Products look at it, in part where they are trusted or in a ``run``; ``look`` looks at all
-        of it. A matvec tells nothing.
-        """
-        return 0, ""
-
-    def run(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, products of this thread leave the values of the data to looks at the ends."""
-        return contextlib.nullcontext()
-
-    def rebuild(self) -> str | None:
-        """Drop what is kept from product to product; see ``Curvature``."""
-        return None
-
-    def kept(self) -> tuple[Any, ...]:
-        """What a captured product reads."""
-        return ()
-
-    def _product(self, V: Tensor, out: Tensor, trusted: bool = False) -> None:
-        """Products, the finiteness check and the count, common to ``@`` and ``apply``."""
-        if V.shape[0] == 0:
-            return
-        with grad_mode(False):
-            self._apply(V, out, trusted)
-        self.made(V, out, trusted)
-
-    def made(self, V: Tensor, out: Tensor, trusted: bool) -> None:
-        """Count the products ``out`` of V, and raise ValueError if one is not finite."""
-        if not trusted and not _finite(out):
-            if not _finite(V):
-                raise InputError("v holds NaN or Inf; a product needs finite numbers")
-            raise InputError(f"{self} returned NaN or Inf for a finite vector")
-        self.matvecs += V.shape[0]
-
-    def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
-        if self._unchecked:
+    def _multiply(self, requests: Sequence[Request]) -> None:
+        """Make the products that were requested of this operator, or of blocks of it."""
+        if self._to_probe:
             self._probe()
-            self._unchecked = False
-        for v, row in zip(V, out, strict=True):
-            row.copy_(self._one(v))
+            self._to_probe = False
+        for request in requests:
+            for v, row in zip(request.V.detach(), request.out, strict=True):
+                row.copy_(self._one(v))
 
     def _one(self, v: Tensor) -> Tensor:
         version = v._version
@@ -246,6 +201,51 @@ class SymmetricOperator:
             (self.n, self.n), matvec=matvec, rmatvec=matvec, matmat=matmat, rmatmat=matmat,
             dtype=dtype,
         )  # fmt: skip
+
+
+@restored
+def multiply(requests: Iterable[Request]) -> None:
+    """Write the products of all requests into their ``out``.
+
+    Requests whose operators share a matrix are answered together, in one pass over its data.
+
+    Raises:
+        ValueError: V or ``out`` has a wrong shape, or a product that is not deferred holds NaN or
+            Inf.
+        TypeError: V or ``out`` has a wrong dtype or device.
+    """
+    shared: dict[int, list[Request]] = {}
+    for request in requests:
+        A, V, out = request.operator, request.V, request.out
+        _check(request)
+        if V.is_inference() or out.is_inference():  # autograd can neither save nor write these
+            out.copy_(A @ V)
+        elif len(V):
+            shared.setdefault(id(A._matrix), []).append(request)
+    for group in shared.values():
+        with no_inference_mode(), grad_mode(False):
+            group[0].operator._matrix._multiply(group)
+        for request in group:
+            _accept(request)
+
+
+def _check(request: Request) -> None:
+    """Raise unless V (b, n) and ``out`` (b, n) can be multiplied and written."""
+    A, V, out = request.operator, request.V, request.out
+    A._accepts("V", V, (2,))
+    A._accepts("out", out, (2,))
+    if V.shape != out.shape:
+        raise InputError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
+
+
+def _accept(request: Request) -> None:
+    """Count the products, and raise ValueError if one is not finite."""
+    A = request.operator
+    if not request.deferred and not _finite(request.out):
+        if not _finite(request.V):
+            raise InputError("v holds NaN or Inf; a product needs finite numbers")
+        raise InputError(f"{A} returned NaN or Inf for a finite vector")
+    A.matvecs += len(request.V)
 
 
 def operator(A: Any) -> SymmetricOperator:

@@ -1,71 +1,51 @@
-"""Diagonal blocks of a curvature matrix as operators, and products of many in one pass.
+"""Diagonal blocks of a curvature matrix as operators.
 
-The block H_ii of some parameters is the curvature of the loss in those alone. All blocks share the
-parent's kept graphs and its pass over the data; the product of one runs through the part of the
-graph that its parameters reach, and makes nothing for the others.
+A block H_ii is the curvature of the loss with respect to some of the parameters. All blocks share
+the graphs of the whole matrix and its pass over the data. A product with one block runs only
+through the part of a graph that its parameters reach.
 """
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any
 
 from torch import Tensor, nn
 
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.torch_state.scopes import grad_mode, ordinary
-
-if TYPE_CHECKING:
-    from fasthessian.operators.curvature import Curvature
-
+from fasthessian.vectors import Layout
 
 ROOT = "(root)"  # the block of parameters that the model owns itself
 
 
-class Job(NamedTuple):
-    """Products to make: of the rows of V (b, n) by an operator, into ``out`` (b, n)."""
-
-    operator: SymmetricOperator
-    V: Tensor
-    out: Tensor
-    trusted: bool = False  # see ``SymmetricOperator.apply``
-
-
 class Block(SymmetricOperator):
-    """The diagonal block of ``parent`` that belongs to some of its parameters.
+    """The diagonal block of a curvature matrix that belongs to some of its parameters.
 
-    Made by ``blocks`` of an operator. A product has the parent's engine and counts here only.
+    Made by ``blocks`` of an operator. Products are made by the engine of the
+    whole matrix, and are counted only here.
 
     Attributes:
         n, dtype, device, matvecs: as of ``SymmetricOperator``.
         layout: names, shapes and places of the block's parameters in a vector of the block.
-        parent: the operator that it is a block of.
-        positions: places of the block's parameters among the parent's.
     """
 
-    def __init__(self, parent: Curvature, positions: Iterable[int]) -> None:
-        self.parent, self.positions = parent, tuple(positions)
-        self.layout = parent.layout.subset(self.positions)
+    def __init__(self, parent: SymmetricOperator, layout: Layout, places: Iterable[int]) -> None:
+        self._parent, self._places = parent, tuple(places)
+        self.layout = layout.subset(self._places)
+        self._kept = parent._kept
         self._describe(self.layout.n, parent.dtype, parent.device)
 
-    def relative_error(self) -> float:
-        """That of the parent's products."""
-        return self.parent.relative_error()
+    @property
+    def _matrix(self) -> SymmetricOperator:
+        return self._parent
 
-    def capturable(self) -> str | None:
-        """Why a product cannot be captured in a CUDA graph."""
+    def _relative_error(self) -> float:
+        return self._parent._relative_error()
+
+    def _capture_obstacle(self) -> str | None:
         return "blocks share the graphs of one matrix"
-
-    def changes(self, look: bool = False) -> tuple[int, str]:
-        """Those of the parent."""
-        return self.parent.changes(look)
-
-    def run(self) -> contextlib.AbstractContextManager[None]:
-        """A run of the parent."""
-        return self.parent.run()
 
     def flatten(self, tensors: Mapping[str, Tensor] | list[Tensor]) -> Tensor:
         """A vector (n,) from tensors by parameter name, or in the order of the parameters."""
@@ -74,34 +54,6 @@ class Block(SymmetricOperator):
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """Views of v (n,) by parameter name, in the parameters' shapes."""
         return self.layout.unflatten(v)
-
-    def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
-        self.parent.advance([(self, V, out)], trusted)
-
-
-def multiply(jobs: list[Job]) -> None:
-    """Answer all jobs: those over blocks of one matrix in one pass over its data.
-
-    Raises:
-        ValueError: as ``SymmetricOperator.apply``.
-    """
-    shared: dict[int, list[Job]] = {}
-    for job in jobs:
-        block = isinstance(job.operator, Block) and len(job.V) > 0
-        if block and not (job.V.is_inference() or job.out.is_inference()):
-            shared.setdefault(id(cast("Block", job.operator).parent), []).append(job)
-        else:
-            job.operator.apply(job.V, job.out, trusted=job.trusted)
-    for group in shared.values():
-        work: list[tuple[Block | None, Tensor, Tensor]] = []
-        for job in group:
-            job.operator.accepts(job.V, job.out)
-            work.append((cast("Block", job.operator), job.V.detach(), job.out))
-        parent = cast("Block", group[0].operator).parent
-        with ordinary(), grad_mode(False):
-            parent.advance(work, all(job.trusted for job in group))
-        for job in group:
-            job.operator.made(job.V, job.out, job.trusted)
 
 
 def partition(
@@ -190,16 +142,16 @@ def _nothing(what: str, names: tuple[str, ...]) -> str:
 
 
 def _layer(name: str, model: nn.Module | None) -> str:
-    """The module that owns the parameter; without a model each tensor stands for itself."""
+    """The module that owns the parameter; without a model each tensor is its own layer."""
     owner = name.rpartition(".")[0]
     return owner or (name if model is None else ROOT)
 
 
 def _stages(names: tuple[str, ...], model: nn.Module | None) -> Callable[[str], str]:
-    """The child of the model that a parameter lies in, or the entry of a ModuleList within it.
+    """The stage of a parameter: a child of the model, or an entry of a ModuleList within it.
 
-    Stages of a ResNet are Sequentials and stay whole, the layers of a transformer are listed
-    however deep they lie. A child that is the only one is looked into.
+    The stages of a ResNet are Sequentials and stay whole. The layers of a transformer lie in a
+    ModuleList, at any depth, and are one stage each. An only child is replaced by its children.
     """
     owners = [_layer(name, model).split(".") for name in names]
 

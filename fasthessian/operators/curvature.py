@@ -1,13 +1,9 @@
-"""What the curvature matrices of a loss share: data, parameters, kept graphs, the pass."""
+"""What the curvature matrices of a loss share: products as sums over the parts of the data."""
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
-import math
 import re
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -15,24 +11,32 @@ import torch
 from torch import Tensor, nn
 
 from fasthessian import kernels
-from fasthessian.errors import InputError
+from fasthessian.memory import out_of_memory
 from fasthessian.operators import parameters
+from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.blocks import Block, partition
-from fasthessian.operators.checks import Check, check, distances
-from fasthessian.operators.loss.model_loss import ModelLoss, Part
-from fasthessian.operators.passes import Passes
-from fasthessian.operators.products.engines import gradient
+from fasthessian.operators.checks import Check, check
+from fasthessian.operators.evaluation import Evaluation
+from fasthessian.operators.examination import prepare
+from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.loss.protocol import Loss
+from fasthessian.operators.products.engines import Graph, gradient, unused
+from fasthessian.operators.products.kept_graphs import KeptGraphs
+from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.options import Options
-from fasthessian.operators.products.slopes import ALLOWED, distance
-from fasthessian.operators.torch_state.conditions import in_turn, keep_values
-from fasthessian.operators.torch_state.scopes import Scope, Undo, set_to
-from fasthessian.vectors import like, real
+from fasthessian.operators.request import Request
+from fasthessian.operators.source import Source
+from fasthessian.operators.torch_state.lock import exclusive
+from fasthessian.vectors import Layout, real
 
 
-class Curvature(Passes):
-    """A curvature matrix of a loss over data, by products with the graph of each part.
+class Curvature(SymmetricOperator):
+    """A curvature matrix of a loss: the weighted sum of the matrices of its parts.
 
-    A subclass makes the graphs (``_graph``); see ``Hessian`` for the arguments.
+    A part is one batch, or a microbatch of it. The subclass builds a graph for each part
+    (``_graph``), which adds its share to a product. Graphs are kept from product to product as far
+    as memory allows (``_kept``). The loss is evaluated under conditions that protect the model and
+    torch's global state (``_evaluation``).
 
     Attributes:
         n, dtype, device, matvecs: as of ``SymmetricOperator``.
@@ -40,58 +44,153 @@ class Curvature(Passes):
         engine: how products are made, and why.
     """
 
-    _ordered = False  # whether the matrix depends on the order of the data
-    _scaled = False  # whether the matrix of one batch depends on whether the loss is a sum
+    layout: Layout
+    engine: str
+    _places: Sequence[int]  # of the parameters among those of the graphs
+    _kept: KeptGraphs
+    _evaluation: Evaluation
+    _loss: Loss
+    _always_twice = False  # whether every engine differentiates custom functions twice
     _exact = False  # whether the matrix is the derivative of the gradient
 
-    @in_turn
-    def __init__(
-        self,
-        model: nn.Module,
-        criterion: Callable[..., Any] | None,
-        data: Any,
-        *,
-        params: Iterable[str] | Iterable[Tensor] | None = None,
-        engine: str = "auto",
-        precision: str | None = None,
-        weights: str | Sequence[float] | Callable[[Any], float] = "auto",
-        group: None = None,
-        mode: str = "eval",
-        memory_budget: int | None = None,
-        microbatch: int | None = None,
-        weight_decay: float = 0.0,
-    ) -> None:
-        if group is not None:
-            raise InputError(f"group must be None, got {group!r}")
-        options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay)
-        model, wrapper = parameters.unwrapped(model)
-        chosen = parameters.of_model(model, params, wrapper)
-        like = next(iter(chosen.values()))
-        ordered, scaled = self._ordered, self._scaled
-        loss = ModelLoss(model, criterion, data, weights, mode, like, microbatch, ordered, scaled)
-        self._prepare(loss, chosen, options)
-        if wrapper:
-            self.engine += f"; {wrapper} unwrapped"
+    def __init__(self, source: Source, options: Options) -> None:
+        """Check the loss, choose the engine and keep the first graph.
 
-    def _apply(self, V: Tensor, out: Tensor, trusted: bool) -> None:
-        self.advance([(None, V, out)], trusted)
+        The caller holds the lock of the process.
+        """
+        loss, params = source.loss, source.params
+        options.check(next(iter(params.values())).device, closure=loss.model is None)
+        layout = Layout(params, parameters.common_dtype(params))
+        dtypes = {name: p.dtype for name, p in params.items()}
 
-    @in_turn
-    def advance(self, work: Sequence[tuple[Block | None, Tensor, Tensor]], trusted: bool) -> None:
-        """Products (block or None for the whole, V, out) in one pass over the data.
+        def followed() -> dict[str, Tensor]:
+            return parameters.followed(layout, dtypes, loss.named_parameters())
+
+        self.layout, self._places, self._loss = layout, range(len(params)), loss
+        self._describe(layout.n, layout.dtype, layout.device)
+        self._kept = KeptGraphs(loss, followed)
+        self._evaluation = Evaluation(loss, layout, dtypes, options, self._kept, self._always_twice)
+        self._layered = False  # whether blocks of single layers were asked for
+        what = f"a product of {type(self).__name__}"
+        words = self._evaluation.within_memory(lambda: prepare(self), what)
+        self.engine = words + source.note
+
+    @exclusive
+    def _multiply(self, requests: Sequence[Request]) -> None:
+        """Products with this matrix or with blocks of it, in one pass over the data.
 
         Raises:
             MemoryError: a product does not fit; what it needs and which option would help.
         """
-        blocks = [block.positions for block, _, _ in work if block is not None]
-        if not self._layered and any(map(self._of_one_layer, blocks)):
-            self._forget()  # from now on factors of the layers are kept beside the graphs
+        if not self._layered and any(map(self._is_one_layer, requests)):
+            self._kept.forget()  # graphs are built anew, with the factors of single layers
             self._layered = True
-        tasks = [self._task(*each) for each in work]
-        self._roomy(lambda: self._make(tasks, trusted))
+        self._evaluation.within_memory(lambda: self._sum_over_parts(requests))
         if self._options.weight_decay:
-            for _, V, out in work:
-                out.add_(V, alpha=self._options.weight_decay)
+            for request in requests:
+                request.out.add_(request.V.detach(), alpha=self._options.weight_decay)
+
+    def _sum_over_parts(self, requests: Sequence[Request]) -> None:
+        """Write the products without weight decay: each graph adds the share of its part."""
+        kept, deferred = self._kept, all(request.deferred for request in requests)
+        evaluates = not kept.complete
+        with self._evaluation.conditions(deferred=deferred, evaluates=evaluates) as params:
+            if kept.complete:  # the data need not be read
+                for i, graph in enumerate(kept.graphs):
+                    graph.products(requests, first=i == 0, keep=True)
+                return
+            try:
+                with closing(self._loss.parts()) as parts:
+                    for i, part in enumerate(parts):
+                        graph = self._kept_or_new_graph(i, part, params)
+                        graph.products(requests, first=i == 0, keep=i < kept.capacity)
+                kept.complete = kept.capacity > i
+            except BaseException:
+                kept.forget()
+                raise
+
+    def _kept_or_new_graph(self, i: int, part: Part, params: list[Tensor]) -> Graph:
+        """The graph of the i-th part; a new one is kept if the capacity allows it."""
+        if i < len(self._kept.graphs):
+            return self._kept.graphs[i]
+        graph = self._new_graph(part, params)
+        if i < self._kept.capacity:
+            self._keep(graph, part, params)
+        return graph
+
+    def _new_graph(self, part: Part, params: list[Tensor]) -> Graph:
+        """The graph of a part, which knows the rows that have no gradient."""
+        graph, findings = self._graph(part, params), self._evaluation.findings
+        graph.padded = {place: row for place, row, tied in findings.padding if not tied}
+        if findings.unreached and not self._options.keeps_graphs:
+            # forward mode and differences also move the parameters of detached layers
+            idle = unused(self._evaluation.value(part), params, findings.unreached)
+            graph.padded |= dict.fromkeys(idle, slice(None))
+        return graph
+
+    def _keep(self, graph: Graph, part: Part, params: list[Tensor]) -> None:
+        """Keep a graph, and the factors of single layers where they are wanted and fit."""
+        model = self._loss.model
+        if self._layered and self._options.precision != "bf16" and model is not None:
+            # the factors need a second graph of the outputs
+            needs = 2 * self._evaluation.findings.graph_bytes
+            room = (self._options.room(self.device) - needs) / self._loss.count
+            try:
+                graph.layers = self._layers(model, part, params, room)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+        self._kept.graphs.append(graph)
+
+    def _is_one_layer(self, request: Request) -> bool:
+        """Whether products are wanted with a block of the parameters of a single layer."""
+        if request.operator is self:
+            return False
+        return len({self.layout.names[place].rpartition(".")[0] for place in request.places}) == 1
+
+    @property
+    def _options(self) -> Options:
+        return self._evaluation.options
+
+    # What a subclass defines.
+
+    def _graph(self, part: Part, params: list[Tensor]) -> Graph:
+        """The graph of a part."""
+        raise NotImplementedError
+
+    def _layers(
+        self, model: nn.Module, part: Part, params: list[Tensor], room: float
+    ) -> Layers | None:
+        """The factors of single layers, within ``room`` bytes; see ``layer_factors``."""
+        raise NotImplementedError
+
+    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
+        """How far a product of the part with v (1, n) is from differences; see ``distances``."""
+        raise NotImplementedError
+
+    def _differentiated(self, outputs: Any, loss: Tensor) -> Tensor:
+        """The scalar whose gradient is differentiated for a product."""
+        return loss
+
+    def _unchecked_nodes(self, outputs: Any, loss: Tensor) -> list[str]:
+        """Names of nodes that products differentiate twice and that no check has seen."""
+        if not self._evaluation.twice:
+            return []
+        return self._evaluation.functions.unchecked(loss, self._options.engine == "forward")
+
+    # What the algorithms use; see ``SymmetricOperator``.
+
+    def _relative_error(self) -> float:
+        return self._evaluation.relative_error()
+
+    def _capture_obstacle(self) -> str | None:
+        if not self._kept.every_part:
+            return "the graphs of some batches are built at each product"
+        if self._evaluation.functions.words():
+            return "central differences of custom functions wait for the device"
+        return None
+
+    # What the user sees.
 
     def blocks(
         self, by: str | re.Pattern[str] | Mapping[str, str] | Callable[[str], str | None]
@@ -99,13 +198,13 @@ class Curvature(Passes):
         """The diagonal blocks of the matrix as operators by name.
 
         ``fh.eigsh``, ``fh.trace`` and ``fh.density`` take the dictionary, advance all blocks
-        together in one pass over the data a round, and return a dictionary. For blocks of single
-        layers the Jacobian of the outputs by each layer's is kept where ``memory_budget`` allows:
-        as many times the activations as there are classes.
+        together, one pass over the data per round, and return a dictionary. For blocks of single
+        layers the derivative of the outputs with respect to each layer's output is kept where
+        ``memory_budget`` allows: it has the size of the activations times the number of classes.
 
         Args:
             by: how parameters are grouped. ``"layer"``: by the module that owns them; ``"stage"``:
-                by the model's children (entries of a ModuleList count each); a regular expression
+                by the model's children, or the entries of a ModuleList; a regular expression
                 searched in the names, whose first group, or else whole match, names the block; a
                 mapping of block names to such expressions; a callable of a parameter's name that
                 returns its block or None. Parameters without a block are left out.
@@ -121,19 +220,15 @@ class Curvature(Passes):
             >>> {name: block.n for name, block in H.blocks("layer").items()}
             {'0': 8, '1': 3}
         """
-        model = self._loss.model if isinstance(self._loss, ModelLoss) else None
-        groups = partition(self.layout.names, by, model)
-        return {name: Block(self, places) for name, places in groups.items()}
-
-    def _of_one_layer(self, places: Sequence[int]) -> bool:
-        return len({self.layout.names[place].rpartition(".")[0] for place in places}) == 1
+        groups = partition(self.layout.names, by, self._loss.model)
+        return {name: Block(self, self.layout, places) for name, places in groups.items()}
 
     def theta(self) -> Tensor:
         """The parameters as they are now, one vector (n,)."""
-        named = self._loss.named()
+        named = self._loss.named_parameters()
         return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
 
-    @in_turn
+    @exclusive
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
 
@@ -142,38 +237,46 @@ class Curvature(Passes):
         """
         if offset is not None:
             self._accepts("offset", offset, (1,))
-        decay, at, parts = self._options.weight_decay, self._at, self._loss.parts
+        evaluation, decay, parts = self._evaluation, self._options.weight_decay, self._loss.parts
         pack_ = kernels.select(self.device).pack_
 
         def made() -> Tensor:
             out = torch.zeros(self.n, dtype=self.dtype, device=self.device)
-            with self._pass() as params, at(params, offset), closing(parts()) as every:
+            with (
+                evaluation.conditions() as params,
+                evaluation.moved(params, offset),
+                closing(parts()) as every,
+            ):
                 for part in every:
-                    pieces = gradient(self._value(part), params)
+                    pieces = gradient(evaluation.value(part), params)
                     pack_(
                         out, [real(p).to(self.dtype) for p in pieces], alpha=part.weight, beta=1.0
                     )
                 return out.add_(self.theta(), alpha=decay) if decay else out
 
-        return self._roomy(made, "the gradient")
+        return evaluation.within_memory(made, "the gradient")
 
-    @in_turn
+    @exclusive
     def loss(self, offset: Tensor | None = None) -> float:
         """The loss at theta, or at theta + ``offset`` (n,), summed over the data in float64.
 
-        The parameters are replaced for the time of the call, not written. The value may be
-        infinite or NaN far from theta.
+        The parameters are replaced during the call, not written. The value may be infinite or NaN
+        far from theta.
 
         Raises:
             MemoryError: as of ``gradient``.
         """
         if offset is not None:
             self._accepts("offset", offset, (1,))
-        decay, at, parts = self._options.weight_decay, self._at, self._loss.parts
+        evaluation, decay, parts = self._evaluation, self._options.weight_decay, self._loss.parts
 
         def summed() -> float:
             total = 0.0
-            with self._pass(curved=False) as params, at(params, offset), closing(parts()) as every:
+            with (
+                evaluation.conditions(curved=False) as params,
+                evaluation.moved(params, offset),
+                closing(parts()) as every,
+            ):
                 for part in every:
                     total += part.weight * float(self._loss.evaluate(part)[1].detach())
                 if decay:
@@ -181,124 +284,24 @@ class Curvature(Passes):
                     total += decay / 2 * squares
             return total
 
-        return self._roomy(summed, "the loss")
+        return evaluation.within_memory(summed, "the loss")
 
-    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
-        self.mask_(v[0])
-        with self._pass() as params:
-            out = torch.zeros_like(v)
-            whole = part._replace(weight=1.0)
-            task = self._task(None, v, out)
-            self._made_graph(whole, params).products([task], first=True, keep=False)
-
-            def slope(h: float) -> Tensor:
-                with self._at(params, h * v[0]):
-                    return self.flatten(gradient(self._value(part), params))
-
-            return distances(slope, float(self.theta().norm() or 1.0) / float(v.norm()), out[0])
-
-    def _compare_slope(self, part: Part) -> None:
-        """Warn where the gradient of the first part is not the derivative of the loss.
-
-        Unless that is so in eval mode alone: a model that differentiates inside may have autograd
-        record it in training only. Then its own modules get that flag, if the loss is the same.
-        Where custom functions make the gradient, ``engine`` says so instead.
-        """
-        if self.rounded():
-            return  # differences would show rounding alone
-        off = self._slope(part)[1]
-        if not off > ALLOWED[self.coarsest]:
-            return
-        if self._mode == "eval" and self._loss.roots:
-            loss = self._slope(part)[0]
-            with contextlib.suppress(Exception):  # in training a model may want other inputs
-                self._mode = "own"
-                found, rest = self._slope(part)
-                if math.isclose(found, loss, rel_tol=1e-6) and rest <= ALLOWED[self.coarsest]:
-                    self.engine += "; the model's own modules have the flags of training: " + (
-                        "in eval mode they detach a part of the loss"
-                    )
-                    return
-            self._mode = "eval"
-        if self._functions.met:  # straight-through estimates and reversed gradients are meant
-            self.engine += (
-                f"; the gradient, which custom functions make, differs by {off:.0%} from "
-                f"differences of the loss"
-            )
-            return
-        warnings.warn(
-            f"the gradient differs by {off:.0%} from the derivative of {self._loss.origin}, which "
-            f"detaches a part of itself; {type(self).__name__} is made from that gradient: right "
-            f"if that is meant, else let autograd record all of it (create_graph=True)",
-            stacklevel=8,
-        )
-
-    def _slope(self, part: Part) -> tuple[float, float]:
-        """The loss of a part, and how far its gradient is from its derivative; see ``slopes``."""
-        with self._pass() as params:
-
-            def loss(offset: Tensor) -> float:
-                with self._at(params, offset):
-                    return float(self._loss.evaluate(part)[1].detach())
-
-            value = self._value(part)
-            g = self.mask_(self.flatten(gradient(value, params)))
-            here = float(value.detach())
-            return here, distance(loss, here, g, self.theta(), self.coarsest)
-
-    def _at(self, params: list[Tensor], offset: Tensor | None) -> Scope[None]:
-        """Inside, the parameters are moved by the offset (n,)."""
-
-        def move(undo: Undo) -> None:
-            held = keep_values(undo, params)
-            if offset is not None:
-                for p, at, shift in zip(params, held, self.layout.views(offset), strict=True):
-                    p.data = at + like(shift, at)
-
-        return Scope(move)
-
-    def mask_(self, v: Tensor) -> Tensor:
-        """Set v to 0 where gradients do not reach: padding rows of embeddings, detached layers."""
-        views = self.layout.views(v)
-        for place, row, _ in self._padding:
-            if row < len(views[place]):  # a computed weight may have more rows
-                views[place][row] = 0
-        for place in self._unreached:
-            views[place].zero_()
-        return v
-
-    @in_turn
-    def by_forward(self, v: Tensor) -> Tensor:
-        """The product with v (n,) by engine "forward", whatever the engine; it is not counted."""
-        options, out = self._options, torch.empty_like(v[None])
-
-        def made() -> None:
-            forward = dataclasses.replace(options, engine="forward")
-            with (
-                set_to(self, "_options", forward),
-                self._pass() as params,
-                closing(self._loss.parts()) as parts,
-            ):
-                for i, part in enumerate(parts):
-                    task = self._task(None, v[None], out)
-                    self._made_graph(part, params).products([task], first=i == 0, keep=False)
-
-        self._roomy(made)
-        return out[0].add_(v, alpha=options.weight_decay)
-
-    @in_turn
+    @exclusive
     def check(self) -> Check:
-        """Measure what could silently be wrong: on this model, these data and this engine.
+        """Measure what could silently be wrong with this model, these data and this engine.
 
-        Symmetry of the matrix, repetition of a product, the gradient against central differences
-        of the loss along random signs, a product against those of gradients (for the Hessian; where
-        kinks as of ReLU spoil those, against forward mode), and the weights of batches: whether the
-        gradient of each is that of its halves, unless half of a batch is no batch of this model
-        (graphs, time in the first dimension). A row says where it does not apply, and why. What is
-        computed in 16 bits has no differences.
-        Parameters that no gradient reaches are named. Costs three products, nine gradients and five
-        evaluations of the loss, or thirteen where the first do not suffice; ``print(A.check())``
-        shows a line each.
+        * symmetry: of the matrix.
+        * repetition: whether a product repeats.
+        * gradient: against central differences of the loss along random signs.
+        * difference: a product of the Hessian against central differences of gradients, or against
+          forward mode where kinks, as of ReLU, spoil those.
+        * weights: whether the gradient of each batch is that of its halves.
+
+        A row that does not apply says why: a loss that is computed in 16 bits has no differences,
+        and half of a batch may be no batch of this model (graphs, time in the first dimension).
+        Parameters that no gradient reaches are named. The check costs three products, nine
+        gradients, and five evaluations of the loss, or thirteen where five do not suffice.
+        ``print(A.check())`` shows one line per row.
 
         Returns:
             Check: the numbers, ``ok``, and the report.

@@ -1,31 +1,35 @@
-"""Fisher matrices: outer products of slopes of the loss, at the data or at drawn targets."""
+"""Fisher matrices: outer products of gradients, at the targets of the data or at drawn ones."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fasthessian.errors import InputError, InputTypeError
-from fasthessian.operators.jmj import OuterCurvature, Scores
+from fasthessian.operators.jmj import JMJ, Scores
 from fasthessian.operators.loss.batches import samples
-from fasthessian.operators.loss.criteria import is_torchs
-from fasthessian.operators.loss.likelihood import class_per_sample, sampled_scores, weighted
+from fasthessian.operators.loss.criteria import is_torch_loss
+from fasthessian.operators.loss.likelihood import class_per_sample, class_weighted, sampled_scores
 from fasthessian.operators.loss.model_loss import Part
 from fasthessian.operators.products.linearised import Middle
+from fasthessian.operators.products.options import Options
+from fasthessian.operators.source import of_model
+from fasthessian.operators.torch_state.lock import exclusive
 
 
-class EmpiricalFisher(OuterCurvature):
+class EmpiricalFisher(JMJ):
     """F = mean over the terms i of the loss of g_i g_i', g_i the gradient of the term's loss.
 
     The uncentred covariance of the gradients (Kunstner, Hennig, Balles 2019, Limitations of the
-    empirical Fisher approximation), positive semidefinite for every criterion. A sum where the
-    criterion sums. The terms are the targets of a cross-entropy (each valid token of a sequence,
-    with its class weight), and otherwise the samples: the criterion must then be a mean or sum
-    over the first dimension of the outputs.
+    empirical Fisher approximation), positive semidefinite for every criterion. F is a sum instead
+    of a mean where the criterion sums. The terms of a cross-entropy are its targets: each valid
+    token of a sequence, with its class weight. Those of other criteria are the samples: the
+    criterion must then be a mean or a sum over the first dimension of the outputs.
 
-    Arguments, attributes and errors are those of ``Hessian``; in addition the model must return
+    Arguments, attributes and errors are those of ``Hessian``. In addition, the model must return
     one tensor, or an output with ``.logits``.
 
     Raises:
@@ -43,16 +47,35 @@ class EmpiricalFisher(OuterCurvature):
         tensor([2., 0.])
     """
 
-    _scaled = True
+    @exclusive
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., Any] | None,
+        data: Any,
+        *,
+        params: Iterable[str] | Iterable[Tensor] | None = None,
+        engine: str = "auto",
+        precision: str | None = None,
+        weights: str | Sequence[float] | Callable[[Any], float] = "auto",
+        group: None = None,
+        mode: str = "eval",
+        memory_budget: int | None = None,
+        microbatch: int | None = None,
+        weight_decay: float = 0.0,
+    ) -> None:
+        options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
+        source = of_model(model, criterion, data, params, weights, options, scaled=True)
+        super().__init__(source, options)
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
         (slopes,) = torch.autograd.grad(
             loss, z, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        criterion, terms = self._given.criterion, self._given.terms
+        criterion, terms = self._loss.criterion, self._loss.terms
         found = self._categorical(part, z, loss)
-        if found is None and not is_torchs(criterion):
-            found = weighted(criterion, part.batch, z, slopes)
+        if found is None and not is_torch_loss(criterion):
+            found = class_weighted(criterion, part.batch, z, slopes)
         if found is not None:
             # total s_r / weight_r is the slope of the term alone
             factor = torch.where(found.weights > 0, found.total / found.weights, 0.0)
@@ -64,8 +87,8 @@ class EmpiricalFisher(OuterCurvature):
                 f"shape {tuple(z.shape)}; put the batch first"
             )
         mean = 1.0 if terms.summed else float(count)
-        if not terms.summed and class_per_sample(part.batch) and not self._given.counted_at_a_point:
-            mean = self._given.terms_of(part, loss)
+        if not terms.summed and class_per_sample(part.batch) and not self._loss.terms_vary:
+            mean = self._loss.terms_of(part, loss)
         elif terms.uneven:
             raise InputError(
                 "criterion must be a mean or a sum over the samples for EmpiricalFisher, but some "
@@ -74,24 +97,24 @@ class EmpiricalFisher(OuterCurvature):
         return Scores(slopes[None], tuple(range(1, z.dim())), mean)
 
 
-class Fisher(OuterCurvature):
+class Fisher(JMJ):
     """The Fisher matrix of the model's own predictions, by drawing targets from them.
 
-    E over the inputs and over targets y ~ p(y | outputs) of g g', g = -d log p / d theta: by Monte
-    Carlo, positive semidefinite, and in the mean over seeds the Gauss-Newton matrix (Martens 2020,
-    New insights and perspectives on the natural gradient method). The draws are made once: the
-    matrix is the same at every product.
+    F = E g g' over the inputs and over targets y ~ p(y | outputs), g = -d log p / d theta. The
+    expectation is by Monte Carlo. F is positive semidefinite, and its mean over seeds is the
+    Gauss-Newton matrix (Martens 2020, New insights and perspectives on the natural gradient
+    method). Every product draws the same targets, so that the matrix stays the same.
 
-    Arguments, attributes and errors are those of ``Hessian``; in addition:
+    Arguments, attributes and errors are those of ``Hessian``. In addition:
 
     Args:
         samples: targets drawn for each term of the loss, at least 1.
-        seed: of the draws; the same seed gives the same matrix, however the data are batched.
+        seed: of the draws. The same seed gives the same matrix, however the data are batched.
 
     Raises:
         TypeError: criterion is none of torch's cross-entropy, mean squared error and binary
-            cross-entropy with logits (modules and functions, without label smoothing or, but for
-            cross-entropy, weights), nor a Hugging Face model's own on labels.
+            cross-entropy with logits (modules and functions, without label smoothing; only
+            cross-entropy may have weights), nor a Hugging Face model's own loss on labels.
         ValueError: samples or seed out of range.
 
     Example:
@@ -102,26 +125,36 @@ class Fisher(OuterCurvature):
         True
     """
 
-    _ordered = True  # a sample draws by its position
-
+    @exclusive
     def __init__(
         self,
         model: nn.Module,
-        criterion: Any,
+        criterion: Callable[..., Any] | None,
         data: Any,
         *,
         samples: int = 1,
         seed: int = 0,
-        **options: Any,
+        params: Iterable[str] | Iterable[Tensor] | None = None,
+        engine: str = "auto",
+        precision: str | None = None,
+        weights: str | Sequence[float] | Callable[[Any], float] = "auto",
+        group: None = None,
+        mode: str = "eval",
+        memory_budget: int | None = None,
+        microbatch: int | None = None,
+        weight_decay: float = 0.0,
     ) -> None:
         for name, value, least in (("samples", samples, 1), ("seed", seed, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
         self._samples, self._seed = samples, seed
-        super().__init__(model, criterion, data, **options)
+        options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
+        # a sample draws by its position
+        source = of_model(model, criterion, data, params, weights, options, ordered=True)
+        super().__init__(source, options)
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
-        criterion = self._given.criterion
+        criterion = self._loss.criterion
         found = self._categorical(part, z, loss)
         found = found if found is not None and found.exact else None
         drawn = [

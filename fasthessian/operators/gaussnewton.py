@@ -2,43 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasthessian.errors import InputError, UnsupportedError
-from fasthessian.operators.checks import distances
-from fasthessian.operators.jmj import OuterCurvature
+from fasthessian.operators.jmj import JMJ
 from fasthessian.operators.loss.batches import is_sequence, to_device
 from fasthessian.operators.loss.criteria import option
 from fasthessian.operators.loss.likelihood import Softmax
 from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.products.differences import distances
 from fasthessian.operators.products.engines import gradient
 from fasthessian.operators.products.linearised import Middle, SecondDerivative, second_derivative
+from fasthessian.operators.products.options import Options
+from fasthessian.operators.source import of_model
+from fasthessian.operators.torch_state.lock import exclusive
 
-PROBES = 8  # random directions in which the criterion is looked at
-CONCAVE = 1e-4  # of |u| |M u|: how far below 0 rounding takes u'Mu
+PROBES = 8  # random directions in which the criterion is tested for convexity
+CONCAVE = 1e-4  # of |u| |M u|: how far below 0 rounding may take u'Mu
 FUSED = (torch.float32, torch.float64)
 
 
-class GaussNewton(OuterCurvature):
+class GaussNewton(JMJ):
     """G = sum over the data of J' M J, J = dz/d theta and M = d^2 L/dz^2 at the outputs z.
 
-    The curvature of the criterion alone, carried to the parameters (Schraudolph 2002, Fast
-    curvature matrix-vector products): positive semidefinite for a criterion that is convex in the
-    outputs, as cross-entropy and mean squared error are; equal to the Hessian for a model that is
-    linear in its parameters. J v by the engine, J' by backward, M by the criterion's own second
-    derivative, so that any such criterion is exact; for cross-entropy with class indices M is one
-    kernel, which makes no tensor of the size of the outputs.
+    The curvature of the criterion, without that of the model (Schraudolph 2002, Fast curvature
+    matrix-vector products). G is positive semidefinite for a criterion that is convex in the
+    outputs, as cross-entropy and mean squared error are. It equals the Hessian for a model that is
+    linear in its parameters. The engine makes J v, a backward pass J', and the criterion's own
+    second derivative M, so that every such criterion is exact. For cross-entropy with class indices
+    M is one kernel, which makes no tensor of the size of the outputs.
 
-    Arguments, attributes and errors are those of ``Hessian``; in addition the model must return one
-    tensor, or an output with ``.logits``.
+    Arguments, attributes and errors are those of ``Hessian``. In addition, the model must return
+    one tensor, or an output with ``.logits``.
 
     Raises:
         TypeError: the outputs are no tensor.
-        ValueError: the criterion is not convex in the outputs, as looked at on the first batch; or
-            the loss depends on the parameters in another way than through the output.
+        ValueError: the criterion is not convex in the outputs of the first batch; or the loss
+            depends on the parameters in another way than through the outputs.
 
     Example:
         >>> import torch, fasthessian as fh
@@ -49,34 +53,56 @@ class GaussNewton(OuterCurvature):
         tensor([2., 0., 0.])
     """
 
+    @exclusive
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., Any] | None,
+        data: Any,
+        *,
+        params: Iterable[str] | Iterable[Tensor] | None = None,
+        engine: str = "auto",
+        precision: str | None = None,
+        weights: str | Sequence[float] | Callable[[Any], float] = "auto",
+        group: None = None,
+        mode: str = "eval",
+        memory_budget: int | None = None,
+        microbatch: int | None = None,
+        weight_decay: float = 0.0,
+    ) -> None:
+        options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
+        source = of_model(model, criterion, data, params, weights, options)
+        super().__init__(source, options)
+
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
-        weight, smoothing = (option(self._given.criterion, name)
+        weight, smoothing = (option(self._loss.criterion, name)
                              for name in ("weight", "label_smoothing"))  # fmt: skip
-        plain = z.dtype in FUSED and (weight is None or not smoothing)
-        found = self._categorical(part, z, loss) if plain else None
+        fused = z.dtype in FUSED and (weight is None or not smoothing)
+        found = self._categorical(part, z, loss) if fused else None
         if found is not None and found.exact:
             return Softmax(found, z)
         return second_derivative(loss, z)
 
-    def _suspects(self, outputs: Any, loss: Tensor) -> list[str]:
+    def _unchecked_nodes(self, outputs: Any, loss: Tensor) -> list[str]:
         z = self._outputs(outputs)
-        self._behind = self._functions.untrusted(loss, beyond=z.grad_fn)
-        return super()._suspects(outputs, loss) + self._behind
+        self._unchecked_in_loss = self._evaluation.functions.unchecked(loss, beyond=z.grad_fn)
+        return super()._unchecked_nodes(outputs, loss) + self._unchecked_in_loss
 
     def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
         found = super()._distances(part, v)
-        return max(found, self._middle_distances(part)) if self._behind else found
+        return max(found, self._middle_distances(part)) if self._unchecked_in_loss else found
 
     def _middle_distances(self, part: Part) -> tuple[float, float]:
-        """Of M u from differences of slopes of the criterion."""
-        with self._pass():
-            outputs, loss = self._evaluated(part)
+        """How far M u is from differences of the criterion's slopes."""
+        with self._evaluation.conditions():
+            outputs, loss = self._evaluation.outputs_and_value(part)
             z = self._outputs(outputs)
             middle = self._middle(part, z, loss)
-            if outputs is not z or not is_sequence(part.batch) or self._given.whole:
+            if outputs is not z or not is_sequence(part.batch) or self._loss.takes_model:
+                names = ", ".join(self._unchecked_in_loss)
                 raise UnsupportedError(
-                    f"GaussNewton cannot check the second derivative of {', '.join(self._behind)} "
-                    f"in the loss; use Hessian, or a criterion of torch's operations"
+                    f"GaussNewton cannot check the second derivative of {names} in the loss; "
+                    f"use Hessian, or a criterion of torch's operations"
                 )
             target = to_device(part.batch, z.device)[-1]
             u = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)).to(z)
@@ -84,7 +110,7 @@ class GaussNewton(OuterCurvature):
 
             def slope(h: float) -> Tensor:
                 there = (z.detach() + h * u).requires_grad_()
-                return gradient(self._given.criterion(there, target), [there])[0]
+                return gradient(self._loss.criterion(there, target), [there])[0]
 
             return distances(slope, float(z.detach().norm() or 1.0) / float(u.norm()), Mu)
 

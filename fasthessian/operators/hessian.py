@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from fasthessian.operators import parameters
 from fasthessian.operators.curvature import Curvature
-from fasthessian.operators.loss.closures import ClosureLoss
+from fasthessian.operators.examination import outside_of_package
 from fasthessian.operators.loss.model_loss import Part
 from fasthessian.operators.products import layer_factors as layers
+from fasthessian.operators.products.differences import distances
 from fasthessian.operators.products.engines import (
     Difference,
     DoubleBackward,
@@ -22,7 +24,9 @@ from fasthessian.operators.products.engines import (
 from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.linearised import second_derivative
 from fasthessian.operators.products.options import Options
-from fasthessian.operators.torch_state.conditions import in_turn
+from fasthessian.operators.request import Request
+from fasthessian.operators.source import of_closure, of_model
+from fasthessian.operators.torch_state.lock import exclusive
 
 
 class Hessian(Curvature):
@@ -35,39 +39,39 @@ class Hessian(Curvature):
     Args:
         model: a ``torch.nn.Module``. It is left as it was: parameters, buffers, ``.grad``,
             ``training`` flags and random states, also after an exception.
-        criterion: a loss of ``(model, batch)`` -> scalar, told by its first parameter: that is
-            called model, net, network, module or m, or annotated as a module. Or of
-            ``(outputs, targets)``, as torch's are; with a mapping or an object as the batch, of
-            ``(outputs, batch)``. None when the model returns the loss. A model or a loss of (model,
-            batch) may return it alone, as ``.loss`` or ``["loss"]``, as the only scalar of a tuple,
-            or as a dictionary of nothing but losses, whose sum is taken.
+        criterion: a function of ``(outputs, targets)``, as torch's are; of ``(outputs, batch)``
+            where the batch is a mapping or an object; or of ``(model, batch)``, recognised by its
+            first parameter, which is called model, net, network, module or m, or is annotated as a
+            module. None when the model returns the loss. A model or a function of (model, batch)
+            may return the loss itself, as ``.loss`` or ``["loss"]``, as the only scalar of a tuple,
+            or as a dictionary that holds only losses, which are added.
         data: a batch, a list of batches, or a re-iterable such as a DataLoader, which must yield
-            the same samples at every pass (their order is free). A loss of (model, batch) takes any
-            batch. A criterion takes ``(inputs, targets)``, a tuple of more (the last are the
-            targets), a mapping, or an object with ``.to``. The model is called as its ``forward``
+            the same samples at every pass, in any order. A criterion of (model, batch) takes any
+            batch. Other criteria take ``(inputs, targets)``, a longer tuple whose last item is the
+            targets, a mapping, or an object with ``.to``. The model is called as its ``forward``
             takes them: ``inputs`` in a tuple or list as several arguments, or else as one; a
             mapping by keywords, or else as one; an object as one. A list of tensors is one batch,
-            as loaders yield them, or several where a loss of (model, batch) does not take it.
-        params: None for all that require gradients, or an iterable of names or parameters. Complex
-            ones count as 2n real numbers, those of ``torch.view_as_real``, as ``layout`` says.
+            as loaders yield them, or several where a criterion of (model, batch) does not take it.
+        params: None for all that require gradients, or an iterable of names or parameters. A
+            complex parameter of n numbers counts as the 2n real ones of ``torch.view_as_real``.
         engine: ``"retained"`` keeps the first-order graphs; ``"recompute"`` builds them at each
-            product; ``"auto"`` is retained for what fits ``memory_budget`` and recompute for the
-            rest. ``"forward"`` differentiates the gradient in forward mode, ``"difference"`` takes
-            central differences of gradients, good to about 1e-4 in float32, for losses without
-            second derivatives and without kinks: useless for ReLU networks.
+            product; ``"auto"`` retains what fits ``memory_budget`` and recomputes the rest.
+            ``"forward"`` differentiates the gradient in forward mode. ``"difference"`` takes
+            central differences of gradients, with an error of about 1e-4 in float32: for losses
+            without second derivatives and without kinks, so not for ReLU networks.
         precision: None makes products in the parameters' dtype; ``"bf16"`` under autocast,
-            ``"tf32"`` on the tensor cores of a GPU. Both err by 1e-3 to 1e-1: ``engine`` tells by
-            how much in a product of the first batch.
+            ``"tf32"`` on the tensor cores of a GPU. Both have relative errors of 1e-3 to 1e-1;
+            ``engine`` gives that of a product of the first batch.
         weights: ``"auto"`` counts the terms of each batch: by the options of torch's own criteria;
-            for other losses by what each batch's loss is divided by in its graph, or by numbers of
-            entries of the batch, tested on the gradients of the halves of up to three batches.
-            ``engine`` says where that is not exact; what no weights fit is refused. Or the number
-            of terms per batch, as a sequence or as a callable of a batch.
+            for other losses by the divisor that the graph of each batch's loss shows, or by numbers
+            of entries of the batch, tested on the gradients of the halves of up to three batches.
+            ``engine`` says where that is not exact; a loss that no weights fit is refused. Or the
+            number of terms per batch, as a sequence or as a callable of a batch.
         group: None.
         mode: ``"eval"``, or ``"train"``: dropout masks are then fixed, drawn once per batch.
         memory_budget: bytes for kept graphs; None is half of the free memory.
-        microbatch: samples at most that are in memory at a time: batches are cut, which changes
-            nothing unless the model or the criterion couples samples (refused).
+        microbatch: the largest number of samples in memory at a time: larger batches are cut. A
+            model or a criterion that couples the samples of a batch is refused.
         weight_decay: adds ``weight_decay / 2 |theta|^2`` to the loss, as optimisers do.
 
     Attributes:
@@ -75,18 +79,18 @@ class Hessian(Curvature):
         layout: names, shapes and places of the parameters in a flat vector.
         engine: how products are made, and why.
 
-    Custom autograd functions are compared with central differences of their backward, at the
-    construction. Where that makes no graph, and double backward is wrong without an error, their
-    second derivative is made by such differences: ``engine`` names them and their error. What
-    cannot be replaced is refused.
+    Custom autograd functions are compared with central differences of their backward when the
+    operator is built. If a backward makes no graph, double backward is wrong without an error: then
+    the second derivative is made by such differences, and ``engine`` names the function and the
+    error. What cannot be replaced is refused.
 
     Parameters in bfloat16 or float16 have float32 vectors. DataParallel, DistributedDataParallel
     and compiled models are unwrapped. Parameters that the loss does not use, or uses linearly, have
     zero rows; ``engine`` names those that no gradient reaches. Hooks on gradients do not act in
-    products. Modules of the model that are not torch's get the flag of training where in eval mode
-    alone they detach a part of the same loss.
+    products. If modules that are not torch's detach a part of the loss in eval mode but not in
+    training mode, and the loss is the same, they are set to training mode.
 
-    Changes after construction are followed, by whatever way they are written: parameters, buffers,
+    Changes after construction are followed, however they are made: parameters, buffers,
     data in memory and the list of batches, attributes of the model and the criterion and of objects
     that they hold, variables and globals that ``forward`` and the criterion read. Not seen are
     objects inside objects inside a module, containers of the model with more than 1,000 entries,
@@ -121,8 +125,29 @@ class Hessian(Curvature):
 
     _exact = True
 
+    @exclusive
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Callable[..., Any] | None,
+        data: Any,
+        *,
+        params: Iterable[str] | Iterable[Tensor] | None = None,
+        engine: str = "auto",
+        precision: str | None = None,
+        weights: str | Sequence[float] | Callable[[Any], float] = "auto",
+        group: None = None,
+        mode: str = "eval",
+        memory_budget: int | None = None,
+        microbatch: int | None = None,
+        weight_decay: float = 0.0,
+    ) -> None:
+        options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
+        source = of_model(model, criterion, data, params, weights, options)
+        super().__init__(source, options)
+
     @classmethod
-    @in_turn
+    @exclusive
     def from_closure(
         cls,
         closure: Callable[[], Tensor],
@@ -158,16 +183,16 @@ class Hessian(Curvature):
             tensor([ 6., 12.])
         """
         self = cls.__new__(cls)
-        chosen = parameters.of_closure(params)
         options = Options(engine, memory_budget=memory_budget, weight_decay=weight_decay)
-        self._prepare(ClosureLoss(closure, chosen), chosen, options)
-        self._watch.settle(trusted=False)  # batch normalisation leaves no trace in the version
-        if self._watch.written:
+        Curvature.__init__(self, of_closure(closure, params), options)
+        detector = self._kept.detector
+        detector.ignore_own_changes(trusted=False)  # versions do not show all writes
+        if detector.written:
             warnings.warn(
-                f"closure writes into {min(self._watch.written)} each time it is called, which is "
+                f"closure writes into {min(detector.written)} each time it is called, which is "
                 f"not put back after products: let it write into a copy (.clone()), or call the "
                 f"module that owns it",
-                stacklevel=4,
+                stacklevel=outside_of_package(),
             )
         return self
 
@@ -183,10 +208,24 @@ class Hessian(Curvature):
         if self._options.engine == "difference":
 
             def slope(places: Sequence[int]) -> Sequence[Tensor]:
-                return gradient(self._value(part), [params[i] for i in places])
+                return gradient(self._evaluation.value(part), [params[i] for i in places])
 
             return Difference(slope, params, part.weight)
-        return DoubleBackward(self._value(part), params, part.weight)
+        return DoubleBackward(self._evaluation.value(part), params, part.weight)
+
+    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
+        evaluation = self._evaluation
+        evaluation.mask_(v[0])
+        with evaluation.conditions() as params:
+            out = torch.zeros_like(v)
+            graph = self._new_graph(part._replace(weight=1.0), params)
+            graph.products([Request(self, v, out)], first=True, keep=False)
+
+            def slope(h: float) -> Tensor:
+                with evaluation.moved(params, h * v[0]):
+                    return self.flatten(gradient(evaluation.value(part), params))
+
+            return distances(slope, float(self.theta().norm() or 1.0) / float(v.norm()), out[0])
 
     def _layers(
         self, model: nn.Module, part: Part, params: list[Tensor], room: float
@@ -194,7 +233,7 @@ class Hessian(Curvature):
         return layers.build(
             model,
             params,
-            lambda: self._evaluated(part),
+            lambda: self._evaluation.outputs_and_value(part),
             lambda z, loss: second_derivative(loss, z),
             room,
             through=True,

@@ -1,89 +1,93 @@
-"""Matrices of the form J' M J: the Jacobian J of the outputs, and a middle M at the outputs."""
+"""Matrices of the form J' M J: J is the Jacobian of the outputs, M a matrix at the outputs."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fasthessian.errors import InputError, InputTypeError
-from fasthessian.operators.checks import distances
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.loss.calls import logits
-from fasthessian.operators.loss.criteria import is_torchs
-from fasthessian.operators.loss.likelihood import Categorical, categorical, is_slope, readings
+from fasthessian.operators.loss.criteria import is_torch_loss
+from fasthessian.operators.loss.likelihood import (
+    Categorical,
+    candidates,
+    categorical,
+    matches_slopes,
+)
 from fasthessian.operators.loss.model_loss import ModelLoss, Part
 from fasthessian.operators.products import layer_factors as layers
+from fasthessian.operators.products.differences import distances
 from fasthessian.operators.products.engines import Graph, difference
 from fasthessian.operators.products.layer_factors import Layers
-from fasthessian.operators.products.linearised import Linearised, Middle, along
-from fasthessian.operators.torch_state.conditions import in_turn
+from fasthessian.operators.products.linearised import Linearised, Middle, forward_derivative
+from fasthessian.operators.products.options import Options
+from fasthessian.operators.source import Source
 from fasthessian.vectors import real
 
 OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
 Tangent = Callable[[Sequence[int], Sequence[Tensor]], "Tensor | None"]  # J v for one block
 
 
-class OuterCurvature(Curvature):
+class JMJ(Curvature):
     """J' M J over the data; a subclass says what M is (``_middle``)."""
 
-    def __init__(self, model: nn.Module, criterion: Any, data: Any, **options: Any) -> None:
+    _loss: ModelLoss  # never a closure, since the outputs are needed
+    _always_twice = True  # M is a second derivative with any engine
+
+    def __init__(self, source: Source, options: Options) -> None:
         self._examined = False
         self._readings: dict[int, int | None] = {}  # how each part is a cross-entropy, if it is
-        super().__init__(model, criterion, data, **options)
+        self._survey = 0  # number of the survey of the data for which these two hold
+        super().__init__(source, options)
         if not self._examined:  # no graph is kept
 
             def examine() -> None:
-                with self._pass() as params, closing(self._loss.parts()) as parts:
-                    self._graph(next(parts), params)
+                conditions, parts = self._evaluation.conditions, self._loss.parts
+                with conditions() as params, closing(parts()) as every:
+                    self._graph(next(every), params)
 
-            in_turn(self._roomy)(examine, f"a product of {type(self).__name__}")
-
-    def _survey(self) -> None:
-        super()._survey()
-        self._examined = False
-        self._readings.clear()
-
-    @property
-    def _given(self) -> ModelLoss:
-        """The loss: always of a model, since the outputs are needed."""
-        return cast(ModelLoss, self._loss)
+            self._evaluation.within_memory(examine, f"a product of {type(self).__name__}")
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
         """M of one part at its outputs z; None if it is 0."""
         raise NotImplementedError
 
     def _examine(self, z: Tensor, loss: Tensor, middle: Middle | None, params: Any) -> None:
-        """Raise ValueError for a loss that the matrix is not defined for; once, on a part."""
+        """Raise ValueError if the matrix is not defined for this loss; done once, on one part."""
         check_path(z, loss, params, type(self).__name__)
 
     def _categorical(self, part: Part, z: Tensor, loss: Tensor) -> Categorical | None:
-        """How the loss is a cross-entropy of z.
+        """The loss as a cross-entropy of z; None if it is none.
 
-        A loss that is not torch's is compared once for each part with what it may be.
+        A loss that is not torch's is compared with all readings, once per part.
         """
-        criterion = self._given.criterion
+        criterion = self._loss.criterion
         found = categorical(criterion, part, z)
-        if found is not None or is_torchs(criterion):
+        if found is not None or is_torch_loss(criterion):
             return found
         if part.position not in self._readings:
             (slopes,) = torch.autograd.grad(
                 loss, z, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            ways = enumerate(readings(criterion, part.batch, z))
-            held = (number for number, way in ways if is_slope(way, z, slopes))
+            ways = enumerate(candidates(criterion, part.batch, z))
+            held = (number for number, way in ways if matches_slopes(way, z, slopes))
             self._readings[part.position] = next(held, None)
         number = self._readings[part.position]
         if number is None:
             return None
-        return next(itertools.islice(readings(criterion, part.batch, z), number, None), None)
+        return next(itertools.islice(candidates(criterion, part.batch, z), number, None), None)
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
-        outputs, loss = self._evaluated(part)
+        if self._survey != self._kept.surveys:  # the data or the criterion changed
+            self._readings.clear()
+            self._examined, self._survey = False, self._kept.surveys
+        outputs, loss = self._evaluation.outputs_and_value(part)
         z = self._outputs(outputs)
         if not (z.is_floating_point() and z.requires_grad and loss.requires_grad):
             raise InputError(
@@ -95,38 +99,33 @@ class OuterCurvature(Curvature):
             self._examine(z, loss, middle, params)
             self._examined = True
         if middle is None:
-            return OuterGraph(z, params, part.weight, lambda places, tangents: None, _same)
-        return OuterGraph(z, params, part.weight, self._tangent(part, z, params), middle)
+            return JMJGraph(z, params, part.weight, lambda places, tangents: None, _same)
+        return JMJGraph(z, params, part.weight, self._tangent(part, z, params), middle)
 
-    def _curved(self, outputs: Any, loss: Tensor) -> Tensor:
+    def _differentiated(self, outputs: Any, loss: Tensor) -> Tensor:
         z = self._outputs(outputs)
         if z.is_complex():
             raise InputTypeError(
                 f"the model returns {z.dtype} for {type(self).__name__}, which needs real outputs; "
                 f"return torch.view_as_real(outputs), or use Hessian"
             )
-        return z.sum() if z.requires_grad else loss  # which says that it does not depend on them
+        return z.sum() if z.requires_grad else loss  # the loss is then refused
 
-    @property
-    def _twice(self) -> bool:
-        return True  # M by any engine
-
-    def _suspects(self, outputs: Any, loss: Tensor) -> list[str]:
+    def _unchecked_nodes(self, outputs: Any, loss: Tensor) -> list[str]:
         if self._options.engine == "difference":
             return []
-        return self._functions.untrusted(self._outputs(outputs), self._options.engine == "forward")
+        functions, forward = self._evaluation.functions, self._options.engine == "forward"
+        return functions.unchecked(self._outputs(outputs), forward)
 
     def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
-        """Of J v, since M is known or looked at by itself."""
-        with self._pass() as params:
-            z = self._outputs(self._evaluated(part)[0])
-            task = self._task(None, v, torch.zeros_like(v))
-            places = list(task.places)
-            Jv = self._tangent(part, z, params)(places, [*task.rows[0]])
+        """Of J v: M is known, or checked separately."""
+        with self._evaluation.conditions() as params:
+            z = self._outputs(self._evaluation.outputs_and_value(part)[0])
+            Jv = self._tangent(part, z, params)(self._places, self.layout.views(v[0]))
             Jv = torch.zeros_like(z) if Jv is None else Jv
 
             def outputs(h: float) -> Tensor:
-                with self._at(params, h * v[0]), torch.no_grad():
+                with self._evaluation.moved(params, h * v[0]), torch.no_grad():
                     return self._outputs(self._loss.evaluate(part)[0])
 
             return distances(outputs, float(self.theta().norm() or 1.0) / float(v.norm()), Jv)
@@ -135,7 +134,7 @@ class OuterCurvature(Curvature):
         self, model: nn.Module, part: Part, params: list[Tensor], room: float
     ) -> Layers | None:
         def outputs() -> tuple[Tensor, Tensor]:
-            found, loss = self._evaluated(part)
+            found, loss = self._evaluation.outputs_and_value(part)
             return self._outputs(found), loss
 
         def middle(z: Tensor, loss: Tensor) -> Middle | None:
@@ -145,11 +144,11 @@ class OuterCurvature(Curvature):
 
     def _outputs(self, outputs: Any) -> Tensor:
         z = logits(outputs)
-        own = self._given.criterion is None or self._given.whole
+        own = self._loss.criterion is None or self._loss.takes_model
         if own and isinstance(z, (tuple, list)):  # (outputs, loss)
             several = [each for each in z if isinstance(each, Tensor) and each.dim()]
             z = several[0] if len(several) == 1 else z
-        if z is outputs and self._given.criterion is None:
+        if z is outputs and self._loss.criterion is None:
             raise InputTypeError(
                 f"criterion must be given: {type(self).__name__} needs the loss as a function of "
                 f"the outputs; for a model that returns its loss alone use Hessian"
@@ -172,7 +171,7 @@ class OuterCurvature(Curvature):
                     return self._outputs(self._loss.evaluate(part, named)[0])
 
                 at = [params[i].detach() for i in places]
-                return along(outputs, at, tangents)  # type: ignore[no-any-return]
+                return forward_derivative(outputs, at, tangents)  # type: ignore[no-any-return]
 
             return forward
         if self._options.engine == "difference":
@@ -212,7 +211,7 @@ def _same(u: Tensor) -> Tensor:
     return u
 
 
-class OuterGraph(Graph):
+class JMJGraph(Graph):
     """J' M J of one part."""
 
     def __init__(
@@ -243,11 +242,11 @@ class OuterGraph(Graph):
 
 
 class Scores:
-    """M u = sum over the terms of factor s (s'u): one outer product a term.
+    """M u = sum over the terms of factor s (s'u): one outer product per term.
 
     Args:
-        scores: (samples, *z.shape), one score of each term a sample.
-        dims: those of z that belong to one term.
+        scores: (draws, *z.shape), one score s per draw and term.
+        dims: the dimensions of z that belong to one term.
         factor: broadcast against z.
     """
 
@@ -259,6 +258,6 @@ class Scores:
         out = torch.zeros_like(u)
         for s in self._scores:
             # torch sums over all dimensions where none are named
-            along = (s * u).sum(self._dims, keepdim=True) if self._dims else s * u
-            out.addcmul_(s, along * self._factor)
+            inner = (s * u).sum(self._dims, keepdim=True) if self._dims else s * u
+            out.addcmul_(s, inner * self._factor)
         return out

@@ -1,4 +1,4 @@
-"""Which tensors H is taken with respect to, and whether they can serve."""
+"""The parameters with respect to which a loss is differentiated: choice and validation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPLEX = (torch.complex64, torch.complex128)  # their vectors are real, see ``L
 def unwrapped(model: Any) -> tuple[Any, str]:
     """The module inside DataParallel, DistributedDataParallel and torch.compile, and their names.
 
-    A product is made by one process without them, and they hide second derivatives.
+    Products are made in one process, which needs none of them, and they hide second derivatives.
     """
     names = []
     while isinstance(model, nn.Module):
@@ -36,7 +36,7 @@ def unwrapped(model: Any) -> tuple[Any, str]:
 
 
 def common_dtype(chosen: dict[str, Tensor]) -> torch.dtype:
-    """Of the vectors: float64 for parameters in float64, else float32."""
+    """The dtype of flat vectors: float64 for parameters in float64, else float32."""
     double = torch.float64 in {p.dtype.to_real() for p in chosen.values()}
     return torch.float64 if double else torch.float32
 
@@ -44,7 +44,7 @@ def common_dtype(chosen: dict[str, Tensor]) -> torch.dtype:
 def of_model(model: Any, params: Any, wrapper: str = "") -> dict[str, Tensor]:
     """The model's parameters chosen by ``params``: None, names, or the parameters themselves.
 
-    Names may carry the prefixes of a ``wrapper`` that was taken off.
+    Names may carry the prefixes of a ``wrapper`` that was removed.
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(
@@ -64,7 +64,7 @@ def of_model(model: Any, params: Any, wrapper: str = "") -> dict[str, Tensor]:
             )
     else:
         chosen = _pick(model, named, params, bool(wrapper))
-    return checked(chosen)
+    return accepted(chosen)
 
 
 def _pick(
@@ -119,10 +119,10 @@ def of_closure(params: Any) -> dict[str, Tensor]:
             raise InputTypeError(f"params[{name!r}] must be a tensor, got {type(tensor).__name__}")
     if len({id(tensor) for _, tensor in pairs}) < len(pairs):
         raise InputError("params holds the same tensor twice")
-    return checked(dict(pairs))
+    return accepted(dict(pairs))
 
 
-def checked(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
+def accepted(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
     """Raise unless all are float64 or none is, on one device, and require gradients."""
     first_name, first = next(iter(chosen.items()))
     for name, p in chosen.items():
@@ -180,4 +180,4 @@ def followed(
                 f"parameter {name!r} was {tuple(shape)} {dtypes[name]} on {layout.device} and is "
                 f"now {tuple(p.shape)} {p.dtype} on {p.device}; build a new Hessian"
             )
-    return checked({name: named[name] for name in layout.names})
+    return accepted({name: named[name] for name in layout.names})

@@ -18,7 +18,7 @@ from fasthessian.errors import ConvergenceWarning, InputError, InputTypeError, U
 from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.loss.batches import Batch, leaves
 from fasthessian.operators.loss.calls import raised_in
-from fasthessian.operators.loss.sources import Stream
+from fasthessian.operators.loss.sources import LoaderSource
 
 # scripts save results and load them again, and `torch.load` refuses types that it does not know
 torch.serialization.add_safe_globals([float])
@@ -120,7 +120,7 @@ def one_pass(loader: Iterable[Batch]) -> list[Batch]:
     """
     room = available_bytes(torch.device("cpu")) // 2
     batches, held = [], 0
-    with contextlib.closing(Stream(loader, ordered=False).one_pass()) as stream:
+    with contextlib.closing(LoaderSource(loader, ordered=False).one_pass()) as stream:
         for batch in stream:
             held += sum(tensor.nbytes for tensor in leaves(batch))
             if held > room:

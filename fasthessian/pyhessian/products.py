@@ -14,8 +14,10 @@ from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.loss.calls import call, loss_of, scalar
 from fasthessian.operators.loss.model_loss import ModelLoss
 from fasthessian.operators.products.engines import examine
-from fasthessian.operators.torch_state.conditions import engaged, in_turn, own_buffers
-from fasthessian.operators.torch_state.scopes import Undo, grad_mode, ordinary, scope
+from fasthessian.operators.torch_state.lock import exclusive
+from fasthessian.operators.torch_state.module_state import own_buffers
+from fasthessian.operators.torch_state.product_state import product_state
+from fasthessian.operators.torch_state.scopes import UndoLog, grad_mode, no_inference_mode, scope
 from fasthessian.vectors import Layout
 
 Product = Callable[[list[Tensor]], Sequence[Tensor | None]]
@@ -26,7 +28,7 @@ def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
 
 
-@in_turn
+@exclusive
 def gradients(
     model: Any, criterion: Any, batch: Any, params: Sequence[Tensor], curved: bool = True
 ) -> list[Tensor | None]:
@@ -37,12 +39,12 @@ def gradients(
         MemoryError: the graph does not fit.
     """
     modules = [x for x in (model, criterion) if isinstance(x, nn.Module)]
-    with engaged(modules, "eval", params[0].device):
+    with product_state(modules, "eval", params[0].device):
         try:
             returned = call(model, criterion, batch)[1]
             loss = scalar(loss_of(returned, criterion is not None)[0], "criterion")
             if curved:
-                examine(loss, params, ModelLoss.freed)
+                examine(loss, params, ModelLoss.freed_graph_advice)
             return list(torch.autograd.grad(loss, params, create_graph=True, allow_unused=True))
         except RuntimeError as error:
             if not out_of_memory(error):
@@ -55,7 +57,7 @@ def gradients(
 
 def leave(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """Replace ``.grad`` by copies of the gradients, with their graph."""
-    with ordinary(), grad_mode(True):
+    with no_inference_mode(), grad_mode(True):
         for p, grad in zip(params, grads, strict=True):
             p.grad = None if grad is None else grad.clone()
 
@@ -80,13 +82,13 @@ def operator(product: Product, params: Sequence[Tensor]) -> tuple[SymmetricOpera
 
 
 @scope
-def surroundings(undo: Undo, model: Any, params: Sequence[Tensor], force_eval: bool) -> None:
+def surroundings(undo: UndoLog, model: Any, params: Sequence[Tensor], force_eval: bool) -> None:
     """What PyHessian's callers expect: no old ``.grad``, and eval mode; both restored afterwards.
 
-    The caller holds the turn.
+    The caller holds the lock of the process.
     """
     modules = [model] if isinstance(model, nn.Module) else []
-    undo.enter(engaged(modules if force_eval else [], "eval", params[0].device))
+    undo.enter(product_state(modules if force_eval else [], "eval", params[0].device))
     undo.enter(own_buffers(modules))
     tensors = [*params, *(p for module in modules for p in module.parameters())]
     for p in {id(p): p for p in tensors if p.is_leaf}.values():

@@ -13,7 +13,7 @@ from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.hessian import Hessian
 from fasthessian.operators.loss.batches import leaves
 from fasthessian.operators.loss.sources import CHANGED
-from fasthessian.operators.torch_state.conditions import turn
+from fasthessian.operators.torch_state.lock import process_lock
 from fasthessian.operators.torch_state.snapshot import Snapshot
 from fasthessian.pyhessian.arguments import Number, explained, one_pass
 from fasthessian.pyhessian.products import gradients, operator, same, surroundings
@@ -200,5 +200,5 @@ class State:
     def _overridden(self, v: list[Tensor]) -> Sequence[Tensor | None]:
         """The product of a subclass, in the surroundings that PyHessian gives it."""
         model = getattr(self, "model", None)
-        with turn(), surroundings(model, self.params, force_eval=self._initialised):
+        with process_lock(), surroundings(model, self.params, force_eval=self._initialised):
             return self.dataloader_hv_product(v)[1]

@@ -7,7 +7,7 @@ import torch
 
 import fasthessian as fh
 from fasthessian.krylov.quadrature import christoffel, quadrature, unresolved, width
-from tests.algorithms.test_trace import Dense, joined, normal, rotated
+from tests.support.spectra import Dense, joined, normal, rotated
 
 F64 = torch.float64
 N = 400

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import fasthessian as fh
-from fasthessian.algorithms.density import Measured, smoothed
-from tests.krylov.test_lanczos import diagonal, outliers
-from tests.operators.torch_state.test_untouched import _restless, world
+from fasthessian.krylov.quadrature import Measured
+from fasthessian.krylov.smoothing import smoothed
 from tests.support.models import PROBLEMS, columns, refused
+from tests.support.spectra import diagonal, outliers
+from tests.support.untouched import restless, world
 
 # runs are cut short on purpose; test_each_shortfall_is_one_warning looks at what they say
 pytestmark = pytest.mark.filterwarnings("ignore::fasthessian.ConvergenceWarning")
@@ -237,7 +238,7 @@ def test_the_basis_is_freed_before_the_trace():
 
 
 def test_the_model_its_gradients_and_random_states_are_left_alone():
-    model, criterion, *batch = _restless()
+    model, criterion, *batch = restless()
     before = world(model, criterion)
     fh.spectrum(fh.Hessian(model, criterion, tuple(batch)), 2, max_matvecs=200)
     assert world(model, criterion) == before

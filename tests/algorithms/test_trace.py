@@ -6,39 +6,11 @@ import pytest
 import torch
 
 import fasthessian as fh
-from fasthessian.algorithms.intervals import Spread, student_t
+from fasthessian.krylov.intervals import Spread, student_t
+from tests.support.spectra import Dense, joined, normal, rotated
 
 F32, F64 = torch.float32, torch.float64
 pytestmark = pytest.mark.filterwarnings("ignore::fasthessian.ConvergenceWarning")
-
-
-class Dense(fh.SymmetricOperator):
-    """A matrix that multiplies a block of vectors at once."""
-
-    def __init__(self, M):
-        super().__init__(M.mv, len(M), dtype=M.dtype, check=False)
-        self.M = M
-
-    def _apply(self, V, out, trusted):
-        torch.mm(V, self.M, out=out)
-
-
-def normal(*shape, seed=0):
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
-
-
-def rotated(values, block=None, seed=0):
-    """These eigenvalues in a random basis, or in one whose vectors have ``block`` elements."""
-    values = torch.as_tensor(values, dtype=F64)
-    n = len(values)
-    block = block or n
-    sizes = [min(block, n - i) for i in range(0, n, block)]
-    Q = torch.block_diag(*(torch.linalg.qr(normal(b, b, seed=seed + b))[0] for b in sizes))
-    return (Q * values) @ Q.T
-
-
-def joined(*parts):
-    return torch.cat([torch.as_tensor(part, dtype=F64) for part in parts])
 
 
 def spiked(u):

@@ -6,7 +6,7 @@ import pytest
 
 from fasthessian.app.report import figures
 from fasthessian.app.report import result as report
-from tests.results.test_files import BLOCKS, MEAN, refused
+from tests.support.result_files import BLOCKS, MEAN, refused_file
 
 pytest.importorskip("matplotlib")
 
@@ -64,7 +64,7 @@ def test_the_undamaged_result_is_drawn(tmp_path):
 )
 def test_a_wrong_field_is_named_when_the_result_is_read(tmp_path, part, field, value, words):
     path = result(tmp_path / "result.json", part, field, value)
-    message = refused(report.read, path, words)
+    message = refused_file(report.read, path, words)
     assert f"the part {part!r} of the result is damaged" in message
 
 
@@ -108,12 +108,12 @@ def test_results_with_numbers_that_are_not_finite_are_drawn(tmp_path, part, fiel
 def test_texts_that_are_not_results(tmp_path, text, words):
     path = tmp_path / "result.json"
     path.write_bytes(text)
-    refused(report.read, path, words)
+    refused_file(report.read, path, words)
 
 
 def test_a_folder_is_not_a_result_but_may_hold_one(tmp_path):
     result(tmp_path / "result.json")
-    message = refused(report.read, tmp_path, " is a folder; give ")
+    message = refused_file(report.read, tmp_path, " is a folder; give ")
     assert report.read(message.partition("; give ")[2]).to_json()["format"] == report.FORMAT
 
 

@@ -1,9 +1,10 @@
-"""Every piece of advice in a message of the package is followed by a test that takes it.
+"""Every piece of advice in a message of the package has a test that follows it.
 
 The source is searched for texts that advise. Each must contain words of one row at least of
-``TAKEN``, or of the cases of test_advice_taken.py and test_advice_of_results.py, which run what
-the message advises. A message with new advice needs a row: words that stand in the source as they
-are here, without values in braces, and the test that does what they say, as "file::function".
+``TAKEN``, or of the cases of advice_of_operators.py and advice_of_results.py in tests/support,
+which test_advice_works.py runs. A message with new advice needs a row: words that stand in the
+source as they are here, without values in braces, and the test that does what they say, as
+"file::function".
 """
 
 import ast
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 
 import fasthessian
-from tests.house import test_advice_of_results, test_advice_taken
+from tests.support.advice_of_operators import CASES as OPERATORS
+from tests.support.advice_of_results import CASES as RESULTS
 
 ROOT = Path(fasthessian.__file__).parent
 TESTS = {path.name: path for path in Path(__file__).parents[1].rglob("test_*.py")}
@@ -30,18 +32,18 @@ ADVICE = re.compile(
     r"|\bway out\b|\bwould fit\b|\bmore cut the batches\b|\.(?:contiguous|to)\(\)"
 )
 
-MEMORY = "test_advice_of_results.py::test_a_basis_that_does_not_fit"
+MEMORY = "test_advice_works.py::test_a_basis_that_does_not_fit"
 FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
-INSTALLED = "test_advice.py::test_what_messages_ask_to_install_serves"
+INSTALLED = "test_advice.py::test_nothing_asks_to_install_what_is_installed"
 TAKEN = {
     "pass a criterion, or mode='train'":
-        "test_detectors.py::test_a_loss_in_training_only_is_told_of_training",
+        "test_detectors.py::test_a_model_with_a_loss_only_in_training_is_refused_in_eval_mode",
     "closure frees its graph":
-        "test_closure_accidents.py::test_an_optimizers_closure_leaves_gradients",
+        "test_closure_loss.py::test_a_closure_that_clears_gradients_leaves_them_as_they_were",
     "closure writes into ":
-        "test_closure_accidents.py::test_a_tensor_that_is_no_buffer_is_named_and_the_advice_works",
+        "test_closure_loss.py::test_a_closure_that_writes_into_a_tensor_is_warned_of_and_the_advice_works",
     "engine='difference' needs first ones only":
-        "test_formulas.py::test_what_has_no_formula_names_an_engine_that_serves",
+        "test_workarounds.py::test_a_function_without_a_workaround_names_an_engine_that_works",
     "; pass smaller batches":
         "test_checks_that_do_not_apply.py::test_a_batch_that_cannot_be_cut_into_microbatches_is_refused",
     "does not serve, a part of batch":
@@ -61,7 +63,7 @@ TAKEN = {
     "install a C++17 compiler, then reinstall ": INSTALLED,
     "Triton is not installed; pip install triton": INSTALLED,
     "; pip install -U triton": "test_machines.py::test_the_version_of_triton",
-    "); reinstall it": "test_machines.py::test_a_triton_of_ones_own_build_is_taken",
+    "); reinstall it": "test_machines.py::test_a_private_build_of_triton_is_accepted",
     "and finds none; put gcc on PATH": "test_machines.py::test_triton_needs_a_c_compiler",
     "serves CPU tensors only; unset it": "test_advice.py::test_an_interpreter_that_is_unset",
     ", update fasthessian": "test_result_files.py::test_the_undamaged_result_is_drawn",
@@ -96,7 +98,7 @@ TAKEN = {
     "takes no --data; use resnet20": "test_cli.py::test_resnet20_on_a_cifar_folder",
     "give the unpacked CIFAR folder": "test_cli.py::test_resnet20_on_a_cifar_folder",
 }  # fmt: skip
-CASES = {**test_advice_taken.CASES, **test_advice_of_results.CASES}
+CASES = {**OPERATORS, **RESULTS}
 
 
 def texts(tree):
@@ -134,19 +136,19 @@ def everything():
             yield from ((f"{name}:{line}", text) for line, text in advice(path.read_text()))
 
 
-def test_every_advice_is_followed_by_a_test():
+def test_every_piece_of_advice_has_a_test():
     rows = {**CASES, **TAKEN}
     missing = [f"{at}: {said}" for at, said in everything() if not any(row in said for row in rows)]
     assert not missing, "advice without a row in tests/house/test_advice.py:\n" + "\n".join(missing)
 
 
-def test_every_row_is_about_a_message():
+def test_every_row_belongs_to_a_message():
     said = [text for path in ROOT.rglob("*.py") for _, text in texts(ast.parse(path.read_text()))]
     stale = [row for row in {**CASES, **TAKEN} if not any(row in text for text in said)]
     assert not stale, f"no message of the package holds these words any more: {stale}"
 
 
-def test_every_test_that_is_named_exists():
+def test_every_named_test_exists():
     for row, place in TAKEN.items():
         name, _, function = place.partition("::")
         tree = ast.parse(TESTS[name].read_text())
@@ -163,11 +165,11 @@ def test_every_test_that_is_named_exists():
         ("def f():\n    'Use it, or pass x.'\n    raise ValueError('the use is unclear')", None),
     ],
 )  # fmt: skip
-def test_advice_is_told_from_other_texts(source, found):
+def test_advice_is_distinguished_from_other_texts(source, found):
     assert [text for _, text in advice(source)] == ([found] if found else [])
 
 
-def test_what_messages_ask_to_install_serves():
+def test_nothing_asks_to_install_what_is_installed():
     """Where a package or compiler is there, nothing asks for it."""
     from fasthessian import kernels
     from fasthessian.results import plots
@@ -184,9 +186,7 @@ def test_an_interpreter_that_is_unset(monkeypatch):
 
     from fasthessian.kernels.triton import backend as triton_backend
 
-    monkeypatch.delitem(
-        __import__("sys").modules, "fasthessian.kernels.triton.streams", raising=False
-    )
+    monkeypatch.delitem(__import__("sys").modules, "fasthessian.kernels.triton.rows", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(triton_backend, "_cannot_compile", lambda: None)
     monkeypatch.setenv("TRITON_INTERPRET", "1")

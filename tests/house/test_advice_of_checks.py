@@ -6,16 +6,17 @@ from torch import nn
 from torch.nn import functional as F
 
 import fasthessian as fh
-from tests.support.advised import CE, HALVES, Call, H, X, Y, detached, net
+from tests.support.advice_models import CE, HALVES, Call, H, X, Y, detached, net
 
 
 class Broken(fh.Hessian):
     """Products that the engine ``retained`` makes wrong, by ``wrong(V)``."""
 
-    def _apply(self, V, out, trusted):
-        super()._apply(V, out, trusted)
+    def _multiply(self, requests):
+        super()._multiply(requests)
         if self.engine.startswith("retained"):
-            out.add_(self.wrong(V))
+            for request in requests:
+                request.out.add_(self.wrong(request.V))
 
 
 @pytest.mark.parametrize(

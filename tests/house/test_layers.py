@@ -7,22 +7,22 @@ from pathlib import Path
 import pytest
 
 import fasthessian
-from tests.support import house
+from tests.support.house import HEIGHT, circles, imports, room
 
 ROOT = Path(fasthessian.__file__).parent
 LAZY = {"matplotlib", "click", "rich", "sklearn", "scipy", "triton", "pandas"}
-ARROWS = house.imports()
+ARROWS = imports()
 
 
 @pytest.mark.parametrize("name", [name for name in ARROWS if name])
 def test_imports_go_down(name):
-    own = house.HEIGHT[house.room(name)]
-    upwards = [other for other in ARROWS[name] if house.HEIGHT[house.room(other)] > own]
+    own = HEIGHT[room(name)]
+    upwards = [other for other in ARROWS[name] if HEIGHT[room(other)] > own]
     assert not upwards, f"{name} imports {upwards}, which lie above it"
 
 
-def test_no_module_knows_itself_in_a_circle():
-    assert house.circles(ARROWS) == []
+def test_no_imports_go_in_a_circle():
+    assert circles(ARROWS) == []
 
 
 def modules():
@@ -30,13 +30,13 @@ def modules():
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_file_fits_in_the_head(path):
+def test_a_module_has_at_most_330_lines(path):
     assert len(path.read_text().splitlines()) <= 330
 
 
 def test_every_room_has_a_floor():
-    assert {house.room(name) for name in ARROWS} == set(house.HEIGHT)
-    assert [name for name in ARROWS if name and not house.room(name)] == []
+    assert {room(name) for name in ARROWS} == set(HEIGHT)
+    assert [name for name in ARROWS if name and not room(name)] == []
 
 
 def test_import_loads_nothing_heavy():

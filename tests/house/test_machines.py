@@ -165,12 +165,12 @@ def doctor_with(tmp_path, triton):
     return done.stdout
 
 
-def test_a_triton_that_does_not_import_is_told(tmp_path):
+def test_a_triton_that_does_not_import_is_reported(tmp_path):
     told = doctor_with(tmp_path, "raise ImportError('libcuda.so.1: wrong ELF class')")
     assert "does not import (ImportError: libcuda.so.1: wrong ELF class)" in told
 
 
-def test_a_triton_of_ones_own_build_is_taken(tmp_path):
+def test_a_private_build_of_triton_is_accepted(tmp_path):
     assert "main" in doctor_with(tmp_path, "__version__ = 'main'")
 
 

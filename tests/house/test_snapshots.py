@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import messages, public_api
+from tests.support.messages import messages
+from tests.support.public_api import lines
 
 HERE = Path(__file__).parent
 
@@ -13,9 +14,9 @@ HERE = Path(__file__).parent
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="overloads are not kept before Python 3.11")
 def test_the_public_api_is_the_one_on_record():
     """After a change that is meant: python tests/support/public_api.py > the file."""
-    assert list(public_api.lines()) == (HERE / "public_api.txt").read_text().splitlines()
+    assert list(lines()) == (HERE / "public_api.txt").read_text().splitlines()
 
 
 def test_the_messages_are_those_on_record():
     """After a change that is meant: python tests/support/messages.py > the file."""
-    assert messages.messages() == (HERE / "messages.txt").read_text().splitlines()
+    assert messages() == (HERE / "messages.txt").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""What only a GPU shows: captured steps, waits of the host, streams, rows beyond 2^31."""
+"""What needs a GPU: captured steps, waits of the host, streams, rows of more than 2^31 numbers."""
 
 import pytest
 import torch
@@ -26,7 +26,10 @@ from tests.support.cuda_checks import (
 )
 from tests.support.models import PROBLEMS
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+]
 F32, CUDA = torch.float32, torch.device("cuda")
 each_problem = pytest.mark.parametrize("name", PROBLEMS)
 
@@ -42,12 +45,12 @@ def test_matrices_engines_and_blocks(name):
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_steps_wait_for_nothing(graph):
+def test_steps_do_not_wait_for_the_device(graph):
     check_quiet_steps(CUDA, graph)
 
 
 @pytest.mark.parametrize("basis", ["full", "compressed"])
-def test_captured_steps_are_the_eager_ones(basis):
+def test_captured_steps_equal_eager_ones(basis):
     check_captured(CUDA, basis)
 
 
@@ -57,7 +60,7 @@ def test_every_problem_is_captured(name):
     found = Lanczos(A, 12, seed=0)
     found.step()
     few = f"eager: {A.n} steps are too few to pay for a capture"
-    assert found.replay == ("captured" if A.n >= FEW else few)
+    assert found.graph == ("captured" if A.n >= FEW else few)
 
 
 def planted_error(count):
@@ -69,7 +72,7 @@ def test_a_failed_capture_falls_back(monkeypatch, plant):
     check_failed_capture(CUDA, monkeypatch, plant)
 
 
-def test_a_loss_of_the_users_that_is_still_alive():
+def test_a_loss_graph_of_the_user_that_is_still_alive():
     """Its graph keeps the parameters' gradient nodes on the default stream."""
     A = mlp(CUDA)
     model = A._loss.roots[0]
@@ -85,10 +88,10 @@ def test_class_weights_on_the_gpu_do_not_make_steps_wait():
     krylov.step()
     with no_waiting(CUDA):
         krylov.step()
-    assert krylov.replay == "captured"
+    assert krylov.graph == "captured"
 
 
-def test_an_offloaded_basis_is_the_full_one():
+def test_an_offloaded_basis_equals_the_full_one():
     A, options = mlp(CUDA), {"graph": False}
     same_steps(grown(A, basis="offload", **options), grown(A, **options))
     full, away = (fh.eigsh(A, 3, "LA", tol=1e-4, basis=b).values for b in ("full", "offload"))
@@ -106,7 +109,7 @@ def test_the_kept_graph_outlives_a_second_run():
     torch.cuda.empty_cache()
     while krylov.size < 30:
         krylov.step()
-    krylov.look(wait=True)
+    krylov.poll(wait=True)
     same_steps(krylov, grown(mlp(CUDA), graph=False))
 
 
@@ -130,7 +133,7 @@ def test_rows_longer_than_31_bits(backend):
     torch.cuda.empty_cache()
 
 
-def test_on_a_stream_of_the_callers():
+def test_on_the_callers_stream():
     want = fh.density(mlp(CUDA), steps=20).nodes
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -148,11 +151,11 @@ def test_on_a_second_device():
     assert torch.cuda.current_device() == 0
 
 
-def test_the_users_world_is_left_alone():
+def test_the_state_of_the_user_is_unchanged():
     check_unchanged(CUDA)
 
 
-def test_a_default_device_of_the_users():
+def test_a_default_device_that_the_user_set():
     """torch.set_default_device("cuda") moves what a factory makes without a device."""
     want = fh.eigsh(mlp(CUDA), 2, "LA").values
     with CUDA:

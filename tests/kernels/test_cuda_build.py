@@ -1,4 +1,4 @@
-"""What nvcc says of every kernel, for every chip: no spills, no stack, wide loads of V.
+"""What nvcc reports for every kernel and chip: no spills, no stack, wide loads of V.
 
 Needs nvcc but no GPU. Reports are kept in the system's temporary folder by a hash of the sources.
 """
@@ -24,7 +24,10 @@ UNITS = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
 STREAMING = ("project_kernel", "corrected_kernel", "update_kernel")  # V is their first argument
 REGISTERS = 65536  # of a multiprocessor, handed out eight to a thread at a time
 
-pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed"),
+]
 
 
 class Kernel(NamedTuple):
@@ -148,7 +151,7 @@ def test_every_kernel_of_the_sources_was_seen(built):
     assert all(name in seen for name in written), written
 
 
-@pytest.mark.parametrize("unit", [name for name in UNITS if name.startswith("stream_")])
+@pytest.mark.parametrize("unit", [name for name in UNITS if name.startswith("rows_")])
 def test_streaming_kernels_load_rows_16_bytes_at_a_time(built, unit):
     streaming = [k for k in built[unit] if k.name.startswith(STREAMING)]
     assert len(streaming) == len(STREAMING) * 4 * len(CHIPS)  # blocks of 1, 2, 4, 8 rows of W
@@ -211,7 +214,7 @@ def test_a_spilling_kernel_is_reported(tmp_path):
     assert any(re.search(r"stack_kernel sm_90: [1-9]\d* bytes of stack", line) for line in lines)
 
 
-def test_a_narrow_load_is_told_from_a_wide_one(tmp_path):
+def test_narrow_and_wide_loads_are_distinguished(tmp_path):
     (tmp_path / "loads.cu").write_text(LOADS)
     found = {k.name: k.loads_of_first_argument() for k in kernels(tmp_path / "loads.cu", (90,))}
     assert set(found["wide_kernel"]) == {16} and set(found["narrow_kernel"]) == {4}, found

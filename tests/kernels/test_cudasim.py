@@ -28,11 +28,14 @@ PLAIN = ("-O1",)
 TSAN = ("-O1", "-fsanitize=thread")
 # at -O1 g++ takes twice as long over these two
 ASAN = ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-CASES = ("f32", "f64", "f16", "mixed", "recur", "softmax", "streams")  # of driver.cpp
+CASES = ("f32", "f64", "f16", "mixed", "recur", "softmax", "vectors")  # of driver.cpp
 SEEDS = range(5)
 POOL = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
+]
 
 
 def call(*command, **options):
@@ -131,7 +134,7 @@ def line_of(mark):
 
 
 @pytest.mark.parametrize("name", ["reversed", "reused", "neighbours"])
-def test_a_missing_barrier_is_a_wrong_answer_for_some_seed(program, name):
+def test_a_missing_barrier_gives_a_wrong_answer_for_some_seed(program, name):
     planted = program("planted", PLAIN)
     right = {execute(planted, f"{name}-right", seed).stdout for seed in SEEDS}
     found = {execute(planted, name, seed).stdout for seed in SEEDS}
@@ -187,7 +190,7 @@ def test_right_kernels_are_clean(program, flags, name):
 def test_the_kernels_are_clean(program, flags):
     driver = program("driver", flags)
     # threads race alike for all types; what lies out of bounds or misaligned differs
-    cases = ("f32", "f16", "recur", "softmax", "streams") if flags == TSAN else CASES
+    cases = ("f32", "f16", "recur", "softmax", "vectors") if flags == TSAN else CASES
     cases = [(seed, case) for case in cases for seed in ((1, 2) if flags == PLAIN else (1,))]
     for case, run in zip(cases, POOL.map(lambda c: execute(driver, *c), cases), strict=True):
         assert run.returncode == 0 and run.stdout == "ok\n", (case, run.stdout, run.stderr[:4000])
@@ -195,7 +198,7 @@ def test_the_kernels_are_clean(program, flags):
 
 BARRIER = "__syncthreads();"
 # of driver.cpp, by where the barrier is
-CASE = {"recur.cu": "recur", "softmax.cu": "softmax", "streams.cu": "streams", "pack.cu": "streams"}
+CASE = {"recur.cu": "recur", "softmax.cu": "softmax", "random.cu": "vectors", "pack.cu": "vectors"}
 
 
 def barriers():
@@ -216,7 +219,7 @@ def noticed(folder, name, start, instead=";"):
     path = csrc / "cuda" / name
     text = path.read_text()
     path.write_text(text[:start] + instead + text[start + len(BARRIER) :])
-    unit = csrc / "cuda" / (name if name.endswith(".cu") else "stream_f32.cu")
+    unit = csrc / "cuda" / (name if name.endswith(".cu") else "rows_f32.cu")
     case = CASE.get(name, "f32")
     for flags, sign in ((PLAIN, "wrong: .*"), (TSAN, "ThreadSanitizer: data race")):
         target = csrc / f"driver{len(flags)}"
@@ -250,7 +253,7 @@ def test_a_removed_barrier_is_noticed(removals, name, start):
     print(found)
 
 
-def test_no_removed_barrier_is_noticed_where_none_is_removed(removals):
+def test_nothing_is_noticed_where_no_barrier_is_removed(removals):
     assert removals["none"].result() is None
 
 

@@ -1,6 +1,5 @@
-"""``make gpu`` without a GPU: its parts, its verdicts, and the bodies of test_cuda.py on a CPU."""
+"""``make gpu`` without a GPU: its parts, their outcomes, and the checks of test_cuda.py."""
 
-import importlib
 import json
 import os
 import subprocess
@@ -11,12 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench.gpu import run as gpu
 from fasthessian import kernels
-from tests.support import cuda_checks
+from tests.support.cuda_checks import (
+    check_captured,
+    check_curvatures,
+    check_failed_capture,
+    check_launches,
+    check_long_logits,
+    check_long_rows,
+    check_problem,
+    check_quiet_steps,
+    check_unchanged,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.append(str(ROOT / "bench"))
-gpu = importlib.import_module("gpu")
 CPU = torch.device("cpu")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="here it would be no rehearsal")
 
@@ -71,13 +79,25 @@ def test_time_is_kept_back_for_what_must_run(tmp_path):
     assert gpu.carry_out(parts[2], 1, tmp_path).state == "NO TIME"
 
 
+def test_the_copy_holds_every_module(tmp_path):
+    """Files are compared: an installed package could stand in for a module that is not copied."""
+    copy = tmp_path / "tree"
+    gpu.copy_tree(ROOT, copy, "*.so")
+    for folder in ("fasthessian", "tests", "bench"):
+        wanted, found = (
+            {path.relative_to(tree / folder) for path in (tree / folder).rglob("*.py")}
+            for tree in (ROOT, copy)
+        )
+        assert found == wanted
+
+
 @without_gpu
 def test_rehearsal():
     before = sorted((ROOT / "bench" / "results").glob("*"))
     env = {key: value for key, value in os.environ.items() if key != "OUT"}
     left_out = "build,on the gpu,conformance triton,sanitizer,suite"
-    command = [sys.executable, str(ROOT / "bench" / "gpu.py"), "--without", left_out]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    command = [sys.executable, "-m", "bench.gpu.run", "--without", left_out]
+    run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-4000:] + run.stderr[-2000:]
     for words in ("lanczos: ok", "(rehearsal: no GPU here)", "REHEARSAL", "pack 65 tensors",
                   "softmax curvature of 50257", "replay eager: cpu has no CUDA graphs",
@@ -89,7 +109,7 @@ def test_rehearsal():
 
 def test_tuning_checks_and_times_every_candidate(tmp_path):
     pytest.importorskip("triton")
-    command = [sys.executable, "bench/gpu_tune.py", "--device", "cpu", "--n", "300", "--k", "3"]
+    command = [sys.executable, "-m", "bench.gpu.tune", "--device", "cpu", "--n", "300", "--k", "3"]
     command += ["--blocks", "2", "--registers", "80", "168", "--repeats", "1"]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(
@@ -104,7 +124,7 @@ def test_tuning_checks_and_times_every_candidate(tmp_path):
     assert [row["what"] for row in rows] == names
 
 
-def test_the_parts_on_a_gpu_are_those_rehearsed(tmp_path):
+def test_the_rehearsed_parts_are_those_of_a_gpu(tmp_path):
     facts = {"gpu": True, "capability": "90", "nvcc": "some"}
     real, rehearsed = (gpu.parts_of(tmp_path, f, set()) for f in (facts, {"gpu": False}))
     assert [p.name for p in real] == [p.name for p in rehearsed]
@@ -121,22 +141,22 @@ def test_the_parts_on_a_gpu_are_those_rehearsed(tmp_path):
 
 @pytest.mark.parametrize("name", ["mlp", "pinn", "logistic"])
 def test_problem_body(name):
-    cuda_checks.check_problem(name, CPU)
+    check_problem(name, CPU)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
 def test_curvatures_body(name):
-    cuda_checks.check_curvatures(name, CPU)
+    check_curvatures(name, CPU)
 
 
 @pytest.mark.parametrize("graph", [True, False])
 def test_quiet_body(graph):
-    cuda_checks.check_quiet_steps(CPU, graph)
+    check_quiet_steps(CPU, graph)
 
 
 @pytest.mark.parametrize("basis", ["full", "compressed"])
 def test_captured_body(basis):
-    cuda_checks.check_captured(CPU, basis)
+    check_captured(CPU, basis)
 
 
 def planted(count):
@@ -144,10 +164,10 @@ def planted(count):
 
 
 def test_other_bodies(monkeypatch):
-    cuda_checks.check_failed_capture(CPU, monkeypatch, planted)
-    cuda_checks.check_unchanged(CPU)
-    cuda_checks.check_launches(CPU, None)
+    check_failed_capture(CPU, monkeypatch, planted)
+    check_unchanged(CPU)
+    check_launches(CPU, None)
     for name in kernels.AUTOMATIC["cpu"]:
         if kernels.BACKENDS[name].unavailable("cpu") is None:
-            cuda_checks.check_long_rows(kernels.BACKENDS[name], CPU, 4096 + 64)
-            cuda_checks.check_long_logits(kernels.BACKENDS[name], CPU, 67, 100)
+            check_long_rows(kernels.BACKENDS[name], CPU, 4096 + 64)
+            check_long_logits(kernels.BACKENDS[name], CPU, 67, 100)

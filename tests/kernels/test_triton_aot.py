@@ -21,9 +21,12 @@ import torch
 from fasthessian.kernels.contract import FLOATS, STORED
 from fasthessian.kernels.triton.tiles import BOTH, DOTS, UPDATE, tile
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None, reason="Triton is not installed"
+    ),
+]
 TARGETS = ("sm_90", "sm_80", "sm_100", "gfx942")
 PLAIN = r'("H": .*"project"|"S": false, "append": false)'
 SUBSET = "|".join((
@@ -43,7 +46,7 @@ REGISTERS = 65536  # of a multiprocessor; a CDNA3 compute unit has twice as many
 @functools.cache
 def compiled(*arguments):
     """The reports of tests/support/triton_aot.py, one a kernel."""
-    script = Path(__file__).with_name("triton_aot.py")
+    script = Path(__file__).parents[1] / "support/triton_aot.py"
     run = subprocess.run(
         [sys.executable, str(script), *arguments], capture_output=True, text=True,
         env={**os.environ, "TRITON_INTERPRET": "0"},

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from fasthessian.kernels import reference
-from tests.kernels.test_kernels import F32, F64, ids, rows
+from tests.support.kernel_cases import F32, F64, each_backend, rows
 
 
-@ids
+@each_backend
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("n", [0, 1, 127, 128, 129, 10007])
 @pytest.mark.parametrize("offset", [0, 1, 31, 128, 1000003, 2**40 + 5])
@@ -21,7 +21,7 @@ def test_random_streams_match_the_reference(row, dtype, n, offset):
     torch.testing.assert_close(normal.cpu(), want, rtol=4 * torch.finfo(dtype).eps, atol=1e-14)
 
 
-@ids
+@each_backend
 def test_random_streams_are_pieces_of_one_stream(row):
     for fill in (row.module().normal_, row.module().signs_):
         whole = fill(torch.empty(1000, device=row.device), 5, 0)
@@ -39,7 +39,7 @@ def test_philox_known_answers():
     assert words.tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]
 
 
-@ids
+@each_backend
 def test_random_streams_have_the_right_moments(row):
     n = 200_000
     x = row.module().normal_(torch.empty(n, dtype=F64, device=row.device), 11).cpu()
@@ -53,7 +53,7 @@ def test_random_streams_have_the_right_moments(row):
     assert abs((s[1:] * s[:-1]).mean().item()) < 5 / n**0.5
 
 
-@ids
+@each_backend
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.5])
 def test_pack(row, dtype, beta):

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import fasthessian as fh
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from fasthessian.vectors import Layout
 from tests.support.models import refused
 
@@ -41,8 +43,10 @@ def test_vectors(A: fh.SymmetricOperator) -> None:
         (good, torch.ones(2, 16)[:, ::2], r"out must have contiguous rows.*strides \(16, 2\)"),
         (torch.ones(8, 2).T, good, r"V must have contiguous rows"),
     ):
-        refused(lambda V=V, out=out: A.apply(V, out), ValueError, words)
-    refused(lambda: A.apply(good, good.double()), TypeError, "out must be torch.float32")
+        refused(lambda V=V, out=out: multiply([Request(A, V, out)]), ValueError, words)
+    refused(
+        lambda: multiply([Request(A, good, good.double())]), TypeError, "out must be torch.float32"
+    )
     assert A.matvecs == 0
 
 

@@ -241,7 +241,7 @@ def test_complex_outputs():
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
-def test_dtypes_that_cannot_serve_and_the_way_out():
+def test_dtypes_that_are_not_supported_and_the_way_out():
     model, criterion, data = problem("fourier", torch.float32)
     model.double()  # which leaves complex parameters as they are
     made = model, criterion, (data[0].double(), data[1])

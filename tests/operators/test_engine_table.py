@@ -186,7 +186,7 @@ def test_the_model_is_left_as_it_was(engine: str) -> None:
         assert torch.equal(random, torch.get_rng_state())
 
 
-def test_what_an_engine_cannot_serve_is_one_clear_line() -> None:
+def test_what_an_engine_does_not_support_is_one_clear_line() -> None:
     w = torch.ones(3, requires_grad=True)
     refused(
         lambda: fh.Hessian.from_closure(lambda: w.pow(3).sum(), [w], engine="forward"),
@@ -239,7 +239,7 @@ class Cubic(nn.Module):
 
 
 @pytest.mark.parametrize("engine", ["retained", "recompute", "auto"])
-def test_an_operation_without_second_derivative_names_the_engine_that_serves(engine: str) -> None:
+def test_an_operation_without_second_derivative_names_an_engine_that_works(engine: str) -> None:
     _, criterion, data = PROBLEMS["mlp"].make()
     torch.manual_seed(0)
     model = Cubic(Cube.apply).double()

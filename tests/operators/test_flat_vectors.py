@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 import fasthessian as fh
 from fasthessian import kernels
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from fasthessian.vectors import Layout, empty_rows
 from tests.support.models import PROBLEMS
 
@@ -45,7 +47,7 @@ def test_rows_start_on_cache_lines_and_not_a_page_apart(n: int, dtype: torch.dty
     assert all(row.data_ptr() % 64 == 0 for row in V)
 
 
-def test_apply_writes_strided_rows_and_nothing_else() -> None:
+def test_a_request_writes_strided_rows_and_nothing_else() -> None:
     made = PROBLEMS["mlp"].make()
     A = PROBLEMS["mlp"].operator(*made)
     n = A.n
@@ -54,7 +56,7 @@ def test_apply_writes_strided_rows_and_nothing_else() -> None:
     for row in source:
         kernels.reference.normal_(row[1 : n + 1], 2)
     kept = source.clone()
-    A.apply(source[::2, 1 : n + 1], store[1:3, 2 : n + 2])
+    multiply([Request(A, source[::2, 1 : n + 1], store[1:3, 2 : n + 2])])
     assert torch.equal(store[1:3, 2 : n + 2], A @ source[::2, 1 : n + 1])
     store[1:3, 2 : n + 2] = 5.0
     assert bool((store == 5.0).all()) and torch.equal(source, kept)
@@ -69,7 +71,7 @@ def _symmetric(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 2, 37])
-def test_a_callable_serves_vectors_blocks_and_apply(n: int, dtype: torch.dtype) -> None:
+def test_a_callable_multiplies_vectors_blocks_and_requests(n: int, dtype: torch.dtype) -> None:
     M = _symmetric(n, dtype)
     A = fh.SymmetricOperator(lambda v: M @ v, n, dtype=dtype)
     v = torch.arange(2.0 * n, dtype=dtype).view(2, n)
@@ -78,7 +80,7 @@ def test_a_callable_serves_vectors_blocks_and_apply(n: int, dtype: torch.dtype) 
     torch.testing.assert_close(A @ v, v @ M, **tolerance)
     torch.testing.assert_close(A @ v.T.contiguous().T, v @ M, **tolerance)
     out = torch.empty_like(v)
-    A.apply(v, out)
+    multiply([Request(A, v, out)])
     torch.testing.assert_close(out, v @ M, **tolerance)
     assert A.matvecs == 7
 
@@ -126,12 +128,12 @@ def test_a_matvec_that_differentiates_works_under_no_grad() -> None:
     assert Hv.tolist() == [6.0, 12.0] and not Hv.requires_grad
 
 
-def test_callables_serve_tensors_made_under_inference_mode() -> None:
+def test_callables_multiply_tensors_made_under_inference_mode() -> None:
     M = _symmetric(4)
     A = fh.SymmetricOperator(lambda v: M @ v, 4, dtype=torch.float64)
     with torch.inference_mode():
         V, out = torch.eye(4, dtype=torch.float64), torch.zeros(4, 4, dtype=torch.float64)
-        A.apply(V, out)
+        multiply([Request(A, V, out)])
         assert torch.equal(out, M) and torch.equal(A @ V, M)
 
 

@@ -101,7 +101,7 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
-def test_what_it_cannot_serve_is_one_clear_line():
+def test_what_gauss_newton_does_not_support_is_one_clear_line():
     model, criterion, data = PROBLEMS["mlp"].make()
     refused(
         lambda: fh.GaussNewton(model, None, data), TypeError,

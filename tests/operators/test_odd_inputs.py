@@ -1,4 +1,4 @@
-"""Inputs that real users have and that a first version gets wrong or answers with a traceback."""
+"""Unusual inputs of real users, which a simple implementation gets wrong or fails on."""
 
 import os
 import subprocess
@@ -78,7 +78,7 @@ def test_a_loader_may_yield_missing_values_and_empty_tensors():
         ({"sparse": True}, "set its sparse to False"),
     ],
 )
-def test_embeddings_that_cannot_serve_say_so_and_stay_untouched(options, message):
+def test_embeddings_that_are_not_supported_say_so_and_stay_untouched(options, message):
     model = nn.Sequential(nn.Embedding(4, 3, **options), nn.Flatten(), nn.Linear(6, 2))
     before = model[0].weight.clone()
     data = torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1])

@@ -1,4 +1,4 @@
-"""An operator checks itself, and survives a lack of memory without keeping any."""
+"""An operator checks itself, and after a lack of memory it works on and holds no memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import gc
 import os
 import subprocess
 import sys
-import weakref
 from typing import Any
 
 import pytest
@@ -15,11 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasthessian as fh
-from tests.support.models import PROBLEMS, refused
+from tests.support.models import CURVATURES, PROBLEMS, each_curvature, refused
+from tests.support.out_of_memory import Hungry
 
 F32, F64 = torch.float32, torch.float64
-CURVATURES = (fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher, fh.Fisher)
-each_curvature = pytest.mark.parametrize("curvature", CURVATURES)
 
 
 class Lying:
@@ -79,7 +77,7 @@ def test_good_problems_pass_their_check(name: str, dtype: torch.dtype) -> None:
         assert B.matvecs == 0
 
 
-def test_kinks_are_told_from_wrong_derivatives() -> None:
+def test_kinks_are_distinguished_from_wrong_derivatives() -> None:
     torch.manual_seed(0)
     relu = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(30, 30), nn.ReLU())))
     x, y = torch.randn(200, 30), torch.randn(200, 30)
@@ -133,37 +131,6 @@ def test_a_wrong_problem_fails_its_check(dtype: torch.dtype) -> None:
 
 
 # Memory
-
-
-class Hungry(nn.Module):
-    """Asks for 4 PiB in its forward or in the derivative of its backward, when told to."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner, self.when, self.seen = inner, "never", []
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = torch.tanh(self.inner(x))
-        self.seen.append(weakref.ref(out))
-        if self.when == "forward":
-            torch.empty(1 << 50)
-        return Eater.apply(out, self) * out
-
-
-class Eater(torch.autograd.Function):
-    """x^2, by a backward that may run out of memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, owner: Hungry) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.owner = owner
-        return x * x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        if ctx.owner.when == "backward":
-            torch.empty(1 << 50)
-        return 2 * grad * ctx.saved_tensors[0], None
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])

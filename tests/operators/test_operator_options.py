@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 import fasthessian as fh
 from tests.support.models import (
+    CURVATURES,
     EACH_ENGINE,
     PROBLEMS,
     columns,
     dense,
+    each_curvature,
     error,
     gauss_newton,
     mismatch,
@@ -23,8 +25,6 @@ from tests.support.models import (
 )
 
 F32, F64 = torch.float32, torch.float64
-CURVATURES = (fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher, fh.Fisher)
-each_curvature = pytest.mark.parametrize("curvature", CURVATURES)
 each_engine = pytest.mark.parametrize("engine", EACH_ENGINE)
 
 
@@ -219,7 +219,7 @@ def test_rounding_of_a_loss_in_bfloat16_is_no_coupling() -> None:
 
 @each_curvature
 @pytest.mark.parametrize("name", ["mlp", "cnn", "transformer"])
-def test_bf16_products_are_within_the_error_that_the_engine_tells(
+def test_bf16_products_are_within_the_error_that_the_engine_states(
     name: str, curvature: Any
 ) -> None:
     model, criterion, data = PROBLEMS[name].make(F32)
@@ -237,7 +237,7 @@ def test_bf16_products_are_within_the_error_that_the_engine_tells(
     assert all(p.dtype is F32 for p in model.parameters())
 
 
-def test_precisions_that_cannot_serve_are_one_clear_line() -> None:
+def test_precisions_that_are_not_supported_are_one_clear_line() -> None:
     made = PROBLEMS["mlp"].make(F32)
     for curvature in CURVATURES:
         refused(lambda c=curvature: c(*made, precision="tf32"), ValueError, "tf32")
@@ -294,7 +294,7 @@ class Functional(Forces):
         return torch.func.grad(lambda x: self.energy(x).sum())(x)
 
 
-def test_a_model_that_uses_torch_func_inside_is_served() -> None:
+def test_a_model_that_uses_torch_func_inside_is_supported() -> None:
     torch.manual_seed(0)
     data = torch.randn(6, 4, dtype=F64), torch.randn(6, 4, dtype=F64)
     plain, functional = Forces(), Functional()

@@ -79,7 +79,7 @@ def test_gradient_and_loss_equal_plain_torch(name: str) -> None:
 
 
 @each_engine
-def test_loss_at_an_offset_leaves_parameters_and_graphs_alone(engine: str) -> None:
+def test_loss_at_an_offset_leaves_parameters_and_graphs_unchanged(engine: str) -> None:
     model, criterion, (x, y) = PROBLEMS["cnn"].make(torch.float32)
     A = fh.Hessian(model, criterion, (x, y), engine=engine)
     v = kernels.reference.normal_(torch.empty(A.n), 1)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gc
 import warnings
-import weakref
-from typing import ClassVar
 
 import pytest
 import torch
@@ -14,34 +12,21 @@ from torch import Tensor, nn
 from fasthessian.pyhessian import hessian, hessian_vector_product
 from tests.support.pyhessian_cases import (
     ByHand,
+    Marked,
+    MarkedModel,
+    Partly,
     assert_top,
     batches,
     cross_entropy,
     dense,
     mean_loss_hessian,
+    mean_output,
     mlp,
     quick_trace,
 )
 
 # torch warns scripts that call backward(create_graph=True), as `ByHand` does
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward")
-
-
-class Partly(nn.Module):
-    """A curved layer, a bias that enters linearly, and a layer that the output does not use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.used = nn.Linear(4, 3)
-        self.shift = nn.Parameter(torch.zeros(3))
-        self.unused = nn.Linear(4, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(self.used(x)).pow(2).sum(1) + self.shift.sum()
-
-
-def mean_output(outputs: Tensor, targets: Tensor) -> Tensor:
-    return outputs.mean()
 
 
 @pytest.mark.parametrize("mode", ["data", "dataloader"])
@@ -188,33 +173,6 @@ def test_C8_default_cuda_without_cuda_warns_once(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         hessian(model, cross_entropy, data=data, cuda="cuda:0").eigenvalues()
-
-
-class Token:
-    """An object that a graph node refers to, to see when the node is freed."""
-
-
-class Marked(torch.autograd.Function):
-    tokens: ClassVar[list[weakref.ref]] = []
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.token = Token()
-        Marked.tokens.append(weakref.ref(ctx.token))
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, g):
-        return 1.0 * g
-
-
-class MarkedModel(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.net = mlp()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return Marked.apply(self.net(x))
 
 
 @pytest.mark.parametrize("mode", ["data", "dataloader", "layer"])

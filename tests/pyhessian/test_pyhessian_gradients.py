@@ -10,13 +10,16 @@ from torch import nn
 
 import fasthessian as fh
 from fasthessian.pyhessian import get_params_grad, group_add, hessian, hessian_vector_product
-from tests.pyhessian.test_pyhessian_crashes import Marked, MarkedModel, Partly, mean_output
 from tests.support.pyhessian_cases import (
+    Marked,
+    MarkedModel,
+    Partly,
     assert_top,
     batches,
     by_magnitude,
     cross_entropy,
     mean_loss_hessian,
+    mean_output,
     mlp,
 )
 

@@ -79,7 +79,7 @@ def in_a_process(code: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_script_written_for_pyhessian_runs_unchanged(tmp_path):
-    script = Path(__file__).parents[1] / "support" / "pyhessian_script.py"
+    script = Path(__file__).parents[1] / "support/script_for_pyhessian.py"
     result = in_a_process(
         "import fasthessian.pyhessian, runpy; fasthessian.pyhessian.install(); "
         f"runpy.run_path({str(script)!r}, run_name='__main__')",

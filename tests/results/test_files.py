@@ -12,7 +12,6 @@ import pytest
 import torch
 
 import fasthessian as fh
-from fasthessian.errors import Refusal
 from fasthessian.operators.checks import Check
 from fasthessian.results.record import Record
 from fasthessian.results.records import (
@@ -22,14 +21,12 @@ from fasthessian.results.records import (
     Estimate,
     Landscape,
 )
+from tests.support.result_files import BLOCKS, MEAN, refused_file
 
 pytest.importorskip("matplotlib")
 
 PAIRS = {"converged": True, "matvecs": 1, "graph": ""}
 ARRAYS = {"values": np.ones(2), "vectors": np.ones((2, 3), np.float32), "residuals": np.ones(2)}
-MEAN = {"value": 1.0, "stderr": 0.1, "interval": [0.5, 1.5], "confidence": 0.95, "matvecs": 2,
-        "converged": False}  # fmt: skip
-BLOCKS = {name: np.ones(2) for name in ("sizes", "values", "residuals", "traces", "errors")}
 
 
 def saved(path, kind, scalars, arrays, text=None, write=np.savez):
@@ -40,17 +37,7 @@ def saved(path, kind, scalars, arrays, text=None, write=np.savez):
     return path
 
 
-def refused(load, path, *words):
-    """The message of a file that is refused, in one line, by an error that was foreseen."""
-    with pytest.raises(ValueError) as info:
-        load(path)
-    message = str(info.value)
-    assert isinstance(info.value, Refusal) and "\n" not in message and str(path) in message
-    assert all(word in message for word in words), message
-    return message
-
-
-def test_the_undamaged_files_are_records(tmp_path):
+def test_the_pattern_of_these_tests_is_a_record(tmp_path):
     saved(tmp_path / "a", Eigenpairs, PAIRS, ARRAYS)
     assert Eigenpairs.load(tmp_path / "a").vectors.shape == (2, 3)
     saved(tmp_path / "b", Estimate, MEAN, {"samples": np.ones(3)})
@@ -74,7 +61,7 @@ def test_the_undamaged_files_are_records(tmp_path):
     ],
 )
 def test_scalars_of_the_wrong_type(tmp_path, scalars, words):
-    refused(Eigenpairs.load, saved(tmp_path / "a", Eigenpairs, PAIRS | scalars, ARRAYS), words)
+    refused_file(Eigenpairs.load, saved(tmp_path / "a", Eigenpairs, PAIRS | scalars, ARRAYS), words)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +79,7 @@ def test_scalars_of_the_wrong_type(tmp_path, scalars, words):
 )
 def test_numbers_out_of_range(tmp_path, scalars, words):
     path = saved(tmp_path / "a", Estimate, MEAN | scalars, {"samples": np.ones(3)})
-    refused(Estimate.load, path, words)
+    refused_file(Estimate.load, path, words)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +98,7 @@ def test_numbers_out_of_range(tmp_path, scalars, words):
     ],
 )  # fmt: skip
 def test_arrays_of_the_wrong_dtype_or_shape(tmp_path, arrays, words):
-    refused(Eigenpairs.load, saved(tmp_path / "a", Eigenpairs, PAIRS, ARRAYS | arrays), words)
+    refused_file(Eigenpairs.load, saved(tmp_path / "a", Eigenpairs, PAIRS, ARRAYS | arrays), words)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +112,7 @@ def test_arrays_of_the_wrong_dtype_or_shape(tmp_path, arrays, words):
 )
 def test_lists_of_names(tmp_path, names, arrays, words):
     path = saved(tmp_path / "a", BlockSpectra, {"names": names}, BLOCKS | arrays)
-    refused(BlockSpectra.load, path, words)
+    refused_file(BlockSpectra.load, path, words)
 
 
 def test_rules_hold_within_a_record_of_records(tmp_path):
@@ -141,11 +128,13 @@ def test_rules_hold_within_a_record_of_records(tmp_path):
         ({"top.values": np.ones((1, 1))}, "top.values must be float64 of shape (k,)"),
     ):
         text = json.dumps(header)
-        refused(kind.load, saved(tmp_path / "b", kind, {}, arrays | change, text=text), words)
+        refused_file(kind.load, saved(tmp_path / "b", kind, {}, arrays | change, text=text), words)
     for part in (3, None, {"record": "Estimate", "scalars": {}}, {"record": "Eigenpairs"}):
         header["scalars"]["top"] = part
         text = json.dumps(header)
-        refused(kind.load, saved(tmp_path / "b", kind, {}, arrays, text=text), "not a Eigenpairs")
+        refused_file(
+            kind.load, saved(tmp_path / "b", kind, {}, arrays, text=text), "not a Eigenpairs"
+        )
 
 
 @pytest.mark.parametrize(
@@ -160,8 +149,8 @@ def test_rules_hold_within_a_record_of_records(tmp_path):
         ('{"record": "Eigenpairs", "scalars": {"matvecs": 1e400}}', "1e400 is above the largest"),
     ],
 )
-def test_headers_that_are_not_records(tmp_path, text, words):
-    refused(Eigenpairs.load, saved(tmp_path / "a", Eigenpairs, {}, ARRAYS, text=text), words)
+def test_headers_that_are_none(tmp_path, text, words):
+    refused_file(Eigenpairs.load, saved(tmp_path / "a", Eigenpairs, {}, ARRAYS, text=text), words)
 
 
 def member(shape, descr="<f8"):
@@ -222,21 +211,21 @@ def test_a_member_that_declares_what_it_does_not_have(tmp_path):
     for shape in ((3,), (1 << 60,), (-2,), ()):
         members = {"values.npy": [member(shape), bytes(16)]}
         path = zipped(tmp_path / "a", members, zipfile.ZIP_STORED)
-        refused(Eigenpairs.load, path, f"values, float64 of shape {shape}", "its member has")
+        refused_file(Eigenpairs.load, path, f"values, float64 of shape {shape}", "its member has")
 
 
 def test_other_zip_files_are_refused(tmp_path):
     path = tmp_path / "a"
-    refused(Eigenpairs.load, zipped(path, {"values.npy": [b"text"]}), "magic string")
-    refused(Eigenpairs.load, zipped(path, {}, zipfile.ZIP_LZMA), "must be stored or deflated")
+    refused_file(Eigenpairs.load, zipped(path, {"values.npy": [b"text"]}), "magic string")
+    refused_file(Eigenpairs.load, zipped(path, {}, zipfile.ZIP_LZMA), "must be stored or deflated")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("notes.txt", "text")
-    refused(Eigenpairs.load, path, "it has no member '__record__'")
+    refused_file(Eigenpairs.load, path, "it has no member '__record__'")
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("values.npy", "one")
         archive.writestr("values", "two")
-    refused(Eigenpairs.load, path, "a member appears twice")
-    refused(Eigenpairs.load, tmp_path, "Is a directory")
+    refused_file(Eigenpairs.load, path, "a member appears twice")
+    refused_file(Eigenpairs.load, tmp_path, "Is a directory")
 
 
 def test_every_field_of_every_record_has_a_declaration_that_is_understood():

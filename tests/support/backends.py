@@ -36,9 +36,9 @@ class Row:
 
 @functools.cache
 def _simulated() -> ModuleType:
-    from tests.support import simulated
+    from tests.support.simulated import load
 
-    return simulated.load()
+    return load()
 
 
 def _rows() -> list[Row]:

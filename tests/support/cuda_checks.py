@@ -1,17 +1,14 @@
-"""The bodies of test_cuda.py as functions of a device: test_gpu_rehearsal.py runs them on a CPU."""
-
-import sys
-from pathlib import Path
+"""The checks of test_cuda.py as functions of a device; test_gpu_rehearsal.py runs them on a CPU."""
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fasthessian as fh
+from bench.gpu.meter import no_waiting, per_step
 from fasthessian.krylov.lanczos import Lanczos
-from tests.krylov.test_deferred_steps import NothingReadBack
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from tests.support.models import PROBLEMS
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))
-from gpu_meter import no_waiting, per_step
 
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 
@@ -51,7 +48,7 @@ def grown(A, steps=30, **options):
     krylov = Lanczos(A, steps, seed=0, deferred=True, **options)
     while krylov.size < steps:
         krylov.step()
-    krylov.look(wait=True)
+    krylov.poll(wait=True)
     return krylov
 
 
@@ -61,8 +58,8 @@ def expected_words(device):
 
 def same_steps(found, expected):
     """To rounding, which Lanczos amplifies: the first rows of T, and the outermost Ritz values."""
-    scale = float(expected.T.abs().max())
-    assert float((found.T - expected.T)[:8, :8].abs().max()) < 1e-3 * scale
+    scale = float(expected.state.T.abs().max())
+    assert float((found.state.T - expected.state.T)[:8, :8].abs().max()) < 1e-3 * scale
     ends = [krylov.ritz()[0][[0, -3, -2, -1]] for krylov in (found, expected)]
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3 * scale)
 
@@ -99,20 +96,20 @@ def check_quiet_steps(device, graph):
     with quiet:
         for _ in range(10):
             krylov.step()
-        krylov.look(wait=False)
-    assert krylov.replay == (expected_words(device) if graph else "eager: graph=False")
+        krylov.poll(wait=False)
+    assert krylov.graph == (expected_words(device) if graph else "eager: graph=False")
 
 
 def check_captured(device, basis):
     A = mlp(device)
     found = grown(A, basis=basis)
-    assert found.replay == expected_words(device) and A.matvecs == 30
+    assert found.graph == expected_words(device) and A.matvecs == 30
     same_steps(found, grown(mlp(device), basis=basis, graph=False))
     found.restart(torch.arange(5))  # the counter goes back with it
     while found.size < 20:
         found.step()
-    found.look(wait=True)
-    V = found.basis.rows(20).double()
+    found.poll(wait=True)
+    V = found.state.basis.rows(20).double()
     bound = 1e-6 if basis == "full" else 1e-3
     assert float((V @ V.T - torch.eye(20, device=device)).abs().max()) < bound
 
@@ -133,7 +130,7 @@ def check_failed_capture(device, monkeypatch, plant):
     before = torch.cuda.current_stream() if device.type == "cuda" else None
     found = grown(mlp(device))
     if device.type == "cuda":
-        assert found.replay.startswith("eager: the capture failed: ")
+        assert found.graph.startswith("eager: the capture failed: ")
         assert torch.cuda.current_stream() == before
     same_steps(found, expected)
     torch.rand(3, device=device)  # a generator left in a capture would refuse
@@ -169,11 +166,11 @@ def check_launches(device, backend):
         for _ in range(count):
             krylov.step()
             if krylov.size % every == 0:
-                krylov.look(wait=False)
+                krylov.poll(wait=False)
 
     def products(count):
         for _ in range(count):
-            A.apply(u, w, trusted=True)
+            multiply([Request(A, u, w, deferred=True)])
 
     steps(3)
     step, product = per_step(steps, device), per_step(products, device)
@@ -241,3 +238,14 @@ def check_curvatures(name, device):
     F = fh.Fisher(*there, samples=3)
     v = torch.ones(F.n, dtype=F64, device=device)
     assert torch.equal(F @ v, fh.Fisher(*there, samples=3) @ v) and v @ (F @ v) > 0
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Fails on every operation that would make the host wait for a GPU."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run the operation unless its result depends on the values of a tensor."""
+        name = str(func.overloadpacket)
+        waits = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
+        assert name.removeprefix("aten.") not in waits, f"{name} waits for the device"
+        return func(*args, **(kwargs or {}))

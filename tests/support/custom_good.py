@@ -1,4 +1,4 @@
-"""Custom autograd functions as the manual asks for them: double backward is right."""
+"""Custom autograd functions written as torch's manual says: double backward is right."""
 
 from __future__ import annotations
 

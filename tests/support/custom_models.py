@@ -15,8 +15,39 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from tests.support import custom_good as good
-from tests.support import custom_wrong as wrong
+from tests.support.custom_good import (
+    Clipped,
+    Dropped,
+    Exponential,
+    Good,
+    Inner,
+    Kinked,
+    Largest,
+    Logarithm,
+    Reversed,
+    Signed,
+    Straight,
+    assigned,
+    by_func,
+    square_op,
+)
+from tests.support.custom_wrong import (
+    Adjoint,
+    Cell,
+    Factor,
+    FusedLinearLoss,
+    FusedLoss,
+    InPlaceLoss,
+    Mixed,
+    NoGrad,
+    Numpy,
+    Partly,
+    SetUp,
+    SineCosine,
+    Softmax,
+    Swish,
+    cube_op,
+)
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 
@@ -87,7 +118,7 @@ class Flow(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.head(x)
         if self.adjoint:
-            return wrong.Adjoint.apply(self.field, h, *self.field.parameters())
+            return Adjoint.apply(self.field, h, *self.field.parameters())
         for _ in range(10):
             h = h + 0.1 * self.field(h)
         return h
@@ -114,23 +145,23 @@ def linear_loss(x: Tensor, W: Tensor, y: Tensor, b: Tensor | None = None) -> Ten
 
 
 GOOD = {
-    "swish": lambda: Net(good.Good.apply),
-    "straight through": lambda: Net(good.Straight.apply),
-    "ReLU": lambda: Net(good.Kinked.apply),
-    "ReLU of images": lambda: ReluConvNet(good.Kinked.apply),
-    "binary": lambda: Net(good.Signed.apply),
-    "in place": lambda: Net(lambda x: good.Exponential.apply(x * 1)),
-    "gradient reversed": lambda: Net(lambda x: good.Reversed.apply(x, 0.3).tanh()),
-    "gradient clipped": lambda: Net(lambda x: good.Clipped.apply(x).tanh()),
-    "dropout": lambda: Net(good.Dropped.apply),
-    "maxima": lambda: Net(lambda x: x * good.Largest.apply(x)[0]),
-    "logarithm": lambda: Net(lambda x: good.Logarithm.apply(x.square() + 1e-4)),
-    "assignment": lambda: Net(good.assigned),
-    "square root": lambda: Net(good.Inner.apply),
-    "an operation of a library": lambda: Net(good.square_op),
-    "torch.func inside": lambda: Net(good.by_func),
-    "checkpoint": lambda: Checkpointed(good.Good.apply),
-    "a loop": lambda: Loop(lambda x, h, W: good.Good.apply(x + h @ W)),
+    "swish": lambda: Net(Good.apply),
+    "straight through": lambda: Net(Straight.apply),
+    "ReLU": lambda: Net(Kinked.apply),
+    "ReLU of images": lambda: ReluConvNet(Kinked.apply),
+    "binary": lambda: Net(Signed.apply),
+    "in place": lambda: Net(lambda x: Exponential.apply(x * 1)),
+    "gradient reversed": lambda: Net(lambda x: Reversed.apply(x, 0.3).tanh()),
+    "gradient clipped": lambda: Net(lambda x: Clipped.apply(x).tanh()),
+    "dropout": lambda: Net(Dropped.apply),
+    "maxima": lambda: Net(lambda x: x * Largest.apply(x)[0]),
+    "logarithm": lambda: Net(lambda x: Logarithm.apply(x.square() + 1e-4)),
+    "assignment": lambda: Net(assigned),
+    "square root": lambda: Net(Inner.apply),
+    "an operation of a library": lambda: Net(square_op),
+    "torch.func inside": lambda: Net(by_func),
+    "checkpoint": lambda: Checkpointed(Good.apply),
+    "a loop": lambda: Loop(lambda x, h, W: Good.apply(x + h @ W)),
     "spectral norm": lambda: nn.Sequential(
         nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 3)
     ),
@@ -175,24 +206,24 @@ def _linear() -> nn.Module:
 
 
 PLANTED = {
-    "backward under no_grad": _pair(wrong.NoGrad.apply, cube),
-    "context set up apart, detached": _pair(wrong.SetUp.apply, cube),
-    "outside of torch": _pair(wrong.Numpy.apply, cube),
-    "one of two inputs missing": _pair(wrong.Partly.apply, lambda x, s: x**2 * s**2, scaled=True),
-    "a wrong factor": _pair(wrong.Factor.apply, cube),
-    "two outputs": _pair(_two(wrong.SineCosine.apply), _two(lambda x: (x.sin(), x.cos()))),
-    "softmax": _pair(wrong.Softmax.apply, lambda x: x.softmax(-1)),
-    "decorators of mixed precision": _pair(wrong.Mixed.apply, cube),
-    "an operation of a library": _pair(wrong.cube_op, cube),
-    "among ReLU and convolutions": _pair(wrong.Swish.apply, F.silu, ReluConvNet),
-    "in a checkpointed block": _pair(wrong.Swish.apply, F.silu, Checkpointed),
-    "in a loop, from zeros": _pair(wrong.Cell.apply, lambda x, h, W: torch.tanh(x + h @ W), Loop),
+    "backward under no_grad": _pair(NoGrad.apply, cube),
+    "context set up apart, detached": _pair(SetUp.apply, cube),
+    "outside of torch": _pair(Numpy.apply, cube),
+    "one of two inputs missing": _pair(Partly.apply, lambda x, s: x**2 * s**2, scaled=True),
+    "a wrong factor": _pair(Factor.apply, cube),
+    "two outputs": _pair(_two(SineCosine.apply), _two(lambda x: (x.sin(), x.cos()))),
+    "softmax": _pair(Softmax.apply, lambda x: x.softmax(-1)),
+    "decorators of mixed precision": _pair(Mixed.apply, cube),
+    "an operation of a library": _pair(cube_op, cube),
+    "among ReLU and convolutions": _pair(Swish.apply, F.silu, ReluConvNet),
+    "in a checkpointed block": _pair(Swish.apply, F.silu, Checkpointed),
+    "in a loop, from zeros": _pair(Cell.apply, lambda x, h, W: torch.tanh(x + h @ W), Loop),
     "an adjoint that reads a module": Planted(lambda: Flow(True), lambda: Flow(False)),
-    "gradient in forward": Planted(_linear, _linear, wrong.FusedLoss.apply),
-    "gradient over the logits": Planted(_linear, _linear, wrong.InPlaceLoss.apply),
-    "fused linear and loss": _own(Headed, wrong.FusedLinearLoss.apply, linear_loss),
+    "gradient in forward": Planted(_linear, _linear, FusedLoss.apply),
+    "gradient over the logits": Planted(_linear, _linear, InPlaceLoss.apply),
+    "fused linear and loss": _own(Headed, FusedLinearLoss.apply, linear_loss),
     "fused linear and loss, no bias": _own(
-        functools.partial(Headed, bias=False), wrong.FusedLinearLoss.apply, linear_loss
+        functools.partial(Headed, bias=False), FusedLinearLoss.apply, linear_loss
     ),
 }
 

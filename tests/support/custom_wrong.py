@@ -1,4 +1,4 @@
-"""Custom autograd functions that torch differentiates twice without an error, and wrongly."""
+"""Custom autograd functions whose second derivative is wrong, without an error by torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rooms of the package and the imports between them; ``make map`` prints them.
+"""The rooms of the package, the imports between them and a call through them: ``make map``.
 
 A room is a folder of the package, or a module at its top. Imports under ``TYPE_CHECKING`` and in
 functions count like all others.
@@ -6,7 +6,8 @@ functions count like all others.
 
 import ast
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +18,7 @@ FLOORS = (
     ("kernels",),
     ("vectors",),
     ("results",),
-    ("operators.torch_state",),
+    ("operators.torch_state", "operators.request", "operators.kept"),
     ("operators.loss",),
     ("operators.products",),
     ("operators",),
@@ -99,3 +100,99 @@ def circles(arrows: Mapping[str, set[str]]) -> list[list[str]]:
         if node not in index:
             visit(node)
     return found
+
+
+def upward(arrows: Mapping[str, set[str]]) -> list[tuple[str, str]]:
+    """Imports of a module by one of a lower floor."""
+    floor = {name: HEIGHT[room(name)] for name in arrows}
+    pairs = ((name, other) for name in arrows for other in arrows[name])
+    return sorted((name, other) for name, other in pairs if floor[other] > floor[name])
+
+
+def between(arrows: Mapping[str, set[str]]) -> dict[str, Counter[str]]:
+    """How many imports lead from each room to each other room."""
+    found: dict[str, Counter[str]] = {name: Counter() for name in HEIGHT}
+    for name, others in arrows.items():
+        found[room(name)].update(room(other) for other in others if room(other) != room(name))
+    return found
+
+
+def calls(product: Callable[[], object], last: str) -> list[str]:
+    """The calls in the package, ``module: function``, that led to the first call of ``last``."""
+    found: list[str] = []
+
+    def look(frame, event, argument):
+        if event == "call" and frame.f_code.co_name == last and not found:
+            while frame is not None:
+                module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
+                if module.startswith(PACKAGE + ".") and name not in INLINED:
+                    found.insert(0, f"{module.removeprefix(PACKAGE + '.')}: {name}")
+                frame = frame.f_back
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        product()
+    finally:
+        sys.setprofile(before)
+    return found
+
+
+INLINED = ("<listcomp>", "<setcomp>", "<dictcomp>")  # frames of their own before Python 3.12
+
+
+def chain() -> list[str]:
+    """The longest chain of calls from ``A @ v`` to ``pack_`` over operators and engines."""
+    import torch
+
+    import fasthessian as fh
+
+    def made(kind, engine):
+        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2))
+        data = torch.ones(5, 3), torch.zeros(5, dtype=torch.int64)
+        A = kind(model, torch.nn.CrossEntropyLoss(), [data, data], engine=engine)
+        v = torch.ones(A.n)
+        return calls(lambda: A @ v, "pack_")
+
+    kinds = (fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher)
+    engines = ("retained", "recompute", "forward", "difference")
+    chains = [made(kind, engine) for kind in kinds for engine in engines]
+    longest = max(chains, key=len)
+    start = longest.index("operators.base: __matmul__")
+    return [*longest[start:-1], "kernels: pack_"]  # of the backend that serves here
+
+
+def sentence(path: Path) -> str:
+    """The first line of a module's docstring."""
+    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+
+
+def page(root: Path = ROOT) -> Iterator[str]:
+    """The map: rooms by floor, imports between them, numbers, and the chain of calls."""
+    arrows, paths = imports(root), modules(root)
+    counts, doors = Counter(map(room, arrows)), between(arrows)
+    yield "Rooms by floor, the top floor first. Imports go down; the number counts them."
+    for level, rooms in reversed(list(enumerate(FLOORS, 1))):
+        for name in rooms:
+            size = "1 module" if counts[name] == 1 else f"{counts[name]} modules"
+            yield ""
+            yield f"{level:2}  {(name or PACKAGE).replace('.', '/')} ({size})"
+            yield f"    {sentence(paths[name])}"
+            lower = sorted(doors[name].items(), key=lambda item: (-HEIGHT[item[0]], item[0]))
+            names = [f"{other.replace('.', '/') or PACKAGE} {count}" for other, count in lower]
+            for i in range(0, len(names), 6):
+                yield ("    imports " if i == 0 else "            ") + ", ".join(names[i : i + 6])
+    yield ""
+    yield f"modules             {len(arrows)}"
+    yield f"floors              {len(FLOORS)}"
+    yield f"imports             {sum(map(len, arrows.values()))} (module to module)"
+    yield f"circles             {len(circles(arrows)) or 'none'}"
+    yield f"upward imports      {len(upward(arrows)) or 'none'}"
+    steps = chain()
+    yield f"longest chain       {len(steps)} functions from A @ v to pack_"
+    yield ""
+    yield from (f"  {step}" for step in steps)
+
+
+if __name__ == "__main__":
+    print("\n".join(page()))

@@ -1,4 +1,4 @@
-"""A KeyboardInterrupt at any line of a call, and all that a call must leave as it was."""
+"""A KeyboardInterrupt at any line of a call, and the state that a call must not change."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from torch import nn
 
 from fasthessian.operators.products import function_guard as watched
 from fasthessian.operators.products import functions
-from fasthessian.operators.torch_state import hooks, scopes
-from fasthessian.operators.torch_state.layer_rewrites import Rewrite
+from fasthessian.operators.torch_state import gradient_hooks, layer_rewrites, scopes
+from fasthessian.operators.torch_state.patches import Patches
 
 eager_transforms = importlib.import_module("torch._functorch.eager_transforms")
 TRACED = ("fasthessian/", "contextlib")
 # Where a ``with`` block of a lock ends Python calls its exit before it handles a signal.
-UNREACHED = ("with Rewrite._lock", "with turn()")
+UNREACHED = ("with Patches._lock", "with process_lock()")
 
 
 def switches() -> dict[str, Any]:
@@ -54,8 +54,8 @@ def switches() -> dict[str, Any]:
         "global hooks": len(nn.modules.module._global_forward_pre_hooks),
         "warnings": list(warnings.filters),
         "scopes": list(getattr(scopes._thread, "steps", [])),
-        "rewrites": [set(Rewrite._users), list(watched.Functions._open), functions.is_alone(),
-                     hooks._lift(), getattr(Rewrite._last, "apart", False)],
+        "patches": [set(Patches._users), list(watched.Functions._open), functions.is_unwatched(),
+                    gradient_hooks._switch(), getattr(layer_rewrites._thread, "separate", False)],
     }  # fmt: skip
 
 

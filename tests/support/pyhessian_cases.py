@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
@@ -143,3 +146,47 @@ class ByHand(hessian):
             count += len(inputs)
         total = [t / count for t in total]
         return group_product(total, v).cpu().item(), total
+
+
+class Partly(nn.Module):
+    """A curved layer, a bias that enters linearly, and a layer that the output never meets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used = nn.Linear(4, 3)
+        self.shift = nn.Parameter(torch.zeros(3))
+        self.unused = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.used(x)).pow(2).sum(1) + self.shift.sum()
+
+
+def mean_output(outputs: Tensor, targets: Tensor) -> Tensor:
+    return outputs.mean()
+
+
+class Token:
+    """Something a graph node can hold, to see when the node dies."""
+
+
+class Marked(torch.autograd.Function):
+    tokens: ClassVar[list[weakref.ref]] = []
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.token = Token()
+        Marked.tokens.append(weakref.ref(ctx.token))
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, g):
+        return 1.0 * g
+
+
+class MarkedModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Marked.apply(self.net(x))

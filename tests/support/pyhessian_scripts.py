@@ -1,4 +1,4 @@
-"""What the rebuilt scripts share: the old names, a small problem, and vectors of its size."""
+"""What the tests of PyHessian scripts share: its names, a small problem, vectors of its size."""
 
 from __future__ import annotations
 

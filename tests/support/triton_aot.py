@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that are not here; prints what came out as JSON lines.
+"""Compiles the Triton kernels for any GPU, without one; prints a report per kernel as JSON lines.
 
 A process of its own, without the interpreter. The backend itself is run on tensors that have no
 memory; in place of a launch the kernel is compiled with the very arguments it was given.

@@ -1,1 +1,1 @@
-"""The kernel contract in Triton."""
+"""The kernel contract in Triton: the backend, and its kernels by what they read."""

@@ -1,6 +1,6 @@
 """The kernel contract in Triton: NVIDIA and AMD GPUs, and its interpreter on a CPU.
 
-Triton is imported at first use. ``TRITON_INTERPRET=1`` before that lets tensors on a CPU be served.
+Triton is imported at first use. If ``TRITON_INTERPRET=1`` is set then, CPU tensors are served.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from fasthessian.kernels.triton.tiles import (
 
 NAME = "triton"
 OLDEST = (3, 6)
-CHUNK_BYTES = 1 << 16  # of W that a program reads again for every BK rows of V: stays in L1
-STEPS = 8  # tiles a program of project takes at most: one sum across threads for all
-SUM_OUTPUTS = 8  # sums over chunks that a program makes: a line of 64 bytes of every chunk
-PROGRAMS = 4  # at most, in the interpreter: each takes milliseconds
-PACKED = 4096  # numbers a program of pack copies
+CHUNK_BYTES = 1 << 16  # of W per program: read again for every BK rows of V, so it must fit L1
+STEPS = 8  # most tiles per program of project: they share one sum across threads
+SUM_OUTPUTS = 8  # sums over chunks per program: it reads 64 bytes of every chunk
+PROGRAMS = 4  # most programs in the interpreter, where each takes milliseconds
+PACKED = 4096  # numbers per program of pack
 TABLES = 64  # pointer tables of pack kept
 
 
@@ -68,7 +68,7 @@ def unavailable(device: torch.device | str = "cpu") -> str | None:
 
 
 def _interpreted() -> bool:
-    if "fasthessian.kernels.triton.streams" in sys.modules:
+    if "fasthessian.kernels.triton.rows" in sys.modules:
         return bool(_kernels()[0].INTERPRETED)
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
@@ -80,7 +80,7 @@ def _cannot_compile() -> str | None:
     except Exception as error:  # whatever a broken installation raises
         return f"Triton does not import ({type(error).__name__}: {error}); reinstall it"
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
-    if numbers and numbers < OLDEST:  # a version without numbers is somebody's own build
+    if numbers and numbers < OLDEST:  # a private build may have no version number
         return f"Triton {version} is older than {'.'.join(map(str, OLDEST))}; pip install -U triton"
     named = os.environ.get("CC")
     if not any(map(shutil.which, [named] if named is not None else ["gcc", "clang"])):
@@ -101,8 +101,8 @@ def describe() -> str:
 
 @functools.cache
 def _kernels() -> tuple[Any, ...]:
-    names = ("kernels", "vectors", "softmax")
-    return tuple(importlib.import_module(f"fasthessian.kernels.triton_{name}") for name in names)
+    names = ("rows", "vectors", "softmax")
+    return tuple(importlib.import_module(f"fasthessian.kernels.triton.{name}") for name in names)
 
 
 @functools.cache
@@ -113,7 +113,7 @@ def _hardware(device: torch.device) -> tuple[int, int]:
 
 
 def _launch(kernel: Any, device: torch.device, programs: int, *args: Any, **options: Any) -> None:
-    """Run ``programs`` programs of THREADS or ``threads`` threads on the current stream."""
+    """Run ``programs`` programs on the current stream, each of THREADS or ``threads`` threads."""
     threads, registers = options.pop("threads", THREADS), options.pop("registers", None)
     if device.type != "cpu":
         options |= {"num_warps": threads // _hardware(device)[1], "num_stages": 1}
@@ -124,26 +124,26 @@ def _launch(kernel: Any, device: torch.device, programs: int, *args: Any, **opti
 
 
 def _at(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Where kernels run; the interpreter's NumPy leaves NaN and overflow to the caller to find."""
+    """The context that kernels run in; the interpreter's NumPy must not warn of NaN or overflow."""
     return np.errstate(all="ignore") if device.type == "cpu" else torch.cuda.device(device)
 
 
 def _cut(V: Tensor, W: Tensor, kind: int) -> tuple[Tile, int]:
-    """The tile, and how many of them a program of project takes."""
+    """The tile, and the number of tiles per program of project."""
     shape, n = tile(V, W, kind), V.shape[1]
     if V.device.type == "cpu":
         groups = power(-(-n // (shape.F * PROGRAMS * 2)), 16)
         return shape._replace(T=groups, BK=4 * shape.BK), 2
     columns = shape.T * shape.F
     most = CHUNK_BYTES // (shape.B * columns * W.itemsize)
-    if kind == BOTH:  # all of V's columns of a program are read twice: few, to be found in L2
+    if kind == BOTH:  # a program reads its columns of V twice: few enough to stay in L2
         most = shape.B // 4
     fair = n // (columns * 4 * _hardware(V.device)[0])
     return shape, max(1, min(most, STEPS, fair))
 
 
 def _rows(A: Tensor, aligned: bool) -> tuple[Tensor, int, int]:
-    """A, its leading dimension in units, and the unit: 16 bytes' numbers where rows are aligned."""
+    """A, its leading dimension in units, and the unit: 16 bytes of numbers, or 1 if not aligned."""
     ld, unit = (A.stride(0) if A.shape[0] > 1 else 0), (16 // A.itemsize if aligned else 1)
     return A, ld // unit, unit
 
@@ -152,7 +152,7 @@ def _matrix(M: Tensor | None) -> tuple[Tensor | None, int, int]:
     if M is None:
         return None, 0, 0
     if M.dtype is torch.bfloat16:
-        M = M.float()  # the interpreter takes its bits for a number
+        M = M.float()  # the interpreter would read its bits as an integer
     return M, M.stride(0), M.stride(1)
 
 
@@ -162,7 +162,7 @@ def project_(
     """``W -= H^T V`` if H is given, then return ``C = V W^T`` (k, b) and ``G = W W^T`` (b, b)."""
     check_block(V, W, H, count=count)
     if H is not None and torch.version.hip is not None:
-        # a barrier orders no stores to global memory there: the dots may not read W behind one
+        # on ROCm a barrier does not order stores to global memory: the dots need another kernel
         update_(V, W, H, count=count)
         H = None
     (k, n), b, device = V.shape, W.shape[0], V.device
@@ -202,8 +202,8 @@ def update_(
 ) -> Tensor:
     """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity.
 
-    With ``append`` row ``count`` of V receives ``append`` times the first row of the result, the
-    first row of W the last, and W's other rows keep what they held.
+    With ``append``, row ``count`` of V becomes ``append`` times the first row of the result, and
+    the first row of W becomes its last row. W's other rows do not change.
     """
     check_block(V, W, H, S, count, append)
     (k, n), b = V.shape, W.shape[0]
@@ -266,7 +266,7 @@ _tables: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
 
 
 def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """``numbers`` on the device without waiting: as copied before, or from pinned memory."""
+    """``numbers`` on the device, without waiting: an earlier copy, or one from pinned memory."""
     if device.type == "cpu":
         return torch.tensor(numbers, dtype=torch.int64)
     key = (device, torch.cuda.current_stream(device), numbers)
@@ -293,8 +293,8 @@ def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: floa
     ]
     with _at(device):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # a graph would read the table's host memory at every replay, when it is long another's;
-            # torch.cat hands its pointers over by value
+            # a captured graph would read the table's host memory again at each replay, when it has
+            # been reused; torch.cat passes its pointers by value
             flat = torch.cat([piece.view(-1) for piece in pieces])
             return reference.pack_(out, [flat], alpha, beta)
         table = _table((*bases, *ends), device)

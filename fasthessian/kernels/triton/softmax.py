@@ -1,9 +1,9 @@
-"""The Triton kernel of ``softmax_curvature_``; needs triton at import.
+"""The Triton kernel of ``softmax_curvature_``. Imports triton.
 
-Tensors have the axes (rows, groups of classes, F classes of a group). A group is a thread's: it
-keeps sums of its own, measured from the largest logit it has met, so that no thread waits for
-another before the row has been read. F is the axis of registers: side by side where rows are
-aligned, else the groups are, so that every load of a warp is of neighbouring numbers.
+Tensors have the axes (rows, groups of classes, F classes of a group). Each thread owns a group. It
+keeps its own sums, relative to the largest logit it has read, so no thread waits for another before
+the row has been read. F is the axis of registers: its classes are adjacent where rows are aligned;
+otherwise the groups are. Either way a warp loads neighbouring numbers.
 """
 
 import triton
@@ -12,13 +12,13 @@ import triton.language as tl
 
 @triton.jit
 def _origin(top):
-    """What logits are measured from: their maximum; 0 while all are -inf."""
+    """What is subtracted from logits: their maximum, or 0 while all are -inf."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
 @triton.jit
 def _shrink(top, most):
-    """The factor of sums measured from ``top`` that are to be measured from ``most``."""
+    """The factor that turns sums relative to ``top`` into sums relative to ``most``."""
     return tl.where(top == most, 1.0, tl.exp(top - most)).to(tl.float64)
 
 
@@ -59,8 +59,8 @@ def curvature(
 ):  # fmt: skip
     """Write ``u = scale (p u - p (p . u))``, ``p = softmax(z)``, for R rows.
 
-    ``line``, of classes (FLAT) or else of rows side by side, comes in units that keep its
-    divisibility in sight of the compiler.
+    ``line`` is the number of classes (FLAT), or else of adjacent rows. It is given in units, so
+    that the compiler knows its divisibility.
     """
     r = tl.arange(0, R)[:, None, None]
     t, f = tl.arange(0, T)[None, :, None], tl.arange(0, F)[None, None, :]
@@ -87,7 +87,7 @@ def curvature(
     used = factor != 0
     if FLAT:
         live = exists & used
-    else:  # a mask that changes from row to row would make 16 bytes four loads
+    else:  # with a mask that differs between rows, 16 bytes would take four loads
         live = exists
     at = base + way * gap
 

@@ -1,4 +1,4 @@
-"""What the Triton kernels of ``triton_backend`` are compiled for."""
+"""Sizes that the Triton kernels are compiled for."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-THREADS = 128  # a program's
+THREADS = 128  # per program
 
 
 def power(number: int, least: int = 1) -> int:
-    """The power of two that holds ``number``, and ``least``."""
+    """The smallest power of two that is at least ``number`` and ``least``."""
     return max(least, 1 << (number - 1).bit_length())
 
 
 class Tile(NamedTuple):
-    """What a stream is compiled for; see ``triton_kernels``."""
+    """The sizes of ``rows.project`` and ``rows.update``."""
 
-    T: int  # groups of F numbers, one a thread
+    T: int  # groups of F numbers, one per thread
     F: int  # numbers of V in 16 bytes
     B: int  # rows of W, rounded up to a power of two
     BK: int  # rows of V at a time: 16 bytes of each are in flight in every thread
-    registers: int  # most a thread may use: 65,536 of a multiprocessor serve 512 threads with 128
+    registers: int  # limit per thread: the 65,536 of a multiprocessor give 512 threads 128 each
     parts: int  # loads of 16 bytes that F numbers of W take; 0: a row of V or W is not aligned
 
 
-# By bytes of a number of V and, where that makes a difference, ``parts``; for 1, 2, 4 and 8 rows of
-# W; (BK, registers) of project without H, of project with H, of update. With more registers there
-# are fewer threads to wait for memory, with a lower BK each waits for less. None of these spills
-# (tests/kernels/test_triton_aot.py). The length n says how many tiles a program takes (`_cut` in
-# triton_backend); the number of rows k says nothing, since a captured step serves every k. No GPU
-# has measured these yet: ``make tune`` compares others with them, by k, n and type.
+# Keys: bytes per number of V and, where it matters, ``parts``. Lines: 1, 2, 4 and 8 rows of W.
+# Columns: (BK, registers) of project without H, of project with H, and of update. More registers
+# leave fewer threads that wait for memory at a time; with a lower BK each thread has fewer loads in
+# flight. None of these spills (tests/kernels/test_triton_aot.py). The number of tiles per program
+# depends on the length n (`_cut` in backend.py), and nothing on the number of rows k, since a
+# captured step serves every k. ``make tune`` compares these with others, by k, n and type.
 TABLE = {
     (8,): (
         ((8, 80), (8, 80), (8, 80)),
@@ -61,7 +61,7 @@ DOTS, BOTH, UPDATE = range(3)
 
 
 def tile(V: Tensor, W: Tensor, kind: int) -> Tile:
-    """The configuration. The number of V's rows has no part in it: same sums for any."""
+    """The sizes for V and W. They do not depend on the number of V's rows, nor do the sums."""
     power = (W.shape[0] - 1).bit_length()
     aligned = _aligned(V, V.stride(0)) and _aligned(W, W.stride(0) if W.shape[0] > 1 else 0)
     parts = max(1, W.itemsize // V.itemsize) if aligned else 0
@@ -76,7 +76,7 @@ def _aligned(A: Tensor, ld: int) -> bool:
 
 
 class LogitsTile(NamedTuple):
-    """Rows, groups of F classes, threads of a program; see ``triton_softmax``."""
+    """The sizes of ``softmax.curvature``: rows, groups of F classes, threads of a program."""
 
     R: int
     T: int
@@ -85,14 +85,14 @@ class LogitsTile(NamedTuple):
 
     @property
     def registers(self) -> int:
-        """Most a thread may use: 1,024 or 512 threads of a multiprocessor."""
+        """The limit per thread, for 1,024 or 512 threads per multiprocessor."""
         return 64 if self.threads > THREADS else 128
 
 
 def logits_tile(U: Tensor, unit: int, programs: int | None) -> LogitsTile:
     """The tile for U (outer, classes, inner), whose lines are aligned to ``unit`` numbers.
 
-    ``programs`` bounds those of the interpreter, which are slow one by one.
+    ``programs`` limits the number of programs in the interpreter, where each is slow.
     """
     outer, classes, inner = U.shape
     F = 16 // U.itemsize
@@ -100,7 +100,7 @@ def logits_tile(U: Tensor, unit: int, programs: int | None) -> LogitsTile:
     if programs is not None:
         R = power(-(-outer // programs) if inner == 1 else inner)
         return LogitsTile(R, power(-(-groups // programs)), F, THREADS)
-    if inner == 1:  # where a row is long, few are on the way at once: the second pass finds them
+    if inner == 1:  # few long rows at a time, so that the second pass finds them in the cache
         threads = THREADS if classes < 8192 else 4 * THREADS
         T = min(groups, threads)
         return LogitsTile(threads // T, T, F, threads)

@@ -1,4 +1,4 @@
-"""The other Triton kernels of ``triton_backend``: recurrence, random streams, packing."""
+"""The Triton kernels on single vectors and scalars: recurrence, random vectors, packing."""
 
 import triton
 import triton.language as tl
@@ -7,7 +7,7 @@ from fasthessian.kernels import contract
 
 CANCELLED = tl.constexpr(contract.CANCELLED)
 TWO_PI = tl.constexpr(6.283185307179586)
-# values that change from call to call must not compile a kernel each
+# a new value of these must not compile a new kernel
 RECUR_SIZES = ["ldc", "ldt", "lda", "count", "k"]
 
 
@@ -40,7 +40,7 @@ def recur(
     t = (tl.load(G + 1) - tl.sum(sz, axis=0)) / nu2
 
     worst = tl.zeros((R,), tl.float64)
-    broken = tl.zeros((R,), tl.int32)  # a maximum loses NaN: counted apart
+    broken = tl.zeros((R,), tl.int32)  # NaN, which a maximum would lose
     for first in range(0, j, R):
         i = first + tl.arange(0, R)
         products = tl.zeros((R, L), tl.float64)
@@ -59,7 +59,7 @@ def recur(
     asymmetry = tl.where(tl.sum(broken, axis=0) > 0, float("nan"), tl.max(worst, axis=0))
     alpha = t - tl.sum(ls, axis=0)
 
-    tl.debug_barrier()  # all has been read that is written from here on
+    tl.debug_barrier()  # what is written below has been read by all threads
     for first in range(0, j, L):
         i = first + tl.arange(0, L)
         coupled = tl.where(fresh, nu * tl.load(link_row + i, mask=i < j, other=0.0), 0.0)
@@ -89,7 +89,7 @@ def recur(
 
 @triton.jit
 def _philox(counter, kind: tl.constexpr, seed):
-    """Four words a 64-bit counter; the third counter word keeps signs and normals apart."""
+    """Four words per 64-bit counter; the third counter word separates signs from normals."""
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = low * 0
     return tl.philox(seed, low, high, zero + kind, zero)
@@ -108,7 +108,7 @@ def _spread(out, word, start, n):
 def signs(
     out, n: tl.int64, seed: tl.uint64, first: tl.int64, skip: tl.int64, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """The bits of Philox blocks ``first`` .., 128 a block, without the first ``skip``."""
+    """The bits of Philox blocks ``first`` .., 128 per block, without the first ``skip``."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     x0, x1, x2, x3 = _philox(first + block, 0, seed)
     start = block * 128 - skip
@@ -122,8 +122,8 @@ def signs(
 def _cos_sin(c):
     """Cosine and sine of 2 pi (c + 1/2) 2^-32, c of 32 bits.
 
-    Taylor series about the nearest quarter turn, found exactly: rounding is all that they leave
-    off. Those of libdevice keep a stack for the reduction of huge angles.
+    Taylor series about the nearest quarter turn, which is found exactly; their error is below
+    rounding. The functions of libdevice need a stack, to reduce huge angles.
     """
     quarter = (c + 0x20000000) >> 30
     rest = (c << 2).to(tl.int32, bitcast=True) >> 2  # in 2^-30 quarter turns
@@ -155,7 +155,7 @@ def _normal_pair(a, c):
 def normal(
     out, n: tl.int64, seed: tl.uint64, first: tl.int64, skip: tl.int64, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """The normals of Philox blocks ``first`` .., four a block, without the first ``skip``."""
+    """The normals of Philox blocks ``first`` .., four per block, without the first ``skip``."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     x0, x1, x2, x3 = _philox(first + block, 1, seed)
     pairs = tl.join(_normal_pair(x0, x1), _normal_pair(x2, x3))  # (BLOCKS, 2, pair)
@@ -176,12 +176,12 @@ def pack(
     """
     done = tl.program_id(0).to(tl.int64) * chunk
     stop = tl.minimum(done + chunk, n)
-    low, high = 0, tensors - 1  # the first tensor that ends behind ``done``
+    low, high = 0, tensors - 1  # search for the first tensor that ends after ``done``
     while low < high:
         middle = (low + high) // 2
-        behind = tl.load(table + tensors + middle) > done
-        low = tl.where(behind, low, middle + 1)
-        high = tl.where(behind, middle, high)
+        after = tl.load(table + tensors + middle) > done
+        low = tl.where(after, low, middle + 1)
+        high = tl.where(after, middle, high)
     while done < stop:
         source = tl.load(table + low).to(tl.pointer_type(out.dtype.element_ty))
         end = tl.minimum(tl.load(table + tensors + low), stop)

@@ -1,4 +1,4 @@
-"""One batch in all its forms: what it holds, how it moves and is cut, how many samples it has."""
+"""One batch in all its forms: its tensors and samples, how it is moved to a device and cut."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from torch import Tensor
 from fasthessian.errors import InputError, InputTypeError
 
 Batch = Any  # a Mapping, a tuple or list (inputs..., targets), or one object
-DEPTH = 3  # objects inside objects that are looked into for tensors
+DEPTH = 3  # levels of objects inside objects that are searched for tensors
 
 
 def is_sequence(batch: Batch) -> bool:
-    """Whether the batch is entries in a row; packed sequences are tuples, but one object."""
-    return isinstance(batch, (tuple, list)) and not _moves(batch)
+    """Whether the batch is a tuple or list of entries; a packed sequence is one object instead."""
+    return isinstance(batch, (tuple, list)) and not _has_to(batch)
 
 
 def is_object(batch: Batch) -> bool:
-    """Whether the batch is one thing that moves between devices: a graph, a packed sequence."""
-    return _moves(batch) and not isinstance(batch, (Tensor, Mapping))
+    """Whether the batch is one object with a ``to`` method: a graph, a packed sequence."""
+    return _has_to(batch) and not isinstance(batch, (Tensor, Mapping))
 
 
-def _moves(item: Any) -> bool:
+def _has_to(item: Any) -> bool:
     return callable(getattr(item, "to", None))
 
 
 def targets(batch: Batch) -> Any:
-    """The last entry of a sequence, the ``labels`` of a mapping; None where there are none."""
+    """The last entry of a sequence, or the ``labels`` of a mapping; None if there are none."""
     if isinstance(batch, Mapping):
         return batch.get("labels")
     return batch[-1] if is_sequence(batch) and len(batch) else None
 
 
 def leaves(batch: Batch, depth: int = DEPTH) -> Iterator[Tensor]:
-    """Every dense tensor inside a batch, in a fixed order, also those that objects hold."""
+    """Every dense tensor inside a batch and the objects that it holds, in a fixed order."""
     if isinstance(batch, Tensor):
         if batch.layout is torch.strided:
             yield batch
@@ -51,7 +51,7 @@ def leaves(batch: Batch, depth: int = DEPTH) -> Iterator[Tensor]:
 
 
 def items(batch: Batch) -> Iterator[Any]:
-    """Everything inside a batch that is no container, in a fixed order."""
+    """Everything inside a batch that is not a container, in a fixed order."""
     if isinstance(batch, Mapping) or is_sequence(batch):
         for item in batch.values() if isinstance(batch, Mapping) else batch:
             yield from items(item)
@@ -60,7 +60,7 @@ def items(batch: Batch) -> Iterator[Any]:
 
 
 def mapped(batch: Batch, change: Callable[[Any], Any]) -> Batch:
-    """The batch with ``change`` applied to everything in it that is no container."""
+    """The batch with ``change`` applied to everything in it that is not a container."""
     if isinstance(batch, Mapping):
         return {key: mapped(batch[key], change) for key in batch}
     if is_sequence(batch):
@@ -75,8 +75,10 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     def move(item: Any) -> Any:
         if isinstance(item, Tensor):
             moved = item.to(device, non_blocking=True)
-            return moved.clone() if moved.is_inference() else moved  # autograd cannot save those
-        return item.to(device) if _moves(item) else item
+            return (
+                moved.clone() if moved.is_inference() else moved
+            )  # autograd cannot save inference tensors
+        return item.to(device) if _has_to(item) else item
 
     return mapped(batch, move)
 
@@ -84,17 +86,17 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def uncuttable(batch: Batch) -> str:
     """The type of an object in the batch that cannot be cut; "" if there is none."""
     for item in items(batch):
-        held = not isinstance(item, Tensor) and next(leaves(item), None) is not None
-        if is_object(item) or held:
+        holds_tensors = not isinstance(item, Tensor) and next(leaves(item), None) is not None
+        if is_object(item) or holds_tensors:
             return type(item).__name__
     return ""
 
 
 def cut(batch: Batch, most: int | None) -> Iterator[Batch]:
-    """Chunks of at most ``most`` samples; None leaves the batch whole.
+    """Chunks of at most ``most`` samples; with None the whole batch.
 
-    Tensors as long as the batch are cut along their first dimension, lists of one entry a sample
-    likewise; others go into every chunk.
+    Tensors with one row per sample and lists with one entry per sample are cut. Everything else is
+    part of every chunk.
 
     Raises:
         ValueError: the batch holds an object that cannot be cut.
@@ -111,9 +113,9 @@ def cut(batch: Batch, most: int | None) -> Iterator[Batch]:
 
 
 def halves(batch: Batch, dim: int = 0) -> Iterator[Batch]:
-    """Two halves of a batch, or none where it cannot be cut.
+    """Two halves of a batch, or nothing if it cannot be cut.
 
-    With ``dim`` 1 they are cut along the second dimension, vectors along their only one.
+    With ``dim`` 1 tensors are cut along their second dimension, and vectors along their only one.
     """
     if dim and is_rows(batch):
         return
@@ -123,52 +125,53 @@ def halves(batch: Batch, dim: int = 0) -> Iterator[Batch]:
 
 
 def _windows(batch: Batch, count: int, most: int, dim: int) -> Iterator[Batch]:
+    """Cut what is ``count`` long along ``dim`` into pieces of at most ``most``."""
     if name := uncuttable(batch):
         raise InputError(f"data holds a {name}, which cannot be cut")
     for start in range(0, count, most):
         stop = min(start + most, count)
 
         def window(item: Any, start: int = start, stop: int = stop) -> Any:
-            along = min(dim, item.dim() - 1) if isinstance(item, Tensor) else -1
-            if along < 0 or item.shape[along] != count:
+            axis = min(dim, item.dim() - 1) if isinstance(item, Tensor) else -1
+            if axis < 0 or item.shape[axis] != count:
                 return item
             if item.layout is not torch.strided:
                 raise InputError(
                     f"data holds a {item.layout} tensor of shape {tuple(item.shape)}, which cannot "
                     f"be cut"
                 )
-            return item.narrow(along, start, stop - start)
+            return item.narrow(axis, start, stop - start)
 
-        def entry(item: Any, start: int = start, stop: int = stop) -> Any:
-            each = isinstance(item, (tuple, list)) and len(item) == count
-            return item[start:stop] if each else item
+        def entries(item: Any, start: int = start, stop: int = stop) -> Any:
+            per_sample = isinstance(item, (tuple, list)) and len(item) == count
+            return item[start:stop] if per_sample else item
 
         if is_rows(batch):
             yield batch[start:stop]
-        elif dim or not listed(batch):
+        elif dim or not listed_targets(batch):
             yield mapped(batch, window)
         elif isinstance(batch, Mapping):
-            yield {key: entry(window(item)) for key, item in batch.items()}
+            yield {key: entries(window(item)) for key, item in batch.items()}
         else:
-            yield type(batch)(entry(window(item)) for item in batch)
+            yield type(batch)(entries(window(item)) for item in batch)
 
 
-def listed(batch: Batch) -> int:
-    """How many targets there are where each is a mapping, as of detectors; 0 for other batches."""
+def listed_targets(batch: Batch) -> int:
+    """The number of targets if they are a list of mappings, as for detectors; else 0."""
     found = targets(batch)
-    each = isinstance(found, (tuple, list)) and all(isinstance(item, Mapping) for item in found)
-    return len(found) if each else 0
+    mappings = isinstance(found, (tuple, list)) and all(isinstance(x, Mapping) for x in found)
+    return len(found) if mappings else 0
 
 
 def is_rows(batch: Batch) -> bool:
-    """Whether a batch is a list of samples, tuples or mappings each, that were not collated."""
+    """Whether a batch is a list of samples that were not collated: all tuples, or all mappings."""
     kinds = {type(item) for item in batch} if isinstance(batch, list) else set()
     return len(kinds) == 1 and issubclass(kinds.pop(), (tuple, Mapping))
 
 
 def samples(batch: Batch) -> int:
-    """The first dimension of the targets, or else of the first tensor that has one."""
-    if count := len(batch) if is_rows(batch) else listed(batch):
+    """The number of samples: the length of the targets, or of the first tensor with a dimension."""
+    if count := len(batch) if is_rows(batch) else listed_targets(batch):
         return count
     last = targets(batch) if is_sequence(batch) else None
     if isinstance(last, Tensor) and last.dim() == 0:
@@ -180,12 +183,12 @@ def samples(batch: Batch) -> int:
 
 
 def size(batch: Batch) -> int:
-    """Numbers held by the batch, to compare the memory of batches."""
+    """How many numbers the batch holds: a measure of its memory, relative to other batches."""
     return sum(tensor.numel() for tensor in leaves(batch)) or 1
 
 
 def described(batch: Batch) -> str:
-    """The batch in a few words: types, shapes and keys."""
+    """A short description of the batch: types, shapes and keys."""
     if isinstance(batch, Tensor):
         return f"Tensor {tuple(batch.shape)}"
     if isinstance(batch, Mapping):
@@ -198,7 +201,7 @@ def described(batch: Batch) -> str:
 
 
 def check_batch(batch: Batch, has_criterion: bool) -> None:
-    """Raise TypeError unless the batch is a mapping, an object, or long enough a sequence."""
+    """Raise TypeError unless the batch is a mapping, an object, or a sequence of enough entries."""
     if isinstance(batch, Mapping):
         if not batch:
             raise InputTypeError("data holds an empty mapping; a batch needs at least one tensor")

@@ -1,4 +1,11 @@
-"""How a model and its loss are called on a batch, by the form of the three."""
+"""How a model and its criterion are called on a batch, and where the loss is in the result.
+
+There are three ways to give a loss:
+
+* ``criterion(outputs, targets)``, as torch's losses are. The model gets the rest of the batch.
+* ``criterion(model, batch)``: such a function calls the model itself (``takes_model``).
+* None: the model returns the loss.
+"""
 
 from __future__ import annotations
 
@@ -14,27 +21,27 @@ from torch.func import functional_call
 
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.loss.batches import Batch, described, is_sequence, leaves
-from fasthessian.operators.loss.criteria import is_torchs
-from fasthessian.operators.torch_state.conditions import own_parameters
-from fasthessian.operators.torch_state.scopes import Undo, put_table, scope
+from fasthessian.operators.loss.criteria import is_torch_loss
+from fasthessian.operators.torch_state.module_state import own_parameters
+from fasthessian.operators.torch_state.scopes import UndoLog, restore_dict, scope
 
-MODEL = ("model", "net", "network", "module", "m")  # names of a parameter that takes the model
+MODEL = ("model", "net", "network", "module", "m")  # parameter names that ask for the model
 ANY = (
     "or pass as criterion a function of (model, batch), as lambda model, batch: "
     "loss(model(batch[0]), batch[1])"
 )
-Values = Mapping[str, Tensor]  # parameters by name, which take the place of the model's
+Values = Mapping[str, Tensor]  # by name: what replaces parameters of the model
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # positional arguments and keywords
 TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
 def takes_model(criterion: Any) -> bool:
-    """Whether this is a loss of (model, batch), as its first parameter says.
+    """Whether this is a loss of (model, batch).
 
-    That is called model, net, network, module or m, or is annotated as a module, and another
-    parameter follows it.
+    It is if its first parameter is called model, net, network, module or m, or is annotated as a
+    module, and if another parameter follows.
     """
-    if criterion is None or is_torchs(criterion):
+    if criterion is None or is_torch_loss(criterion):
         return False
     try:
         signature = inspect.signature(
@@ -42,22 +49,22 @@ def takes_model(criterion: Any) -> bool:
         )
     except (TypeError, ValueError):
         return False
-    ordered = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    places = [each for each in signature.parameters.values() if each.kind in ordered]
-    if len(places) < 2:
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    positional = [each for each in signature.parameters.values() if each.kind in kinds]
+    if len(positional) < 2:
         return False
-    kind = places[0].annotation
-    if isinstance(kind, str):  # as annotations are where the module postpones them
-        typed = kind.rpartition(".")[2] == "Module"
+    annotation = positional[0].annotation
+    if isinstance(annotation, str):  # from __future__ import annotations
+        typed = annotation.rpartition(".")[2] == "Module"
     else:
-        typed = isinstance(kind, type) and issubclass(kind, nn.Module)
-    return typed or places[0].name in MODEL
+        typed = isinstance(annotation, type) and issubclass(annotation, nn.Module)
+    return typed or positional[0].name in MODEL
 
 
 def call(
     model: nn.Module, criterion: Any, batch: Batch, values: Values | None = None
 ) -> tuple[Any, Any]:
-    """Outputs, and what the criterion returns, or without one the outputs again."""
+    """The outputs of the model, and what the criterion returns; without one the outputs again."""
     args, named = arguments(model, criterion, batch)
     if values is None:
         outputs = model(*args, **named)
@@ -66,43 +73,43 @@ def call(
             outputs = functional_call(model, dict(values), args, named)
     if criterion is None:
         return outputs, outputs
-    if is_torchs(criterion) and not isinstance(outputs, Tensor):
-        return outputs, criterion(logits(outputs), _beside(batch))
-    return outputs, criterion(outputs, _beside(batch))
+    if is_torch_loss(criterion) and not isinstance(outputs, Tensor):
+        return outputs, criterion(logits(outputs), _targets(batch))
+    return outputs, criterion(outputs, _targets(batch))
 
 
-def call_whole(
+def call_with_model(
     model: nn.Module,
     loss: Callable[[nn.Module, Batch], Any],
     batch: Batch,
     values: Values | None = None,
 ) -> tuple[Any, Any]:
-    """The last outputs of the model in a loss(model, batch), and what that returns."""
+    """The last outputs of the model inside a loss(model, batch), and what that returns."""
     found: list[Any] = []
-    with _recorded(model, found):
+    with _recorded_outputs(model, found):
         if values is None:
             value = loss(model, batch)
         else:
             inside = {f"model.{name}": tensor for name, tensor in values.items()}
             with own_parameters([model]):
-                value = functional_call(_Whole(model, loss), inside, (batch,))
+                value = functional_call(_LossModule(model, loss), inside, (batch,))
     return (found[-1] if found else None), value
 
 
 @scope
-def _recorded(undo: Undo, model: nn.Module, found: list[Any]) -> None:
-    """Inside, the outputs of the model are appended to ``found``."""
-    undo(put_table, model._forward_hooks, dict(model._forward_hooks))
+def _recorded_outputs(undo: UndoLog, model: nn.Module, found: list[Any]) -> None:
+    """Append the outputs of the model to ``found`` whenever it is called."""
+    undo(restore_dict, model._forward_hooks, dict(model._forward_hooks))
     model.register_forward_hook(lambda module, inputs, outputs: found.append(outputs))
 
 
-class _Whole(nn.Module):
-    """A loss(model, batch) as a module, so that the parameters can be replaced."""
+class _LossModule(nn.Module):
+    """A loss(model, batch) as a module, so that ``functional_call`` can replace parameters."""
 
     def __init__(self, model: nn.Module, loss: Callable[[nn.Module, Batch], Any]) -> None:
         super().__init__()
         self.model = model
-        self._loss = functools.partial(loss)  # which is no submodule
+        self._loss = functools.partial(loss)  # so that a loss module is not a submodule
 
     def forward(self, batch: Batch) -> Any:
         """The loss."""
@@ -110,20 +117,20 @@ class _Whole(nn.Module):
 
 
 def arguments(model: nn.Module, criterion: Any, batch: Batch) -> Call:
-    """What the model is called with: the first form of the batch that its ``forward`` takes.
+    """The arguments of the model: the first form of the batch that its ``forward`` accepts.
 
     Raises:
-        TypeError: it takes none.
+        TypeError: it accepts none.
     """
     try:
         signature = inspect.signature(model.forward)
-    except (TypeError, ValueError):  # of compiled code
+    except (TypeError, ValueError):  # compiled code has none
         signature = None
-    ways = _ways(criterion, batch, set(signature.parameters) if signature else set())
+    forms = _forms(criterion, batch, set(signature.parameters) if signature else set())
     if signature is None:
-        return ways[0]
+        return forms[0]
     first = ""
-    for args, named in ways:
+    for args, named in forms:
         try:
             signature.bind(*args, **named)
         except TypeError as error:
@@ -141,8 +148,11 @@ def arguments(model: nn.Module, criterion: Any, batch: Batch) -> Call:
     )
 
 
-def _ways(criterion: Any, batch: Batch, names: set[str]) -> list[Call]:
-    """The calls that a batch may mean, the likelier first; ``names`` are those of parameters."""
+def _forms(criterion: Any, batch: Batch, names: set[str]) -> list[Call]:
+    """The calls that a batch may stand for, the most likely first.
+
+    ``names`` are the names of the parameters of ``forward``.
+    """
     if isinstance(batch, Mapping):
         named: Call = (), dict(batch)
         return [named] if names & set(batch) else [named, ((batch,), {})]
@@ -151,40 +161,41 @@ def _ways(criterion: Any, batch: Batch, names: set[str]) -> list[Call]:
     if criterion is None:
         return [(tuple(batch), {})]
     inputs = tuple(batch[:-1])
-    ways: list[Call] = [(inputs, {})]
+    forms: list[Call] = [(inputs, {})]
     one = inputs[0] if len(inputs) == 1 else None
     if isinstance(one, (tuple, list)) and is_sequence(one) and not hasattr(one, "_fields"):
-        ways.insert(0, (tuple(one), {}))
+        forms.insert(0, (tuple(one), {}))
     elif isinstance(one, Mapping) and names >= set(one):
-        ways.insert(0, ((), dict(one)))
-    return ways
+        forms.insert(0, ((), dict(one)))
+    return forms
 
 
 def logits(outputs: Any) -> Any:
-    """The ``logits`` of a model's outputs, where they are no tensor; else the outputs."""
+    """The entry or attribute ``logits`` of the outputs, if there is one; else the outputs."""
     if isinstance(outputs, Mapping) and "logits" in outputs:
         return outputs["logits"]
     return getattr(outputs, "logits", outputs)
 
 
-def loss_of(returned: Any, alone: bool) -> tuple[Any, list[str]]:
-    """The loss in what a criterion (``alone``), a model or a loss of (model, batch) returned.
+def loss_of(returned: Any, from_criterion: bool) -> tuple[Any, list[str]]:
+    """The loss in what a criterion of outputs, a model or a loss of (model, batch) returned.
 
-    All of it, its ``loss``; unless ``alone``, the only scalar of a tuple, or the sum of a
-    dictionary of nothing but losses, whose names come second. None if there is none.
+    That is a tensor itself, or an attribute or entry ``loss``. Unless it comes ``from_criterion``,
+    also the only scalar of a tuple, or the sum over a dictionary of nothing but losses, whose names
+    are returned too. None if there is no loss.
     """
     if isinstance(returned, Tensor):
         return returned, []
     loss = getattr(returned, "loss", None)
     if loss is None and isinstance(returned, Mapping):
         loss = returned.get("loss")
-    if loss is not None or alone:
+    if loss is not None or from_criterion:
         return returned if loss is None else loss, []
     if isinstance(returned, Mapping):
         losses = {str(name): x for name, x in returned.items() if "loss" in str(name)}
-        total = len(losses) > 1 and any("total" in name for name in losses)
-        alike = len(losses) == len(returned) and all(map(_is_scalar, losses.values()))
-        if losses and alike and not total:
+        has_total = len(losses) > 1 and any("total" in name for name in losses)
+        only_losses = len(losses) == len(returned) and all(map(_is_scalar, losses.values()))
+        if losses and only_losses and not has_total:
             return sum(losses.values()), [*losses]
     elif isinstance(returned, (tuple, list)):
         scalars = [each for each in returned if _is_scalar(each)]
@@ -193,10 +204,10 @@ def loss_of(returned: Any, alone: bool) -> tuple[Any, list[str]]:
     return None, []
 
 
-def without_loss(returned: Any, whole: bool) -> str:
-    """What to do where a model or a loss of (model, batch) returned no loss."""
+def without_loss(returned: Any, takes_model: bool) -> str:
+    """The message if a model or a loss of (model, batch) returned no loss."""
     kind = type(returned).__name__
-    if whole:
+    if takes_model:
         return f"criterion(model, batch) returned {kind} without a loss; return the scalar alone"
     return (
         f"criterion is None, but the model returned {kind} without a loss; pass a criterion, or "
@@ -231,10 +242,10 @@ def scalar(loss: Any, origin: str) -> Tensor:
     return loss.reshape(())
 
 
-def explained(error: Exception, batch: Batch, dtype: torch.dtype) -> Exception | None:
-    """What an error of a first evaluation says of the data; None for one of the user's own code.
+def explanation(error: Exception, batch: Batch, dtype: torch.dtype) -> Exception | None:
+    """An error that explains an error of the first evaluation; None if the user's code raised it.
 
-    An error is the user's where the innermost function is none of torch's.
+    The user's code raised it if the innermost function is not one of torch's.
     """
     words = (str(error).splitlines() or [""])[0]
     others = {t.dtype for t in leaves(batch) if t.is_floating_point()} - {dtype}
@@ -250,22 +261,22 @@ def explained(error: Exception, batch: Batch, dtype: torch.dtype) -> Exception |
         )
     if not raised_in(error).startswith(TORCH):
         return None
-    kind = TypeError if isinstance(error, (TypeError, AttributeError)) else ValueError
+    kind = InputTypeError if isinstance(error, (TypeError, AttributeError)) else InputError
     return kind(
         f"data does not fit the model and criterion: {words}; a batch is {described(batch)}; {ANY}"
     )
 
 
 def raised_in(error: BaseException) -> str:
-    """The file of the function that raised."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    return "" if place is None else place.tb_frame.f_code.co_filename
+    """The file of the function that raised the error."""
+    entry = error.__traceback__
+    while entry is not None and entry.tb_next is not None:
+        entry = entry.tb_next
+    return "" if entry is None else entry.tb_frame.f_code.co_filename
 
 
-def _beside(batch: Batch) -> Any:
-    """What a criterion gets beside the outputs."""
+def _targets(batch: Batch) -> Any:
+    """What a criterion gets besides the outputs: the targets, or a batch that is no sequence."""
     return batch[-1] if is_sequence(batch) else batch
 
 

@@ -1,42 +1,72 @@
-"""Whether batches are what their parts make up, as far as the gradient of the loss tells."""
+"""Whether a batch may be cut: whether its gradient is the weighted mean of its parts' gradients.
+
+It is not if the samples of a batch are coupled, as by batch statistics or by a loss of pairs. Then
+microbatches would change the loss. The check costs two gradients of every batch.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fasthessian.errors import InputError
 from fasthessian.memory import out_of_memory
 from fasthessian.operators.loss.batches import Batch, cut, halves, items, samples
-from fasthessian.operators.loss.model_loss import ModelLoss
+from fasthessian.operators.loss.terms import Terms
 
 ATOMS = (str, bytes, bool, int, float, complex, type(None))
+
+
+class Batched(Protocol):
+    """A loss over batches; see ``ModelLoss``."""
+
+    model: nn.Module
+    microbatch: int | None
+    terms: Terms
+
+    def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
+        """Count the terms of each part by the loss itself."""
+
+    def batches(self) -> Generator[tuple[int, Batch], None, None]:
+        """(index, batch) of those that have a weight."""
+
+    def gradient(
+        self, batch: Batch, params: Sequence[Tensor], moved: bool = False
+    ) -> tuple[Sequence[Tensor], list[float]]:
+        """The gradient of the loss of a batch, and its denominators."""
+
+    def varies(self, batch: Batch) -> bool:
+        """Whether the loss of a batch depends on the random numbers that it draws."""
 
 
 class Coupling(NamedTuple):
     """What ``coupling`` found."""
 
-    change: float  # the largest relative change over the batches; NaN where none can be cut
-    batch: int  # its index
+    change: float  # the largest relative change over the batches; NaN if none could be cut
+    batch: int  # the index of that batch
     reason: str  # why a batch could not be cut; empty if all could
 
 
-def coupling(loss: ModelLoss, params: Sequence[Tensor], allowed: float) -> Coupling:
-    """Relative change of a batch's gradient when it is cut into microbatches, or in two.
+def coupling(loss: Batched, params: Sequence[Tensor], allowed: float) -> Coupling:
+    """How much a batch's gradient changes if the batch is cut into microbatches, or in two.
 
-    Costs two gradients of every batch. Where the change is more than ``allowed``, it is measured
-    once more at parameters a little off, because near a minimum gradients are rounding alone.
+    A change of more than ``allowed`` is measured again at parameters that are moved a little, since
+    gradients near a minimum are nothing but rounding errors.
 
-    Without ``microbatch`` nothing relies on the cut. Then a batch whose halves are no batches of
-    this model, or mean something else, is cut along the second dimension, as data with time first
-    have their samples there; if that does not tell either, the reason is given.
+    Without ``microbatch`` the batches are not cut in products. Then it is no error if half of a
+    batch is not a batch of this model. Such a batch is cut along the second dimension, where data
+    with time first have their samples. If that shows nothing either, the reason is given.
     """
-    largest, which, why = math.nan, -1, ""
+    if not callable(loss.terms.given):
+        with contextlib.suppress(ValueError):  # weights were given since none are right
+            loss.count_terms(params, allowed)
+    largest, index_of_largest, why = math.nan, -1, ""
     with closing(loss.batches()) as batches:
         for index, batch in batches:
             if loss.microbatch:
@@ -45,23 +75,23 @@ def coupling(loss: ModelLoss, params: Sequence[Tensor], allowed: float) -> Coupl
                 change, reason = _of_halves(loss, batch, params, allowed)
             why = why or reason
             if change > largest or math.isnan(largest):
-                largest, which = change, index
-    return Coupling(largest, which, why)
+                largest, index_of_largest = change, index
+    return Coupling(largest, index_of_largest, why)
 
 
 def _of_microbatches(
-    loss: ModelLoss, index: int, batch: Batch, params: Sequence[Tensor], allowed: float
+    loss: Batched, index: int, batch: Batch, params: Sequence[Tensor], allowed: float
 ) -> tuple[float, str]:
-    """The change of a batch, or of as much of it as fits, or NaN and why that does not tell."""
+    """The change of a batch, or of as much of it as fits in memory; or NaN and the reason."""
     most, whole = loss.microbatch, batch
     while True:
         try:
-            change, reason = _smaller(loss, batch, cut(batch, most), params, allowed)
+            change, reason = _change_of_cut(loss, batch, cut(batch, most), params, allowed)
             break
         except RuntimeError as error:
             if not (out_of_memory(error) and most and samples(batch) > most):
                 raise
-        batch = next(halves(batch))  # outside of the handler, which holds what was allocated
+        batch = next(halves(batch))  # not in the handler: its traceback keeps memory allocated
     if reason:
         raise InputError(
             f"microbatch={most} does not serve, a part of batch {index} is no batch of this model: "
@@ -73,18 +103,18 @@ def _of_microbatches(
 
 
 def _of_halves(
-    loss: ModelLoss, batch: Batch, params: Sequence[Tensor], allowed: float
+    loss: Batched, batch: Batch, params: Sequence[Tensor], allowed: float
 ) -> tuple[float, str]:
-    """The change of a batch that is cut in two, or NaN and why that does not tell."""
+    """The change of a batch that is cut in two; or NaN and why it shows nothing."""
     if samples(batch) < 2:
         return math.nan, "a batch of one sample cannot be cut"
-    change, reason = _smaller(loss, batch, halves(batch), params, allowed)
+    change, reason = _change_of_cut(loss, batch, halves(batch), params, allowed)
     if change <= allowed:
         return change, ""
     if not reason and loss.varies(batch):
         reason = "the loss draws random numbers, others for each part"
-    reason = reason or _unlike(loss, batch)
-    across, _ = _smaller(loss, batch, halves(batch, dim=1), params, allowed)
+    reason = reason or _not_samples(loss, batch)
+    across, _ = _change_of_cut(loss, batch, halves(batch, dim=1), params, allowed)
     if across <= allowed:
         if reason:
             return across, ""
@@ -92,8 +122,8 @@ def _of_halves(
     return (math.nan, reason) if reason else (change, "")
 
 
-def _unlike(loss: ModelLoss, batch: Batch) -> str:
-    """Why halves that do not make up a batch may be no halves of its samples; empty if nothing."""
+def _not_samples(loss: Batched, batch: Batch) -> str:
+    """Why halves of a batch may not be halves of its samples; empty if there is no such reason."""
     count = samples(batch)
     for item in items(batch):
         shape = tuple(item.shape) if isinstance(item, Tensor) else None
@@ -107,14 +137,14 @@ def _unlike(loss: ModelLoss, batch: Batch) -> str:
     return ""
 
 
-def _smaller(
-    loss: ModelLoss,
+def _change_of_cut(
+    loss: Batched,
     batch: Batch,
     chunks: Iterable[Batch],
     params: Sequence[Tensor],
     allowed: float,
 ) -> tuple[float, str]:
-    """The change of a batch, here or at parameters a little off, or NaN and why it has none."""
+    """The smaller change of a batch here and at moved parameters; or NaN and the reason."""
     whole = loss.gradient(batch, params, False)
     try:
         parts = list(chunks)
@@ -125,7 +155,7 @@ def _smaller(
             whole = loss.gradient(batch, params, True)
             change = min(change, _change(loss, batch, whole, parts, params, moved=True))
         return change, ""
-    except Exception as error:  # whatever a model raises at half of its batch
+    except Exception as error:  # whatever a model raises for half of its batch
         if out_of_memory(error):
             raise
         cause = error.__cause__ or error
@@ -133,28 +163,28 @@ def _smaller(
 
 
 def _change(
-    loss: ModelLoss,
+    loss: Batched,
     batch: Batch,
     whole: tuple[Sequence[Tensor], Any],
     chunks: Sequence[Batch],
     params: Sequence[Tensor],
     moved: bool,
 ) -> float:
-    """How far the gradient of a batch is from what its chunks make up."""
+    """How far the gradient of a batch is from the weighted mean of its chunks' gradients."""
     terms = loss.terms
     if not terms.number(batch, whole[1]):
         return 0.0
-    counts, total, size = terms.told(batch, chunks), 0.0, 0.0
-    together = [torch.zeros_like(piece) for piece in whole[0]]
+    counts, total, size = terms.given_numbers(batch, chunks), 0.0, 0.0
+    sums = [torch.zeros_like(piece) for piece in whole[0]]
     for place, chunk in enumerate(chunks):
         pieces, found = loss.gradient(chunk, params, moved)
         count = counts[place] if counts else terms.number(chunk, found)
         if count:  # the mean over no term is NaN
             total += count
             size += count * _norm(pieces)
-            torch._foreach_add_(together, list(pieces), alpha=count)
+            torch._foreach_add_(sums, list(pieces), alpha=count)
     total = 1.0 if terms.summed else total or 1.0
-    gap = _norm([a - b / total for a, b in zip(whole[0], together, strict=True)])
+    gap = _norm([a - b / total for a, b in zip(whole[0], sums, strict=True)])
     return gap / (size / total or 1.0)
 
 

@@ -1,4 +1,9 @@
-"""What a loss divides its sum over terms by, read from the graph of its computation."""
+"""The divisor of a loss's sum over terms, read in the graph of its computation.
+
+For example the graph of ``(x.square() * mask).sum() / mask.sum()`` ends in a division, whose node
+has saved the value of ``mask.sum()``; and the node of ``mean()`` has saved the shape of its input.
+``denominators`` walks from the loss through operations on scalars down to such a reduction.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,10 @@ from typing import Any
 
 from torch import Tensor
 
-BRANCHES = 64  # summands of a loss that are followed
-MEAN, SUM = 1, 2  # torch's numbers for reduction="mean" and "sum"
-# They change the shape or the sign of a scalar, or add a constant to it.
-PASSED = {
+SUMMANDS = 64  # of a loss with more nothing is read
+MEAN, SUM = 1, 2  # torch's codes for reduction="mean" and "sum"
+# Operations that change the shape or the sign of a scalar, or add to it.
+UNSCALED = {
     "NegBackward0", "ViewBackward0", "UnsafeViewBackward0", "ReshapeAliasBackward0",
     "SqueezeBackward0", "SqueezeBackward1", "SqueezeBackward2", "UnsqueezeBackward0",
     "ToCopyBackward0", "CloneBackward0", "AliasBackward0", "AddBackward0", "AddBackward1",
@@ -20,24 +25,24 @@ SUMS = {"SumBackward0", "SumBackward1", "NansumBackward0", "DotBackward0"}
 
 
 def denominators(loss: Tensor) -> list[float]:
-    """The numbers by which the summands of a scalar loss divide their sums over terms.
+    """The number that each summand of a scalar loss divides its sum over terms by.
 
-    One number for each summand, in a fixed order: the entries of a mean, the total weight of a
-    cross-entropy, the divisor of a sum, 1 for a sum alone; times the constants on the way. Empty
-    where an operation on the way is not known to be linear.
+    One number per summand, in a fixed order: the number of entries of a mean, the total weight of
+    a cross-entropy, the divisor of a sum, 1 for a sum without one; divided by the constants that
+    the summand is multiplied with. Empty if an operation in between is not known to be linear.
     """
     found: list[float] = []
     todo: list[tuple[Any, float]] = [(loss.grad_fn, 1.0)]
     while todo:
         node, scale = todo.pop()
-        number, factor = _ended(node), _factor(node)
+        number, factor = _reduced_by(node), _factor(node)
         if number is not None:
             found.append(number * scale)
         elif factor is not None:
             todo += [(child, scale * factor) for child in _children(node)]
         else:
             return []
-        if len(found) + len(todo) > BRANCHES:
+        if len(found) + len(todo) > SUMMANDS:
             return []
     return found if all(map(math.isfinite, found)) else []
 
@@ -46,8 +51,8 @@ def _children(node: Any) -> list[Any]:
     return [child for child, _ in reversed(node.next_functions) if child is not None]
 
 
-def _ended(node: Any) -> float | None:
-    """The denominator of a reduction; None for another operation."""
+def _reduced_by(node: Any) -> float | None:
+    """The denominator of a reduction; None for any other operation."""
     if node is None:
         return None
     name = node.name()
@@ -57,10 +62,10 @@ def _ended(node: Any) -> float | None:
         dims = [d - (d >> 63 << 64) for d in getattr(node, "_saved_dim", None) or ()]
         return float(math.prod(sizes[d] for d in dims) if dims else math.prod(sizes))
     if name in SUMS:
-        # a mean over one dimension, summed over the others, divides by the length of the one
+        # the sum of means over one dimension is divided by the length of that dimension
         inner = _children(node)
         mean = len(inner) == 1 and inner[0].name() == "MeanBackward1"
-        return _ended(inner[0]) if mean else 1.0
+        return _reduced_by(inner[0]) if mean else 1.0
     reduction = getattr(node, "_saved_reduction", None)
     if reduction == SUM:
         return 1.0
@@ -71,11 +76,11 @@ def _ended(node: Any) -> float | None:
 
 
 def _factor(node: Any) -> float | None:
-    """By what an operation on a scalar multiplies the denominator; None if it is not linear."""
+    """The factor that an operation on a scalar gives its denominator; None if it is not linear."""
     if node is None:
         return None
     name = node.name()
-    if name in PASSED:
+    if name in UNSCALED:
         return 1.0
     multiplied, divided = name.startswith("MulBackward"), name.startswith("DivBackward")
     nonzero = [i for i, (child, _) in enumerate(node.next_functions) if child is not None]
@@ -87,4 +92,4 @@ def _factor(node: Any) -> float | None:
     value = abs(float(other))
     if divided:
         return value
-    return 1 / value if value else 0.0  # times 0: it has no term
+    return 1 / value if value else 0.0  # multiplied by 0: the summand has no term

@@ -1,7 +1,7 @@
-"""The loss as a weighted sum of parts: one part per batch, or one closure.
+"""The loss of a model over data, as a weighted sum of parts: one part per batch or microbatch.
 
-A mean over the data is the mean over the terms of the loss, not over batches: the weight of a
-batch is its number of terms over the total, so ragged batches give what one batch would.
+The weight of a part is its number of terms divided by the total (see ``terms``). So batches of
+different sizes give the same loss as one batch of all data.
 """
 
 from __future__ import annotations
@@ -13,57 +13,67 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.memory import out_of_memory
-from fasthessian.operators.loss.batches import (
-    Batch,
-    check_batch,
-    cut,
-    samples,
-    size,
-    to_device,
-)
+from fasthessian.operators.loss.batches import Batch, check_batch, cut, samples, size, to_device
 from fasthessian.operators.loss.calls import (
     call,
-    call_whole,
-    explained,
+    call_with_model,
+    explanation,
     loss_of,
     scalar,
     takes_model,
     without_loss,
 )
-from fasthessian.operators.loss.counting import decide, keyed
+from fasthessian.operators.loss.counting import find_rule, ways_to_count
+from fasthessian.operators.loss.coupling import Coupling, coupling
 from fasthessian.operators.loss.denominators import denominators
-from fasthessian.operators.loss.sources import Memory, Stream, source
+from fasthessian.operators.loss.halving import ROUNDING, Gradient, HalvingTrials
+from fasthessian.operators.loss.model_checks import check_modules
+from fasthessian.operators.loss.sources import LoaderSource, MemorySource, source
 from fasthessian.operators.loss.terms import Terms
-from fasthessian.operators.loss.trials import SHARP, Gradient, Trials
-from fasthessian.operators.torch_state.conditions import own_buffers, seeded, shifted, training
-from fasthessian.operators.torch_state.hooks import acting
-from fasthessian.operators.torch_state.watch import DATA, OTHER, POINT, Entry, of_module, reach
+from fasthessian.operators.torch_state.gradient_hooks import active_hooks
+from fasthessian.operators.torch_state.module_state import own_buffers, shifted, training
+from fasthessian.operators.torch_state.random_state import seeded
+from fasthessian.operators.torch_state.reachable import (
+    DATA,
+    OTHER,
+    POINT,
+    Entry,
+    module_entries,
+    reachable,
+)
+from fasthessian.operators.torch_state.scopes import Scope
 from fasthessian.vectors import real
 
-REPEATED = 1e-3  # relative; two evaluations of one loss differ by rounding only
+REPEATED = 1e-3  # relative difference allowed between two evaluations of one loss
 ROUNDED = 2e-2  # the same for a loss that is computed in 16 bits
-MOVED = 1e-2  # a step of parameters over their root mean square
+STEP = 1e-2  # how far moved parameters are moved, relative to their root mean square
 
 
 class Part(NamedTuple):
-    """One summand of the loss."""
+    """One summand of the loss: ``weight`` times the loss of ``batch``."""
 
-    position: int  # position in the pass; seeds the random numbers of the forward pass
+    position: int  # its number in the pass, which seeds the random numbers of the forward pass
     weight: float
     batch: Batch
-    size: int  # numbers in the batch
-    first: int = 0  # samples before it in the pass
+    size: int  # how many numbers the batch holds
+    first: int = 0  # how many samples come before it in the pass
 
 
 class ModelLoss:
-    """The loss of a model over data."""
+    """The loss of a model over data.
+
+    Args:
+        model, criterion, data, weights, mode, microbatch: see ``Hessian``.
+        like: a parameter, whose device and dtype the loss has.
+        ordered: whether a loader must yield the samples in the same order at every pass.
+        scaled: whether a matrix depends on the number of terms even if there is a single part.
+    """
 
     origin = "criterion"
-    freed = (
+    freed_graph_advice = (
         "the model frees its graph where it differentiates inside; if it keeps it in "
         "training (create_graph=self.training) use mode='train', else let it create_graph"
     )
@@ -87,45 +97,27 @@ class ModelLoss:
         if criterion is None:
             self.origin = "model"
         self.model, self.criterion = model, criterion
-        self.whole = takes_model(criterion)  # criterion is a loss of (model, batch)
-        self._form = ""  # how the loss is made of the outputs, if that is a guess
+        self.takes_model = takes_model(criterion)  # the criterion is a loss of (model, batch)
+        self._form = ""  # how the loss is found in what the model returns, if that is a guess
         self.microbatch = microbatch
         self._device, self._dtype, self._mode = like.device, like.dtype.to_real(), mode
-        for name, module in model.named_modules():
-            coupling = mode == "train" or getattr(module, "running_mean", None) is None
-            if microbatch is not None and isinstance(module, _BatchNorm) and coupling:
-                raise InputError(
-                    f"microbatch must be None for this model: {name!r} normalises over the batch; "
-                    f"use mode='eval', or batches that fit"
-                )
-            if getattr(module, "max_norm", None) is not None:
-                raise InputError(
-                    f"model has {name!r} with max_norm, which rewrites its weight in the forward "
-                    f"pass; set its max_norm to None"
-                )
-            if getattr(module, "sparse", False) and isinstance(
-                module, (nn.Embedding, nn.EmbeddingBag)
-            ):
-                raise InputError(
-                    f"model has {name!r} with sparse gradients, which have no second derivative; "
-                    f"set its sparse to False"
-                )
+        check_modules(model, mode, microbatch)
         self.roots = [root for root in (model, criterion) if isinstance(root, nn.Module)]
         self.terms = Terms(criterion, weights)
-        self._scaled = scaled  # whether a sum and a mean differ for a single part, too
-        self._fits = False  # until the first batch went through
-        # batch statistics, dropout masks and given weights depend on the order and the batching
+        self._scaled = scaled
+        self._evaluated = False  # whether the first evaluation succeeded
+        # batch statistics, dropout masks and given weights depend on order and batches
         ordered |= mode == "train" or self.terms.given is not None
-        many = self.whole and _tensors(data) and not self._serves(data)
-        self._source: Memory | Stream = source(data, ordered, self.whole, many)
-        self.replayable = self._source.replayable
+        many = self.takes_model and _all_tensors(data) and not self._is_batch(data)
+        self._source: MemorySource | LoaderSource = source(data, ordered, self.takes_model, many)
+        self.fixed_order = self._source.fixed_order
         self.survey()
 
-    def _serves(self, batch: Batch) -> bool:
-        """Whether a list of tensors is a batch of the loss, as loaders yield them, or several."""
+    def _is_batch(self, batch: Batch) -> bool:
+        """Whether the loss takes this list of tensors as one batch; if not, it is several."""
         with training(self.roots, "eval"), torch.no_grad():
             try:
-                self._either(0, batch)
+                self._loss_in_any_mode(0, batch)
             except Exception as error:
                 if out_of_memory(error):
                     raise
@@ -133,8 +125,8 @@ class ModelLoss:
             return True
 
     def survey(self) -> None:
-        """One pass over the data: check the batches, count the terms as the criterion says."""
-        self.terms.way, self.terms.told_all = None, True
+        """Make one pass over the data: check the batches, count the terms by the criterion."""
+        self.terms.rule, self.terms.given_per_chunk = None, True
         self.size, index, counts, total = 0, -1, [], 0.0
         self._source.restart()
         with closing(self._chunks()) as chunks:
@@ -150,63 +142,63 @@ class ModelLoss:
             raise InputError(
                 f"weights must have one entry per batch ({index + 1}), got {len(given)}"
             )
-        enough = len(counts) == 1 and total > 0 if given is None else self.terms.told_all
+        enough = len(counts) == 1 and total > 0 if given is None else self.terms.given_per_chunk
         self.counted = self.terms.known or (enough and not self._scaled)
         if self.counted or given is not None:
-            self._take(counts, total)
+            self._set_counts(counts, total)
 
-    def _take(self, counts: Sequence[float], total: float) -> None:
+    def _set_counts(self, counts: Sequence[float], total: float) -> None:
         if total <= 0:
             raise InputError("data holds no term of the loss: every target is ignored")
         self._total = 1.0 if self.terms.summed and self.terms.given is None else total
         self.count = sum(count > 0 for count in counts)
 
     def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
-        """Count the terms by the loss itself; see ``counting``.
+        """Count the terms by the loss itself, unless the numbers are known; see ``counting``.
 
-        Costs one evaluation of each part, and two gradients of each of a few batches. Gradients
-        that differ by no more than ``allowed``, relative, count as equal.
+        This costs one evaluation of each part, and two gradients of each of a few batches.
+        Gradients count as equal if their relative difference is at most ``allowed``.
         """
         if self.terms.known:
             return
 
         def gradient(batch: Batch, moved: bool) -> Gradient:
             pieces, found = self.gradient(batch, params, moved)
-            return pieces, keyed(batch, found)
+            return pieces, ways_to_count(batch, found)
 
-        trials = Trials(gradient, max(SHARP[self._dtype], allowed / 10), allowed)
+        trials = HalvingTrials(gradient, max(ROUNDING[self._dtype], allowed / 10), allowed)
         with closing(self._chunks()) as chunks:
             parts = (batch for *_, batch in chunks)
-            way = decide(parts, self._either, trials)
-        self.terms.way = way
-        if way.words is None:
-            self._source.order()  # no other pass has the same batches
-        self._take(way.values, sum(way.values) if self.terms.given is None else self._total)
-        self.counted = True  # last: an interrupted count is made anew
+            rule = find_rule(parts, self._loss_in_any_mode, trials)
+        self.terms.rule = rule
+        if rule.counter is None:
+            self._source.require_order()  # the numbers belong to the batches of this pass
+        self._set_counts(rule.values, sum(rule.values) if self.terms.given is None else self._total)
+        self.counted = True  # last, so that an interrupted count is repeated
 
     @property
     def note(self) -> str:
-        """What is guessed."""
-        way = self.terms.way
-        return "; ".join(filter(None, (self._form, way.note if way else "")))
+        """What is guessed about the loss, for ``engine``; empty if nothing is."""
+        rule = self.terms.rule
+        return "; ".join(filter(None, (self._form, rule.note if rule else "")))
 
     @property
-    def counted_at_a_point(self) -> bool:
-        """Whether the numbers of terms may depend on the parameters."""
-        return self.terms.way is not None and self.terms.way.words is None
+    def terms_vary(self) -> bool:
+        """Whether the numbers of terms may change with the parameters."""
+        return self.terms.rule is not None and self.terms.rule.counter is None
 
     def terms_of(self, part: Part, loss: Tensor) -> float:
-        """The number of terms of a part whose loss is this."""
+        """The number of terms of a part that has this loss."""
         return self.terms.number(part.batch, denominators(loss))
 
     def gradient(
         self, batch: Batch, params: Sequence[Tensor], moved: bool = False
     ) -> tuple[Sequence[Tensor], list[float]]:
-        """The gradient of the loss of a batch, and its denominators.
+        """The gradient of the loss of a batch, and the loss's denominators.
 
-        In eval mode, since no two batches have the same dropout masks; where a model has no loss
-        then, as detectors, with its own modules in training. Those ``moved`` are at parameters a
-        little off, where no gradient is 0 by chance.
+        It is taken in eval mode, since no two batches have the same dropout masks. If the model has
+        no loss in eval mode, as a detector, its own modules are in training mode. If ``moved``, the
+        parameters are moved a little, so that no gradient is 0 by chance.
         """
         try:
             return self._gradient(batch, params, moved, "eval")
@@ -215,8 +207,8 @@ class ModelLoss:
                 raise
         return self._gradient(batch, params, moved, "own")
 
-    def _either(self, place: int, batch: Batch) -> Tensor:
-        """The loss of a batch as the flags are, or else as in ``gradient``."""
+    def _loss_in_any_mode(self, place: int, batch: Batch) -> Tensor:
+        """The loss of a batch with the flags as they are; if that fails, in mode "own"."""
         part = Part(place, 1.0, batch, 0)
         try:
             return self.evaluate(part)[1]
@@ -226,50 +218,58 @@ class ModelLoss:
         with training(self.roots, "own"):
             return self.evaluate(part)[1]
 
+    def coupling(self, params: Sequence[Tensor], allowed: float) -> Coupling:
+        """See ``coupling.coupling``."""
+        return coupling(self, params, allowed)
+
+    def protected(self) -> Scope[None]:
+        """A scope that does nothing: only the ``roots`` need protection."""
+        return Scope(lambda undo: None)
+
     def varies(self, batch: Batch) -> bool:
-        """Whether the loss of a batch depends on the random numbers that it draws."""
+        """Whether the loss of a batch depends on random numbers that it draws."""
         with torch.no_grad():
-            first, other = (float(self._either(place, batch)) for place in (0, 1))
+            first, other = (float(self._loss_in_any_mode(place, batch)) for place in (0, 1))
         return abs(first - other) > REPEATED * abs(first)
 
     def _gradient(
         self, batch: Batch, params: Sequence[Tensor], moved: bool, mode: str
     ) -> tuple[Sequence[Tensor], list[float]]:
-        with training(self.roots, mode), shifted(params, MOVED if moved else 0.0):
+        with training(self.roots, mode), shifted(params, STEP if moved else 0.0):
             loss = self.evaluate(Part(0, 1.0, batch, 0))[1]
-            found = denominators(loss)  # before the graph is freed
+            found = denominators(loss)  # before autograd frees the graph
             pieces = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
             return [real(piece) for piece in pieces], found
 
     def batches(self) -> Generator[tuple[int, Batch], None, None]:
-        """(index, batch) of those that have a weight."""
+        """(index, batch) of all batches whose weight is not 0."""
         with closing(self._source.one_pass()) as batches:
             for index, batch in enumerate(batches):
                 if self.terms.given is None or self.terms.weight(index, batch):
                     yield index, batch
 
     def entries(self, whole: bool) -> Iterator[Entry]:
-        """What the loss depends on; see ``watch``."""
+        """What the loss depends on; if not ``whole``, only parameters, buffers and batches."""
         seen: set[int] = set()
-        yield from of_module("model", self.model, POINT, seen, whole)
+        yield from module_entries("model", self.model, POINT, seen, whole)
         if isinstance(self.criterion, nn.Module):
-            yield from of_module("criterion", self.criterion, DATA, seen, whole)
+            yield from module_entries("criterion", self.criterion, DATA, seen, whole)
         yield from self._source.entries(whole, seen)
         if whole:
-            yield from reach("criterion", self.criterion, OTHER, seen)
+            yield from reachable("criterion", self.criterion, OTHER, seen)
             if callable(self.terms.given):
-                yield from reach("weights", self.terms.given, OTHER, seen)
+                yield from reachable("weights", self.terms.given, OTHER, seen)
 
-    def named(self) -> dict[str, Tensor]:
-        """The model's parameters now."""
+    def named_parameters(self) -> dict[str, Tensor]:
+        """The model's parameters as they are now."""
         return dict(self.model.named_parameters())
 
     def _chunks(self) -> Generator[tuple[int, float, float, Batch], None, None]:
-        """(index of a batch, its weight, that of a microbatch, microbatch) over one pass."""
+        """(index of the batch, its weight, the microbatch's weight, microbatch) over one pass."""
         position = 0
         with closing(self._source.one_pass()) as batches:
             for index, batch in enumerate(batches):
-                if not self.whole:
+                if not self.takes_model:
                     check_batch(batch, self.criterion is not None)
                 chunks = list(cut(batch, self.microbatch))
                 weight, counts = self.terms.of_chunks(index, batch, chunks, position)
@@ -278,7 +278,7 @@ class ModelLoss:
                     yield index, weight, count, chunk
 
     def parts(self) -> Generator[Part, None, None]:
-        """One pass over the data; batches without a term of the loss are left out."""
+        """The parts of one pass over the data, except those without a term of the loss."""
         position, first = itertools.count(), 0
         with closing(self._chunks()) as chunks:
             for _, _, count, batch in chunks:
@@ -292,27 +292,27 @@ class ModelLoss:
     ) -> tuple[Any, Tensor]:
         """The model's outputs and the scalar loss of one part, with their graph.
 
-        ``values`` take the place of the parameters of these names.
+        ``values`` replace the parameters of these names.
         """
         batch = to_device(part.batch, self._device)
-        called = call_whole if self.whole else call
+        evaluation = call_with_model if self.takes_model else call
         try:
-            with seeded(part.position), own_buffers(self.roots), acting():
-                outputs, returned = called(self.model, self.criterion, batch, values)
+            with seeded(part.position), own_buffers(self.roots), active_hooks():
+                outputs, returned = evaluation(self.model, self.criterion, batch, values)
         except Exception as error:
-            known = self._fits or out_of_memory(error)
-            better = None if known else explained(error, batch, self._dtype)
+            skip = self._evaluated or out_of_memory(error)
+            better = None if skip else explanation(error, batch, self._dtype)
             if better is None:
                 raise
             raise better from error
-        alone = self.criterion is not None and not self.whole
-        loss, names = loss_of(returned, alone)
-        if loss is None and not alone:
-            raise InputError(without_loss(returned, self.whole))
+        from_criterion = self.criterion is not None and not self.takes_model
+        loss, names = loss_of(returned, from_criterion)
+        if loss is None and not from_criterion:
+            raise InputError(without_loss(returned, self.takes_model))
         self._form = f"the loss is the sum of {', '.join(map(repr, names))}" if names else ""
-        self._fits = True
+        self._evaluated = True
         return outputs, scalar(loss, self.origin)
 
 
-def _tensors(data: Any) -> bool:
+def _all_tensors(data: Any) -> bool:
     return isinstance(data, list) and all(isinstance(item, Tensor) for item in data)

@@ -1,4 +1,8 @@
-"""Where batches come from: memory, or a loader that is read again and again."""
+"""Where batches come from: memory, or a loader that is read again at each product.
+
+A loader may yield other samples each time: random augmentation, sampling. Products of such data
+would belong to different losses. So each pass is compared with the first one by a `Fingerprint`.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +18,8 @@ from torch.utils.data import Dataset
 
 from fasthessian.errors import InputError, InputTypeError, UnsupportedError
 from fasthessian.operators.loss.batches import Batch, is_object, leaves
-from fasthessian.operators.torch_state.conditions import seeded
-from fasthessian.operators.torch_state.watch import DATA, OTHER, Entry, reach
+from fasthessian.operators.torch_state.random_state import seeded
+from fasthessian.operators.torch_state.reachable import DATA, OTHER, Entry, reachable
 
 FORMS = (
     "a batch (inputs, targets), a mapping, an object with .to, a list of batches, or a DataLoader"
@@ -23,10 +27,10 @@ FORMS = (
 CHANGED = "data yields different batches at each pass"  # the first words of that error
 
 
-class Memory:
-    """One batch or the user's list of batches; they come in the same order at every pass."""
+class MemorySource:
+    """One batch, or the user's list of batches, in the same order at every pass."""
 
-    replayable = True
+    fixed_order = True
 
     def __init__(self, data: Any, many: bool) -> None:
         self._data, self._many = data, many
@@ -35,25 +39,25 @@ class Memory:
         """Yield every batch."""
         yield from self._data if self._many else [self._data]
 
-    def order(self) -> None:
-        """They are."""
+    def require_order(self) -> None:
+        """Do nothing: the order never changes."""
 
     def restart(self) -> None:
-        """Nothing is kept of a pass."""
+        """Do nothing: a pass is not compared with others."""
 
     def entries(self, whole: bool, seen: set[int]) -> Iterator[Entry]:
-        """All that the batches hold; see ``watch``."""
-        return reach("data", self._data, DATA, seen)
+        """Everything that the batches hold; see ``reachable``."""
+        return reachable("data", self._data, DATA, seen)
 
 
-class Stream:
+class LoaderSource:
     """A re-iterable such as a DataLoader, checked to yield the same samples at every pass.
 
-    The global random states differ at each pass, so random augmentation shows as a change
-    instead of being frozen. The order of the samples is free unless ``ordered``.
+    The global random generators get another seed for each pass, so that random augmentation is
+    detected. The order of the samples is free, unless ``ordered``.
     """
 
-    replayable = False
+    fixed_order = False
 
     def __init__(self, loader: Iterable[Batch], ordered: bool) -> None:
         self._loader = loader
@@ -62,7 +66,7 @@ class Stream:
         self._first: Fingerprint | None = None
 
     def one_pass(self) -> Generator[Batch, None, None]:
-        """Yield every batch, then compare the pass with the first one.
+        """Yield every batch, and at the end compare this pass with the first one.
 
         Raises:
             RuntimeError: the samples differ from those of the first pass.
@@ -84,28 +88,29 @@ class Stream:
                 f"randomness, or fix one pass: data=list(loader)"
             )
 
-    def order(self) -> None:
+    def require_order(self) -> None:
         """From now on every pass must yield the same batches in the same order."""
         self._ordered = True
 
     def restart(self) -> None:
-        """Take the next pass for the first one."""
+        """Take the next pass as the first one."""
         self._first = None
 
     def entries(self, whole: bool, seen: set[int]) -> Iterator[Entry]:
-        """What the dataset holds in memory, for graphs that are kept; see ``watch``."""
-        held = getattr(self._loader, "dataset", self._loader)
-        return reach("data.dataset", held, OTHER, seen) if whole else iter(())
+        """What the dataset holds in memory: kept graphs depend on it; see ``reachable``."""
+        dataset = getattr(self._loader, "dataset", self._loader)
+        return reachable("data.dataset", dataset, OTHER, seen) if whole else iter(())
 
 
 _SAMPLERS = ("sampler", "batch_sampler")
 
 
 class Fingerprint:
-    """Sums over the samples of a random projection and of its square, in float64.
+    """Sums over all samples, in float64, by which two passes are compared.
 
-    Neither sum depends on the order of the samples or on how they are batched. The square ties
-    each input to its target. A third sum depends on both.
+    Each sample is projected onto a random direction. The sum of the projections and the sum of
+    their squares do not depend on the order of the samples or on the batches. The squares show if
+    targets were exchanged between samples. A third sum depends on the order too.
     """
 
     def __init__(self) -> None:
@@ -114,7 +119,7 @@ class Fingerprint:
         self._batches = 0
 
     def add(self, batch: Batch) -> None:
-        """Account for one batch."""
+        """Add one batch."""
         self._batches += 1
         by_length: dict[int, Tensor] = {}
         for salt, tensor in enumerate(leaves(batch)):
@@ -122,7 +127,7 @@ class Fingerprint:
                 continue
             rows = tensor.detach().reshape(tensor.shape[0] if tensor.dim() else 1, -1)
             rows = (torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows).double()
-            # masks and missing targets: numbers of their own, that compare equal to themselves
+            # masks and missing targets: replaced by numbers, since NaN does not equal itself
             rows = rows.nan_to_num(nan=1.1, posinf=1.3, neginf=-1.7)
             seen = rows @ _direction(rows.shape[1], salt).to(rows.device)
             by_length[len(seen)] = by_length.get(len(seen), 0) + seen.cpu()
@@ -133,7 +138,7 @@ class Fingerprint:
             self._sums[2] += self._batches * float(p.sum())
 
     def matches(self, other: Fingerprint, ordered: bool) -> bool:
-        """Whether both saw the same samples (``ordered``: in this order), to rounding."""
+        """Whether both have the same samples to rounding, and if ``ordered`` in the same order."""
         if self._count != other._count:
             return False
         norm = math.sqrt(self._count * max(self._sums[1], other._sums[1]))
@@ -146,16 +151,19 @@ class Fingerprint:
 
 @functools.lru_cache(maxsize=16)
 def _direction(length: int, salt: int) -> Tensor:
-    # uniform draws are sequential: samples padded with zeros to another length look the same
+    # The generator draws one number after another, so the directions of two lengths begin alike:
+    # the projection of a sample does not change if it is padded with zeros.
     generator = torch.Generator().manual_seed(salt)
     return torch.rand(length, generator=generator, dtype=torch.float64) - 0.5
 
 
-def source(data: Any, ordered: bool, whole: bool = False, many: bool = False) -> Memory | Stream:
+def source(
+    data: Any, ordered: bool, takes_model: bool = False, many: bool = False
+) -> MemorySource | LoaderSource:
     """Recognise the form of ``data``.
 
-    Where the loss takes batches ``whole``, a tensor is one, and so is what cannot be iterated. A
-    list of tensors is one batch, unless ``many``.
+    For a loss of (model, batch), which ``takes_model``, a tensor is one batch, and so is an object
+    that cannot be iterated. A list of tensors is one batch, unless ``many``.
 
     Raises:
         TypeError: a one-shot iterator, a Dataset, or no known form.
@@ -164,18 +172,19 @@ def source(data: Any, ordered: bool, whole: bool = False, many: bool = False) ->
     if isinstance(data, list):
         if not data:
             raise InputError(f"data is an empty list; pass {FORMS}")
-        return Memory(data, many or not isinstance(data[0], Tensor))
+        return MemorySource(data, many or not isinstance(data[0], Tensor))
     one = isinstance(data, (Mapping, tuple))
     # graphs have .to and are iterable; so are loaders that hold a dataset
     one |= is_object(data) and not hasattr(data, "dataset")
-    one |= whole and (isinstance(data, Tensor) or not hasattr(data, "__iter__"))
+    one |= takes_model and (isinstance(data, Tensor) or not hasattr(data, "__iter__"))
     if one and not (isinstance(data, Dataset) or hasattr(data, "__next__")):
-        return Memory(data, False)
-    _check_stream(data)
-    return Stream(data, ordered)
+        return MemorySource(data, False)
+    _check_iterable(data)
+    return LoaderSource(data, ordered)
 
 
-def _check_stream(data: Any) -> None:
+def _check_iterable(data: Any) -> None:
+    """Raise TypeError unless the data can be read again and again."""
     if isinstance(data, (itertools.cycle, itertools.count, itertools.repeat)):
         raise InputTypeError(
             f"data is an itertools.{type(data).__name__}, which has no end; pass a list of "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,13 +12,14 @@ from torch.autograd.graph import Node, get_gradient_edge, saved_tensors_hooks
 from fasthessian import kernels
 from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.products.layer_factors import Layers
-from fasthessian.operators.products.linearised import along
-from fasthessian.operators.torch_state.conditions import keep_values
-from fasthessian.operators.torch_state.scopes import Undo, scope
+from fasthessian.operators.products.linearised import forward_derivative
+from fasthessian.operators.request import Request
+from fasthessian.operators.torch_state.module_state import keep_values
+from fasthessian.operators.torch_state.scopes import UndoLog, scope
 from fasthessian.vectors import like, real
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
-# What torch says of an operation that it cannot differentiate twice, and forward over reverse.
+# Words of torch's errors for operations that it cannot differentiate twice, or in forward mode.
 NOT_TWICE = ("not implemented", "not been implemented", "differentiate twice")
 NOT_FORWARD = ("forward AD", "forward mode AD", "jvp", "ZeroTensors", "setup_context",
                "functorch transform", *NOT_TWICE)  # fmt: skip
@@ -27,48 +27,37 @@ NOT_FORWARD = ("forward AD", "forward mode AD", "jvp", "ZeroTensors", "setup_con
 Gradient = Callable[[Sequence[int]], Sequence[Tensor]]  # with respect to parameters at places
 
 
-class Task(NamedTuple):
-    """Products with one block of the matrix.
-
-    ``places`` are those of the block's parameters; ``rows`` holds the pieces of each vector in
-    their shapes, ``out`` (b, n of the block) receives the products.
-    """
-
-    places: Sequence[int]
-    rows: Sequence[Sequence[Tensor]]
-    out: Tensor
-
-
 class Graph:
     """The products of one part of the loss; a subclass makes the pieces of one (``_pieces``)."""
 
     def __init__(self, params: Sequence[Tensor], weight: float) -> None:
         self._params, self._weight = params, weight
-        self.layers: Layers | None = None  # for blocks of single layers, where they are kept
+        self.layers: Layers | None = None  # serves blocks of single layers, where it is kept
         self.padded: dict[int, int | slice] = {}  # rows without gradient, by place
 
-    def products(self, tasks: Sequence[Task], *, first: bool, keep: bool) -> None:
+    def products(self, requests: Sequence[Request], *, first: bool, keep: bool) -> None:
         """Add ``weight * H v`` to each row of each ``out``, or write it there if ``first``.
 
         The graph can serve again only if ``keep``.
         """
-        last = sum(len(task.rows) for task in tasks)
-        for task in tasks:
-            pack_ = kernels.select(task.out.device).pack_
-            params = [self._params[i] for i in task.places]
-            for views, row in zip(task.rows, task.out, strict=True):
-                last -= 1
+        left = sum(len(request.V) for request in requests)
+        for request in requests:
+            places = request.places
+            pack_ = kernels.select(request.out.device).pack_
+            params = [self._params[i] for i in places]
+            for views, row in zip(request.pieces, request.out, strict=True):
+                left -= 1
                 tangents = [like(v, p) for v, p in zip(views, params, strict=True)]
-                for i, place in enumerate(task.places):
+                for i, place in enumerate(places):
                     if place in self.padded:
                         tangents[i] = tangents[i].clone()
                         tangents[i][self.padded[place]] = 0
                 pieces: Sequence[Tensor] | None
                 with _named(isinstance(self, Forward)):
-                    if self.layers is not None and self.layers.serves(task.places):
-                        pieces = self.layers.pieces(task.places, tangents)
+                    if self.layers is not None and self.layers.serves(places):
+                        pieces = self.layers.pieces(places, tangents)
                     else:
-                        pieces = self._pieces(task.places, tangents, keep or last > 0)
+                        pieces = self._pieces(places, tangents, keep or left > 0)
                 if pieces is not None:
                     pieces = [real(piece).to(row.dtype) for piece in pieces]
                     pack_(row, pieces, alpha=self._weight, beta=0.0 if first else 1.0)
@@ -90,8 +79,8 @@ class DoubleBackward(Graph):
         grads: tuple[Tensor | None, ...] = (None,) * len(params)
         if loss.requires_grad:
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-        # a gradient that is constant in the parameters has no rows in H; edges of the graph stand
-        # for the others, so that their values need not stay in memory
+        # A gradient that is constant in the parameters has no rows in H. Of the others only the
+        # edges of the graph are kept, so that their values need not stay in memory.
         self._edges = {
             i: get_gradient_edge(g)
             for i, g in enumerate(grads)
@@ -116,7 +105,7 @@ class DoubleBackward(Graph):
 
 
 class Forward(Graph):
-    """H v as the derivative of the gradient along v, forward over reverse: no graph is kept.
+    """H v as the derivative of the gradient along v, by forward over reverse; no graph is kept.
 
     ``loss(places, values)`` is the loss of the part with ``values`` for the parameters at
     ``places``. Reverse over forward is avoided: torch 2.13 is silently wrong there.
@@ -141,15 +130,15 @@ class Forward(Graph):
             return found
 
         at = [self._params[i].detach() for i in places]
-        return along(gradient, at, tangents)  # type: ignore[no-any-return]
+        return forward_derivative(gradient, at, tangents)  # type: ignore[no-any-return]
 
 
 class Difference(Graph):
-    """H v as the central difference of gradients at theta +- h v, for what has no second ones.
+    """H v as the central difference of gradients at theta +- h v: no second derivative is needed.
 
-    ``gradient(places)`` is the gradient of the part where the parameters stand. The error is of
-    the order eps^(2/3) of the dtype relative to the third derivative, about 1e-4 in float32. At
-    kinks (ReLU) there is none: differences see those within the step, whatever its size.
+    ``gradient(places)`` is the gradient of the part at the current parameters. The error is of the
+    order eps^(2/3) of the dtype relative to the third derivative, about 1e-4 in float32. It is not
+    bounded at kinks (ReLU): a step of any size crosses some of them.
     """
 
     def __init__(self, gradient: Gradient, params: Sequence[Tensor], weight: float) -> None:
@@ -184,7 +173,9 @@ def difference(
 
 
 @scope
-def _moved(undo: Undo, params: Sequence[Tensor], tangents: Sequence[Tensor], step: float) -> None:
+def _moved(
+    undo: UndoLog, params: Sequence[Tensor], tangents: Sequence[Tensor], step: float
+) -> None:
     for p, at, v in zip(params, keep_values(undo, params), tangents, strict=True):
         p.data = torch.add(at, v, alpha=step)
 
@@ -196,7 +187,7 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 @contextlib.contextmanager
 def _named(forward: bool) -> Iterator[None]:
-    """Say which engine would serve where torch has no such derivative."""
+    """Say which engine would serve if torch does not have the derivative."""
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one
@@ -224,7 +215,7 @@ def gradient(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 def unused(loss: Tensor, params: Sequence[Tensor], places: Sequence[int]) -> list[int]:
-    """Those of the places whose parameters no gradient reaches."""
+    """The places of the parameters that no gradient reaches."""
     if not loss.requires_grad:
         return list(places)
     grads = torch.autograd.grad(loss, [params[i] for i in places], allow_unused=True)
@@ -234,12 +225,12 @@ def unused(loss: Tensor, params: Sequence[Tensor], places: Sequence[int]) -> lis
 def examine(loss: Tensor, params: Sequence[Tensor], freed: str, twice: bool = True) -> list[int]:
     """Check that the loss depends on the parameters and can be differentiated (``twice``).
 
-    Returns the places of the parameters that no gradient reaches. ``freed`` is said of a loss whose
-    graph is gone.
+    Returns the places of the parameters that no gradient reaches. ``freed`` is the message for a
+    loss whose graph is gone.
 
-    torch gives zeros, without a word, where the second derivative runs into a custom function
-    marked ``once_differentiable``: its error node hangs off the way to the parameters. A seed that
-    requires gradients makes every such node appear in the graph, also behind constants.
+    For a custom function marked ``once_differentiable`` torch returns a second derivative of zero
+    without an error: the error node is not on the path to the parameters. A seed that requires
+    gradients makes every such node appear in the graph, also after constants.
     """
     grads: tuple[Tensor | None, ...] = ()
     if loss.requires_grad:
@@ -267,7 +258,7 @@ def examine(loss: Tensor, params: Sequence[Tensor], freed: str, twice: bool = Tr
 
 
 def nodes_from(starts: Iterable[Node | None]) -> Iterator[Node]:
-    """The nodes of a graph that lead to some of them, those included."""
+    """All nodes of the graph that can be reached from some of its nodes, those included."""
     nodes = list(starts)
     seen = set(nodes)
     while nodes:
@@ -281,9 +272,9 @@ def nodes_from(starts: Iterable[Node | None]) -> Iterator[Node]:
 
 
 def coarsest(loss: Tensor) -> torch.dtype:
-    """The dtype of the fewest bits in which a part of the loss is computed.
+    """The dtype with the fewest bits in which a part of the loss is computed.
 
-    That is not the parameters' where the model sets autocast, or converts its outputs.
+    It is not that of the parameters where the model sets autocast or converts its outputs.
     """
     found = {loss.dtype}
     for node in nodes_from([loss.grad_fn]):
@@ -294,7 +285,7 @@ def coarsest(loss: Tensor) -> torch.dtype:
 
 @contextlib.contextmanager
 def metered(params: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
-    """A function that tells the bytes saved by graphs built inside, parameters left out.
+    """A function that returns the bytes saved by graphs built inside, parameters excluded.
 
     The graphs cannot be used after the end of the context.
     """
@@ -314,5 +305,5 @@ def metered(params: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
         with saved_tensors_hooks(pack, saved.__getitem__):
             yield total
     finally:
-        # a graph that owned its tensors through hooks would be a cycle that no collector sees
+        # a graph that holds its tensors through hooks is a cycle that the collector cannot see
         saved.clear()

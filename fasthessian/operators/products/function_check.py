@@ -1,9 +1,9 @@
-"""The check of custom autograd functions: is what double backward makes of them their derivative?
+"""Whether double backward gives the second derivative of custom autograd functions.
 
-The backward b(x, u) of each Python function of a loss is compared with central differences of
-itself, at its first calls. A function that disagrees is replaced by `functions.Local` where that
-agrees, and refused otherwise. Operations of torch are trusted: its own tests compare their second
-derivatives with differences.
+At the first calls of each Python function, the derivative of its backward b(x, u) is compared with
+central differences of b. If they disagree, the function is replaced by `functions.Local`, provided
+that this agrees, and refused otherwise. Operations of torch are not checked: torch's own tests
+compare their second derivatives with differences.
 """
 
 from __future__ import annotations
@@ -28,27 +28,27 @@ from fasthessian.operators.products.functions import (
     norm,
     outputs,
 )
-from fasthessian.operators.torch_state.conditions import seeded
+from fasthessian.operators.torch_state.random_state import seeded
 
 LOW = (torch.bfloat16, torch.float16)
-# Accepted distance from differences, relative; steps relative to eps^(1/3), the usual one first
+# Accepted relative distance from differences; steps relative to eps^(1/3), the usual one first
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2}
 LOW_TOLERANCE = 0.15
 STEPS, LOW_STEPS = (1.0, 0.1, 10.0, 100.0), (1.0, 0.4)
 LARGEST = 0.1  # step in 32 or 64 bits
-# Random c of c'b, where a wrong term hides in one with a probability of the tolerance
+# Number of random c in c'b; a wrong term hides in one with a probability of about the tolerance
 PROBES, FINE_PROBES = 3, 2
-INEXACT, NOISY = 2e-2, 0.1  # accepted of a replacement; where differences are noisy
+INEXACT, NOISY = 2e-2, 0.1  # accepted error of a replacement, and where differences are noisy
 FLOOR = 4.0  # times eps |b| / h, the rounding of a difference of b
-RESOLVED = 0.25  # of what is to be told: by how much two steps may disagree
+RESOLVED = 0.25  # relative: how much two steps may disagree
 
 
 class Verdict(NamedTuple):
-    """What was found of a function; without any of these it is right."""
+    """What was found of a function; it is right if nothing is set."""
 
     treatment: Treatment | None = None
     wrong: bool = False  # and there is no treatment
-    unknown: bool = False  # differences do not tell
+    unknown: bool = False  # differences are inconclusive
 
 
 RIGHT, WRONG, UNKNOWN = Verdict(), Verdict(wrong=True), Verdict(unknown=True)
@@ -58,7 +58,7 @@ class _Seen(NamedTuple):
     """The derivative of b along a direction of one x or u, by differences."""
 
     place: int
-    along: Tensor
+    direction: Tensor
     slope: Sequence[Optional]
     rounding: float  # of the slope
     tolerance: float
@@ -71,7 +71,7 @@ def judge(call: Call) -> Verdict:
     """Compare the function's second derivative with differences, at the inputs of a call."""
     verdict = UNKNOWN
     if any(x.dtype in WIDER for x in call.inputs):
-        verdict = _judged(call, wide=True)  # whose differences have less rounding
+        verdict = _judged(call, wide=True)  # differences have less rounding there
     return verdict if verdict.treatment or verdict is RIGHT else _judged(call, wide=False)
 
 
@@ -123,7 +123,7 @@ class _Judge:
         except RuntimeError as error:
             if out_of_memory(error):
                 raise
-            return RIGHT  # torch says of itself that it has no such derivative
+            return RIGHT  # torch raises, so no wrong derivative is returned
         every, wrong, unknown = [], False, False
         for place, x in enumerate((*self._call.inputs, *self._u)):
             d = self._random(x)
@@ -146,7 +146,7 @@ class _Judge:
         return WRONG if self._returns_what_it_wrote() else self._treated(every)
 
     def _returns_what_it_wrote(self) -> bool:
-        """Whether an output is an input that was written into, which no other function can do."""
+        """Whether an output is an input that was written into, which ``Local`` cannot imitate."""
         given: list[Any] = []
 
         def apply(*args: Any) -> Any:
@@ -176,15 +176,15 @@ class _Judge:
                 if isinstance(error_, RuntimeError) and out_of_memory(error_):
                     raise
                 continue
-            # a gradient that is not quite one, as of an adaptive solver, errs by as much
+            # an approximate gradient, as of an adaptive solver, has an error of this size
             if misfit <= max(INEXACT, self._tolerance, min(NOISY, noise)):
                 return Verdict(how._replace(error=max(error, misfit)))
         return WRONG
 
     def _look_closer(self, seen: _Seen) -> _Seen | None:
-        """The slope in the two steps that agree best, where they agree; None if none do."""
+        """The slope in the two steps that agree best, where they agree; None if no two agree."""
         steps = sorted(self._steps)
-        found = [self._slope(seen.place, seen.along, step) for step in steps]
+        found = [self._slope(seen.place, seen.direction, step) for step in steps]
         best: _Seen | None = None
         for i, step in enumerate(steps[1:]):
             (a, _), (b, rounding) = found[i], found[i + 1]
@@ -194,15 +194,15 @@ class _Judge:
             error = gap / size if size else float(gap > 0)
             if best is None or error < best.error:
                 tolerance = max(self._tolerance, 4 * error)
-                best = _Seen(seen.place, seen.along, b, rounding, tolerance, mask, step, error)
+                best = _Seen(seen.place, seen.direction, b, rounding, tolerance, mask, step, error)
         return best if best is not None and best.error <= RESOLVED else None
 
     def _misfit(
         self, seen: _Seen, c: Sequence[Sequence[Optional]], made: Sequence[Sequence[Optional]]
     ) -> float:
-        """How far a derivative is from the slope beyond rounding, relative."""
+        """The relative distance of a derivative from the slope, minus rounding."""
         gaps = [
-            abs(_dot([by[seen.place]], [seen.along]) - _dot(each, seen.slope))
+            abs(_dot([by[seen.place]], [seen.direction]) - _dot(each, seen.slope))
             for each, by in zip(c, made, strict=True)
         ]
         beyond = max(gaps) - FLOOR * seen.rounding
@@ -214,11 +214,11 @@ class _Judge:
         """The derivative of b along d, and its rounding."""
         count = len(self._call.at)
         if place < count:
-            along: list[Optional] = [None] * count
-            along[place] = d
-            slope, h = self._call.difference(self._slopes, along, step)
+            directions: list[Optional] = [None] * count
+            directions[place] = d
+            slope, h = self._call.difference(self._slopes, directions, step)
         else:
-            h = step  # u and d are of N(0, 1) both
+            h = step  # both u and d are of N(0, 1)
             ends = []
             for shift in (h, -h):
                 there = [y if y is None or i != place - count else torch.add(y, d, alpha=shift)
@@ -246,10 +246,10 @@ class _Judge:
 
 
 def _settled(a: Sequence[Optional], b: Sequence[Optional], ratio: float) -> list[Optional]:
-    """Where two slopes agree, b made with a step that is ``ratio`` times as large.
+    """Where two slopes agree; b was made with a step ``ratio`` times as large as that of a.
 
-    At a kink they do not: the difference is that of two sides, whatever the step, or lies far
-    outside of what others do.
+    They disagree at a kink. There the two ends of a step lie on different sides, for any step; or
+    the gap is far larger than that of other entries.
     """
     found: list[Optional] = []
     for x, y in zip(a, b, strict=True):

@@ -1,4 +1,4 @@
-"""What is applied while a loss is evaluated: custom autograd functions, checked and replaced."""
+"""Custom autograd functions that a loss applies: each is checked, and replaced if it is wrong."""
 
 from __future__ import annotations
 
@@ -13,37 +13,37 @@ from torch.autograd import function as autograd
 
 from fasthessian.errors import UnsupportedError
 from fasthessian.operators.products.function_check import RIGHT, Verdict, judge
-from fasthessian.operators.products.functions import Call, Function, Local, alone, is_alone
+from fasthessian.operators.products.functions import Call, Function, Local, is_unwatched, unwatched
 from fasthessian.operators.products.linear_cross_entropy import FORMULAS
-from fasthessian.operators.torch_state.formulas import functorch_level
-from fasthessian.operators.torch_state.scopes import Scope, Undo, scope, set_to
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog, scope, set_attribute
+from fasthessian.operators.torch_state.workarounds import functorch_level
 
-PLAIN = (Tensor, nn.Parameter)  # a subclass of tensors has rules of its own
+KNOWN = (Tensor, nn.Parameter)  # other subclasses of tensors have rules of their own
 OWN = "fasthessian."
 BUILT_IN = re.compile(
     r"\w+Backward\d+|(struct )?torch::autograd::(AccumulateGrad|CopyBackwards|CopySlices)"
 )
-# Its second derivative is wrong in torch 2.13, and where it still appears no rewrite reaches it.
+# Its second derivative is wrong in torch 2.13. Rewrites of layers avoid it where they can.
 DISTRUSTED = ("WeightNormInterfaceBackward0",)
 
-# The class through which every application of a custom function passes, whoever holds its
-# ``apply``. A private name of torch: where it is missing, nothing is seen, so nothing is trusted.
+# Every application of a custom function passes through this class, even if the user holds its
+# ``apply``. It is a private name of torch: if it is missing, no function is seen or checked.
 _place: Any = getattr(autograd, "_SingleLevelFunction", None)
 
 
 @dataclass
 class _Kind:
-    """Calls of one function with arguments of the same dtypes and flags."""
+    """The calls of one function with arguments of the same dtypes and flags."""
 
     calls: int = 0
     verdict: Verdict = RIGHT
 
 
 class Functions:
-    """The custom functions of one loss. Inside, they are checked at the first calls, and replaced.
+    """The custom functions of one loss, and what was found of each.
 
-    Like ``Rewrite`` this is for all threads, as checkpointed layers run again in backward threads;
-    the caller holds the turn.
+    ``watching`` acts in all threads, as checkpointed layers run again in backward threads. The
+    caller holds the lock of the process.
     """
 
     _open: list[Functions] = []  # noqa: RUF012
@@ -55,15 +55,15 @@ class Functions:
         self._learns = False
 
     def watching(self) -> Scope[None]:
-        """Inside, functions are checked and replaced."""
+        """Inside, functions are checked at their first calls, and replaced if they are wrong."""
         return _watching(self)
 
     def learning(self) -> Scope[None]:
-        """Inside, more calls of a kind are checked than the first."""
-        return set_to(self, "_learns", True)
+        """Inside, more calls than the first of each kind are checked."""
+        return set_attribute(self, "_learns", True)
 
     def verdict(self, function: Function, args: tuple[Any, ...]) -> Verdict:
-        """Of a call that is about to be made."""
+        """The verdict on a call that is about to be made."""
         kind = self._kinds.setdefault(function, {}).setdefault(tuple(map(_kind, args)), _Kind())
         if not kind.calls or (self._learns and kind.verdict is RIGHT):
             calls = kind.calls + 1
@@ -73,7 +73,7 @@ class Functions:
                     name = function.__qualname__
                     known = self._errors.get(name, 0.0)
                     self._errors[name] = max(known, kind.verdict.treatment.error)
-            kind.calls = calls  # last: an interrupted check counts for nothing
+            kind.calls = calls  # last, so that an interrupted check is repeated
         return kind.verdict
 
     @property
@@ -86,7 +86,7 @@ class Functions:
         return any(kind.verdict.treatment for kind in self._kinds.get(function, {}).values())
 
     def words(self) -> str:
-        """What was replaced, for ``engine``."""
+        """For ``engine``, which functions were replaced."""
         return "".join(
             f"; second derivative of {name} by central differences, because its backward makes no "
             f"graph of it: relative error {error:.0e}"
@@ -94,13 +94,13 @@ class Functions:
         )
 
     def error(self) -> float:
-        """The largest relative error of what was replaced; 0 if nothing was."""
+        """The largest relative error of a replaced function; 0 if none was."""
         return max(self._errors.values(), default=0.0)
 
-    def untrusted(self, loss: Tensor, functions: bool = False, beyond: Any = None) -> list[str]:
+    def unchecked(self, loss: Tensor, functions: bool = False, beyond: Any = None) -> list[str]:
         """Names of the nodes between a loss and node ``beyond`` that no check has seen.
 
-        With ``functions``, those of every custom function: torch.func differentiates them anew.
+        With ``functions``, all custom functions count: torch.func differentiates them anew.
 
         Raises:
             RuntimeError: a function was checked, is wrong, and cannot be replaced.
@@ -129,7 +129,7 @@ class Functions:
 
 
 @scope
-def _watching(undo: Undo, functions: Functions) -> None:
+def _watching(undo: UndoLog, functions: Functions) -> None:
     undo(_reopen, [*Functions._open])
     Functions._open.append(functions)
     if _place is not None:
@@ -143,7 +143,7 @@ def _reopen(before: list[Functions]) -> None:
 
 
 def wrong(name: str) -> str:
-    """The line that refuses a function."""
+    """The message that refuses a function."""
     return (
         f"the second derivative of {name} in the loss is wrong: its backward makes no graph of all "
         f"that it depends on; write its backward with differentiable operations, or use "
@@ -158,23 +158,23 @@ def _kind(x: Any) -> Any:
 
 
 def _apply(cls: Function, *args: Any, **named: Any) -> Any:
-    """Stands for the application of a custom function."""
+    """Replaces ``apply`` of custom functions while a loss is watched."""
     normal = super(_place, cls).apply
-    if named or is_alone() or cls.__module__.startswith(OWN):
+    if named or is_unwatched() or cls.__module__.startswith(OWN):
         return normal(*args, **named)
     if not torch.is_grad_enabled():
-        if Functions._open[-1].replaces(cls):  # as there, it writes into nothing of the caller's
+        if Functions._open[-1].replaces(cls):
             args = tuple(x.clone() if isinstance(x, Tensor) else x for x in args)
         return normal(*args)
     inputs = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
     simple = all(
-        type(x) in PLAIN and x.is_floating_point() and x.layout is torch.strided for x in inputs
+        type(x) in KNOWN and x.is_floating_point() and x.layout is torch.strided for x in inputs
     )
     if not inputs or not simple or functorch_level() is not None:
         return normal(*args)
     if cls.__name__ in FORMULAS:
         return FORMULAS[cls.__name__](*args)
     watching = Functions._open[-1]
-    with alone():
+    with unwatched():
         how = watching.verdict(cls, args).treatment
     return normal(*args) if how is None else Local.apply(how, cls, *args)  # type: ignore[no-untyped-call]

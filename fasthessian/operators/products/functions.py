@@ -1,9 +1,9 @@
 """Custom autograd functions whose backward pass has no usable graph, and their replacement.
 
-torch drops derivatives without an error where the backward b(x, u) of a function makes no graph: it
+torch drops derivatives without an error if the backward b(x, u) of a function makes no graph: if it
 runs under ``no_grad``, leaves torch, or scales a gradient that was made in the forward pass.
-`Local` has the value and the first derivative of such a function; its second derivative is a
-central difference of b alone, so kinks elsewhere in the network do not matter.
+`Local` has the value and the first derivative of such a function. Its second derivative is a
+central difference of b only, so kinks elsewhere in the network do not matter.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
 from fasthessian.errors import UnsupportedError
-from fasthessian.operators.torch_state.conditions import keep_values
-from fasthessian.operators.torch_state.layer_rewrites import will_run
-from fasthessian.operators.torch_state.scopes import Undo, scope
+from fasthessian.operators.torch_state.convolution import will_run
+from fasthessian.operators.torch_state.module_state import keep_values
+from fasthessian.operators.torch_state.scopes import UndoLog, scope
 
 WIDER = {
     torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64,
@@ -33,19 +33,19 @@ Function = type[torch.autograd.Function]
 class Treatment(NamedTuple):
     """How the second derivative of a function is made."""
 
-    transpose: str  # what makes J c, one of TRANSPOSES
+    transpose: str  # how J c is made, one of TRANSPOSES
     step: float  # of central differences, relative to the inputs
-    error: float  # of them, relative; an estimate
-    wide: bool  # they are made in the next wider dtype, which the function also takes
+    error: float  # of these differences, relative; an estimate
+    wide: bool  # differences are made in the next wider dtype, which the function also takes
 
 
-# J c, the derivative of b in u: from a graph that b has in u; as b(x, c) where J is symmetric, as
-# for elementwise functions; as the central difference of the function's outputs.
+# J c, the derivative of b with respect to u: from the graph of b in u; as b(x, c) if J is
+# symmetric, as for elementwise functions; or as the central difference of the function's outputs.
 TRANSPOSES = ("graph", "symmetric", "difference")
 
 
 class Call(NamedTuple):
-    """One application of a custom function, which can be made again at other inputs."""
+    """One application of a custom function, which can be repeated at other inputs."""
 
     function: Function
     args: tuple[Any, ...]
@@ -55,7 +55,7 @@ class Call(NamedTuple):
 
     @staticmethod
     def of(function: Function, args: tuple[Any, ...]) -> Call:
-        """A call that is being made; a parameter that is passed twice counts once."""
+        """The call of a function with these arguments; a parameter passed twice counts once."""
         at = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]
         first = {id(args[i]): i for i in reversed(at)}
         at = [i for i in at if not args[i].is_leaf or first[id(args[i])] == i]
@@ -70,7 +70,7 @@ class Call(NamedTuple):
         return [self.args[i] for i in self.at]
 
     def filled(self, inputs: Sequence[Optional]) -> Call:
-        """The same call with others in their places."""
+        """The same call with other inputs."""
         args = list(self.args)
         for i, x in zip(self.at, inputs, strict=True):
             args[i] = x
@@ -85,15 +85,15 @@ class Call(NamedTuple):
     def run(self, apply: Callable[..., Any] | None = None) -> tuple[Any, list[Tensor]]:
         """What the function returns, with a graph of its own, and the inputs of that graph.
 
-        A parameter goes in as itself: the function may also read it in another way, from a module.
-        Of other tensors it gets copies, since it may write into them.
+        Parameters are passed themselves: the function may also read them from a module. Other
+        tensors are copied, since the function may write into them.
         """
         given = list(self.args)
         inner = {i: x if i in self.parameters else x.detach().requires_grad_()
                  for i, x in zip(self.at, self.inputs, strict=True)}  # fmt: skip
         kind, dtype, enabled = self.autocast
         with (
-            alone(),
+            unwatched(),
             torch.enable_grad(),
             saved_tensors_hooks(_same, _same),  # a checkpoint around the call counts what is saved
         ):
@@ -111,37 +111,37 @@ class Call(NamedTuple):
         if not used:
             return [None] * len(inner)
         ys, cs = zip(*used, strict=True)
-        with alone():
+        with unwatched():
             return list(torch.autograd.grad(ys, inner, cs, allow_unused=True))
 
     def difference(
-        self, of: Callable[[Call], Sequence[Optional]], along: Sequence[Optional], step: float
+        self, of: Callable[[Call], Sequence[Optional]], directions: Sequence[Optional], step: float
     ) -> tuple[list[Optional], float]:
-        """Central difference of ``of`` as the inputs move along directions.
+        """Central difference of ``of`` as the inputs move along the directions.
 
         Returns:
-            The differences, and the factor h of the directions: no input moves by more than
-            ``step`` of its norm. They are 0 where no direction is.
+            The differences, and the factor h of the directions, such that no input moves by more
+            than ``step`` of its norm. Both are 0 if all directions are.
         """
-        size = [norm(d) / _scale(x) for x, d in zip(self.inputs, along, strict=True)
+        size = [norm(d) / _scale(x) for x, d in zip(self.inputs, directions, strict=True)
                 if d is not None]  # fmt: skip
         h = step / (max(size, default=0.0) or math.inf)
         if not h:
             return [None if y is None else torch.zeros_like(y) for y in of(self)], 0.0
         ends = []
         for shift in (h, -h):
-            with _moved(self, along, shift) as call:
+            with _moved(self, directions, shift) as call:
                 ends.append([y.detach() if isinstance(y, Tensor) else None for y in of(call)])
         pairs = zip(*ends, strict=True)
         return [None if a is None or b is None else (a - b).div_(2 * h) for a, b in pairs], h
 
 
 @scope
-def _moved(undo: Undo, call: Call, along: Sequence[Optional], shift: float) -> Call:
+def _moved(undo: UndoLog, call: Call, directions: Sequence[Optional], shift: float) -> Call:
     """The call with its inputs moved, parameters in place."""
     there: list[Tensor] = []
     keep_values(undo, [call.args[i] for i in call.parameters])
-    for i, x, d in zip(call.at, call.inputs, along, strict=True):
+    for i, x, d in zip(call.at, call.inputs, directions, strict=True):
         y = x.detach() if d is None else torch.add(x.detach(), d.to(x.dtype), alpha=shift)
         if i in call.parameters:
             x.data = y
@@ -162,7 +162,7 @@ class Local(torch.autograd.Function):
                  if isinstance(y, Tensor) and not own.requires_grad]  # fmt: skip
         ctx.mark_non_differentiable(*fixed)
         ctx.set_materialize_grads(False)
-        # a parameter must be the same tensor later; all others are saved as torch saves them
+        # a parameter must later be the same tensor; torch saves all others
         ctx.saved = [i for i, x in enumerate(args)
                      if isinstance(x, Tensor) and not (x.is_leaf and x.requires_grad)]  # fmt: skip
         ctx.save_for_backward(*[args[i] for i in ctx.saved])
@@ -185,7 +185,7 @@ class Local(torch.autograd.Function):
 
 
 class LocalBackward(torch.autograd.Function):
-    """``b(x, u)``: its derivative in x by central differences, in u as the treatment says."""
+    """``b(x, u)``; its derivative in x is by central differences, in u by the treatment."""
 
     @staticmethod
     def forward(ctx: Any, how: Treatment, call: Call, *tensors: Optional) -> tuple[Optional, ...]:
@@ -205,7 +205,7 @@ class LocalBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *c: Optional) -> tuple[Optional, ...]:
-        """Cotangents of x and u from those of the gradients of x."""
+        """The cotangents of x and u from those of b."""
         how, count = ctx.how, len(c)
         saved = ctx.saved_tensors
         x = [own if own is not None else kept
@@ -229,7 +229,7 @@ class LocalBackward(torch.autograd.Function):
 def _transposed(
     call: Call, u: Sequence[Optional], c: Sequence[Optional], how: Treatment
 ) -> Sequence[Optional]:
-    """J c by output, J the Jacobian of the function."""
+    """J c for each output, J being the Jacobian of the function."""
     if how.transpose == "symmetric":
         return call.slopes(c)
     if how.transpose == "difference":
@@ -243,16 +243,16 @@ def differentiated(
     c: Sequence[Optional],
     apply: Callable[..., Any] | None = None,
 ) -> tuple[list[Optional], list[Optional]]:
-    """The derivatives of c'b(x, u) in x and in u by the graph that b makes; zeros without one.
+    """The derivatives of c'b(x, u) in x and in u by the graph of b; zeros if it has none.
 
     Raises:
-        RuntimeError: torch has no such derivative, and says so.
+        RuntimeError: torch does not have the derivative.
     """
     out, inner = call.run(apply)
     u = [d if d is None else d.detach().requires_grad_() for d in u]
     ys, ds = zip(*[(y, d) for y, d in zip(outputs(out), u, strict=True) if d is not None],
                  strict=True)  # fmt: skip
-    with alone(), torch.enable_grad(), saved_tensors_hooks(_same, _same):
+    with unwatched(), torch.enable_grad(), saved_tensors_hooks(_same, _same):
         b = torch.autograd.grad(ys, inner, ds, create_graph=True, allow_unused=True)
         curved = [(y, d) for y, d in zip(b, c, strict=True)
                   if y is not None and y.requires_grad and d is not None]  # fmt: skip
@@ -268,7 +268,7 @@ def differentiated(
 
 
 def _differentiable(b: Sequence[Tensor]) -> None:
-    """Raise RuntimeError for a backward marked once_differentiable, whose zeros torch returns."""
+    """Raise RuntimeError for a backward marked once_differentiable: torch would return zeros."""
     nodes: list[Any] = [y.grad_fn for y in b]
     seen = {None}
     while nodes:
@@ -281,7 +281,7 @@ def _differentiable(b: Sequence[Tensor]) -> None:
 
 
 def outputs(out: Any) -> Sequence[Any]:
-    """What a function returned, one by one."""
+    """The outputs of a function as a sequence."""
     return out if isinstance(out, (tuple, list)) else (out,)
 
 
@@ -296,23 +296,23 @@ def norm(x: Tensor) -> float:
 
 
 def _scale(x: Tensor) -> float:
-    size = norm(x)  # memory that a function is going to fill may hold anything
+    size = norm(x)  # uninitialised memory, which the function will fill, may hold anything
     return size if size and math.isfinite(size) else 1.0
 
 
 _thread = threading.local()
 
 
-def is_alone() -> bool:
-    """Whether this thread applies a custom function as it is."""
-    return getattr(_thread, "alone", False)
+def is_unwatched() -> bool:
+    """Whether this thread applies custom functions without checks and replacements."""
+    return getattr(_thread, "unwatched", False)
 
 
 @scope
-def alone(undo: Undo) -> None:
-    """Inside, this thread applies custom functions as they are."""
-    undo(setattr, _thread, "alone", is_alone())
-    _thread.alone = True
+def unwatched(undo: UndoLog) -> None:
+    """Inside, this thread applies custom functions without checks and replacements."""
+    undo(setattr, _thread, "unwatched", is_unwatched())
+    _thread.unwatched = True
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -1,10 +1,10 @@
-"""Blocks of single layers by factors: the products of all layers for less than that of the whole.
+"""Blocks of single layers by factors: products with all layers cost less than one full product.
 
 The output s of a linear layer is linear in its parameters: s = B theta. With J = dz/ds, a matrix
-J' M J of the loss has the block B' J' M J B of that layer. J is kept, one row a class and sample,
-by one backward pass a class, since samples do not meet. A product is then two local ones, B v and
-B' w, and two readings of J; nothing runs through the layers between. The block of the Hessian is
-the same where z is piecewise linear in s, as in ReLU networks: looked at, not assumed.
+J' M J of the loss has the block B' J' M J B of that layer. J is kept: one row per sample and class,
+made by one backward pass per class, which requires that samples are independent. A product then
+takes two local products, B v and B' w, and reads J twice; no other layer is involved. The Hessian
+has the same block if z is piecewise linear in s, as in ReLU networks; this is checked.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from fasthessian.operators.products.linearised import Linearised, Middle
-from fasthessian.operators.torch_state.layer_rewrites import unfolded
-from fasthessian.operators.torch_state.scopes import Undo, put_table, scope
+from fasthessian.operators.torch_state.layer_rewrites import no_folding
+from fasthessian.operators.torch_state.scopes import UndoLog, restore_dict, scope
 
-MOST = 64  # classes: above, reading J costs more than running through the layers
+MOST = 64  # classes: with more, reading J costs more than a pass through the layers
 LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
 ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-10}  # relative, of sums in two orders
 
@@ -33,17 +33,17 @@ class Layer(NamedTuple):
 
     places: tuple[int, ...]  # of its parameters among all
     params: tuple[Tensor, ...]
-    output: Tensor  # of the layer, with the graph of its own parameters alone
-    along: Linearised  # B
+    output: Tensor  # of the layer, with a graph of only its own parameters
+    linear: Linearised  # B
     jacobian: Tensor  # J (N, C, numbers in the output of a sample)
 
     def tangent(self, places: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
         """J B v (N, C) for v by parameter."""
         inner = [self.places.index(place) for place in places]
-        s = self.along(inner, tangents)
+        s = self.linear(inner, tangents)
         if s is None:  # an unused parameter
             return self.jacobian.new_zeros(self.jacobian.shape[:2])
-        # as a row from the left: on a CPU six times the speed of a column from the right
+        # a row from the left is six times as fast on a CPU as a column from the right
         return torch.bmm(s.reshape(len(s), 1, -1), self.jacobian.transpose(1, 2)).squeeze(1)
 
     def pull(self, places: Sequence[int], u: Tensor) -> Sequence[Tensor]:
@@ -74,7 +74,7 @@ class Layers:
 
 
 class Call(NamedTuple):
-    """What went into a module and came out, by edges of the graph: tensors may be overwritten."""
+    """Inputs and output of a module, by edges of the graph, as tensors may be overwritten."""
 
     inputs: tuple[Any, ...]
     nodes: tuple[Any, ...]  # of the inputs
@@ -82,7 +82,7 @@ class Call(NamedTuple):
 
 
 class _Watch:
-    """Notes the calls of modules, by forward hooks."""
+    """Records the calls of modules, by forward hooks."""
 
     def __init__(self) -> None:
         self.seen: dict[nn.Module, list[Call]] = {}
@@ -99,11 +99,11 @@ class _Watch:
 
 
 @scope
-def _watching(undo: Undo, modules: Sequence[nn.Module]) -> _Watch:
+def _watching(undo: UndoLog, modules: Sequence[nn.Module]) -> _Watch:
     watch = _Watch()
     for module in modules:
         for table in (module._forward_hooks, module._forward_hooks_with_kwargs):
-            undo(put_table, table, dict(table))
+            undo(restore_dict, table, dict(table))
         # before the user's hooks, which may return or write something else
         module.register_forward_hook(watch.note, prepend=True, with_kwargs=True)
     return watch
@@ -120,22 +120,22 @@ def build(
     """The factors of every layer that has them; None if there are none, or they do not fit.
 
     Args:
-        model: whose layers are meant.
+        model: the model that the layers belong to.
         params: all parameters, by place.
         outputs: makes the outputs z of the part, which must be (N, C), and the loss.
-        middle: M from z and the loss.
-        room: bytes that the factors may take, beside the graph of the outputs.
-        through: require that all curvature of the loss is in M: the loss depends on z alone, and z
-            is piecewise linear in each layer's output.
+        middle: makes M from z and the loss.
+        room: bytes that the factors may take, in addition to the graph of the outputs.
+        through: require that M holds all curvature of the loss: the loss depends on the parameters
+            only through z, and z is piecewise linear in each layer's output.
     """
     found = _candidates(model, params)
-    with unfolded(), _watching(list(found)) as watch:
+    with no_folding(), _watching(list(found)) as watch:
         z, loss = outputs()
     if not isinstance(z, Tensor) or z.is_complex() or z.dim() != 2 or not 0 < z.shape[1] <= MOST:
         return None
     once = {module: seen[0] for module, seen in watch.seen.items() if len(seen) == 1}
     edges = {module: call.edge for module, call in once.items() if call.edge is not None}
-    if not edges:  # no layer of the usual kinds is called once on the way to the loss
+    if not edges:  # no layer of a known kind is called exactly once
         return None
     if through and not (_only_way(loss, z) and _piecewise_linear(z, list(edges.values()))):
         return None
@@ -143,7 +143,7 @@ def build(
     output: dict[nn.Module, Tensor] = {}
     for module in edges:
         own[module] = tuple(params[place] for place in found[module])
-        s = _alone(module, once[module].inputs)
+        s = _isolated(module, once[module].inputs)
         if s is None or s.dtype != z.dtype or s.dim() == 0 or len(s) != len(z):
             continue
         elsewhere = _leaves(z, edges[module].node, once[module].nodes)
@@ -162,12 +162,12 @@ def build(
     return None if M is None else Layers(layers, M)
 
 
-def _alone(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor | None:
-    """The layer's output with the graph of its own parameters; None where that is no tensor."""
+def _isolated(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor | None:
+    """The layer's output with a graph of only its own parameters; None if it has none."""
     given = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     try:
         output = module.forward(*given)  # without the user's hooks
-    except (RuntimeError, TypeError, ValueError):  # it leans on what surrounds it
+    except (RuntimeError, TypeError, ValueError):  # it depends on its surroundings
         return None
     return output if isinstance(output, Tensor) and output.requires_grad else None
 
@@ -175,7 +175,7 @@ def _alone(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor | None:
 def _jacobians(
     z: Tensor, edges: dict[nn.Module, GradientEdge], output: dict[nn.Module, Tensor]
 ) -> dict[nn.Module, Tensor]:
-    """J of each layer, but for those in which samples meet: J of a sum over them is wrong there."""
+    """J of each layer in which samples are independent; for others the sums here are wrong."""
     made = {module: s.new_empty(len(z), z.shape[1], s[0].numel()) for module, s in output.items()}
 
     def slopes(of: Tensor, weights: Tensor | None = None) -> list[Tensor]:
@@ -205,7 +205,7 @@ def _candidates(model: nn.Module, params: Sequence[Tensor]) -> dict[nn.Module, t
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found: dict[nn.Module, tuple[int, ...]] = {}
     if getattr(nn.modules.module, "_global_forward_hooks", None):
-        return found  # these act before those of a module, and may change its output
+        return found  # global hooks act before those of a module, and may change its output
     for module in model.modules():
         named = {name: id(p) for name, p in module._parameters.items() if p is not None}
         own = [each for each in named.values() if each in place]
@@ -216,7 +216,7 @@ def _candidates(model: nn.Module, params: Sequence[Tensor]) -> dict[nn.Module, t
 
 
 def _leaves(z: Tensor, passed: Any, beyond: Sequence[Any] = ()) -> set[int]:
-    """Ids of the leaves of z's graph, where the node ``passed`` leads to ``beyond`` alone."""
+    """Ids of the leaves of z's graph, if the node ``passed`` leads only to the nodes ``beyond``."""
     found: set[int] = set()
     seen, nodes = {passed}, [z.grad_fn, *beyond]
     while nodes:
@@ -231,7 +231,7 @@ def _leaves(z: Tensor, passed: Any, beyond: Sequence[Any] = ()) -> set[int]:
 
 
 def _only_way(loss: Tensor, z: Tensor) -> bool:
-    """Whether the loss depends on leaves through z alone: no penalty stands beside it."""
+    """Whether the loss depends on leaves only through z, so that it has no penalty term."""
     return not _leaves(loss, z.grad_fn)
 
 

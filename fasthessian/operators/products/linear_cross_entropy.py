@@ -1,8 +1,8 @@
-"""The second derivative of ``F.linear_cross_entropy`` with options, which torch has not.
+"""The second derivative of ``F.linear_cross_entropy`` with options, which torch does not have.
 
 torch makes its gradient in the forward pass, so that double backward loses most of H. Here the loss
 of a row is ``s (log sum exp z - z_t)``, z = W x + b, and its derivatives are formulas in p =
-softmax(z). They are made in chunks of rows: no tensor has the size of all logits.
+softmax(z). They are computed in chunks of rows: no tensor has the size of all logits.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class LinearLossesBackward(torch.autograd.Function):
 
 
 def _logits(x: Tensor, W: Tensor, b: Optional) -> Iterator[tuple[slice, Tensor]]:
-    """Rows and their logits, in float32 at least."""
+    """Slices of rows and their logits, at least in float32."""
     height = max(1, CHUNK // len(W))
     for first in range(0, len(x), height):
         rows = slice(first, first + height)
@@ -101,7 +101,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _slopes(p: Tensor, t: Tensor) -> Tensor:
-    """P - e_t in place."""
+    """Subtract e_t from p in place."""
     return p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0))
 
 
@@ -133,7 +133,7 @@ def _each(
     return _losses(x, W, t, b, weight, ignored)[0].to(x.dtype)
 
 
-# What torch applies, by name, and what stands for it.
+# Replacements of torch's functions, by name.
 FORMULAS: dict[str, Callable[..., Any]] = {
     "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_default": _reduced,
     "GeneratedBackwardFor_torch_nn__linear_cross_entropy_batch_chunked_no_reduction_default": _each,

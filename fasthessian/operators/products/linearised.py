@@ -13,14 +13,16 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from fasthessian.operators.torch_state.scopes import Undo, scope
+from fasthessian.operators.torch_state.scopes import UndoLog, scope
 
 eager_transforms: Any = importlib.import_module("torch._functorch.eager_transforms")
 Middle = Callable[[Tensor], Tensor]  # M u; it may write into u
 
 
-def along(function: Callable[..., Any], at: Sequence[Tensor], tangents: Sequence[Tensor]) -> Any:
-    """The derivative of ``function`` at some tensors along tangents, in forward mode."""
+def forward_derivative(
+    function: Callable[..., Any], at: Sequence[Tensor], tangents: Sequence[Tensor]
+) -> Any:
+    """The derivative of ``function`` at some tensors along the tangents, in forward mode."""
     with _levels() as ended:
         with warnings.catch_warnings():  # torch's decompositions for it, at the first use
             warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
@@ -30,8 +32,8 @@ def along(function: Callable[..., Any], at: Sequence[Tensor], tangents: Sequence
 
 
 @scope
-def _levels(undo: Undo) -> list[bool]:
-    """What torch has open in forward mode; the list that is returned says that it closed all."""
+def _levels(undo: UndoLog) -> list[bool]:
+    """Note the levels of forward mode that are open; a non-empty list says that all were closed."""
     ended: list[bool] = []
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     undo(_close, ended, depth, eager_transforms.JVP_NESTING, forward_ad._current_level)
@@ -40,7 +42,7 @@ def _levels(undo: Undo) -> list[bool]:
 
 
 def _close(ended: list[bool], depth: int, nesting: int, level: int) -> None:
-    """Close what an interrupt inside torch left open."""
+    """Close the levels that an interrupt inside torch left open."""
     if ended:
         return
     torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
@@ -55,7 +57,7 @@ class Linearised:
     """J v by double backward: J'u is linear in u, so its derivative in u is J."""
 
     def __init__(self, z: Tensor, params: Sequence[Tensor]) -> None:
-        # a single number in z's shape: with large vocabularies z is what memory goes to
+        # one number expanded to z's shape: with large vocabularies z takes most of the memory
         self._u = z.detach().new_zeros(()).expand(z.shape).requires_grad_()
         grads = torch.autograd.grad(z, params, self._u, create_graph=True, allow_unused=True)
         self._edges = {
@@ -65,7 +67,7 @@ class Linearised:
         }
 
     def __call__(self, places: Sequence[int], tangents: Sequence[Tensor]) -> Tensor | None:
-        """J v for v given by parameter at ``places``; None where z does not depend on them."""
+        """J v for v by parameter at ``places``; None if z does not depend on those parameters."""
         used = [(self._edges[i], v) for i, v in zip(places, tangents, strict=True)
                 if i in self._edges]  # fmt: skip
         if not used:

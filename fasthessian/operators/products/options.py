@@ -1,4 +1,4 @@
-"""How the products of a curvature matrix are to be made, as the user asked."""
+"""The options of the user for the products of a curvature matrix."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ class Options:
     memory_budget: int | None = None
     microbatch: int | None = None
     weight_decay: float = 0.0
+    group: None = None
 
     @property
     def keeps_graphs(self) -> bool:
@@ -34,6 +35,8 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that is not accepted."""
+        if self.group is not None:
+            raise InputError(f"group must be None, got {self.group!r}")
         if self.engine not in ENGINES:
             raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
         if self.precision not in (None, *PRECISIONS):
@@ -58,7 +61,7 @@ class Options:
             raise InputError(f"weight_decay must be a finite number >= 0, got {decay!r}")
 
     def check(self, device: torch.device, closure: bool) -> None:
-        """Raise ValueError where the device or a closure cannot serve what was asked."""
+        """Raise ValueError for an option that the device or a closure does not support."""
         if self.precision == "tf32" and device.type != "cuda":
             raise InputError(
                 f"precision must be None or 'bf16' on {device.type}, got 'tf32', which is for "
@@ -71,13 +74,13 @@ class Options:
             )
 
     def room(self, device: torch.device) -> float:
-        """Bytes that what is kept may take."""
+        """Bytes that kept graphs may take."""
         return available_bytes(device) // 2 if self.memory_budget is None else self.memory_budget
 
     def choose(
-        self, needs: float, count: int, replayable: bool, device: torch.device
+        self, needs: float, count: int, fixed_order: bool, device: torch.device
     ) -> tuple[int, str]:
-        """How many parts keep their graph, and the words that say why.
+        """How many parts keep their graph, and words that say why.
 
         ``needs`` are the bytes of the graphs of all ``count`` parts.
         """
@@ -89,8 +92,8 @@ class Options:
         limit = f"the budget of {readable(budget)}"
         if needs <= budget:
             return sys.maxsize, f"retained: {size}, within {limit}"
-        # a loader may shuffle: then no kept graph stands for a part of the next pass
-        capacity = int(budget / needs * count) if replayable else 0
+        # a loader may shuffle: then no kept graph belongs to a part of the next pass
+        capacity = int(budget / needs * count) if fixed_order else 0
         if capacity:
             return capacity, f"retained for {capacity} parts: {size}, above {limit}"
         return 0, f"recompute: {size}, above {limit}"
@@ -98,7 +101,11 @@ class Options:
     def shortage(
         self, what: str, words: str, needs: float, device: torch.device, cuttable: bool
     ) -> str:
-        """What a failed allocation, in torch's ``words``, means and which option would help."""
+        """The message for a failed allocation, and which option would help.
+
+        ``words`` is torch's message, ``needs`` the bytes of all graphs; ``cuttable`` says that the
+        loss has batches.
+        """
         ways = []
         if self.engine != "recompute" and self.keeps_graphs:
             ways.append("engine='recompute' keeps no graph")

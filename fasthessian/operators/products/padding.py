@@ -1,8 +1,8 @@
 """Rows of embeddings that have no gradient: their ``padding_idx``, found in the graph of the loss.
 
-torch leaves such a row out of first derivatives only. Row and column of the matrix are 0 where the
-tangents are 0 there. A row that also serves elsewhere, as in a tied output layer or in a weight
-that is computed, has a gradient from there: double backward alone then makes what torch makes.
+torch leaves such a row out of first derivatives only. To make its row and column of the matrix 0,
+tangents are set to 0 there. A row that is also used elsewhere, as in a tied output layer or in a
+computed weight, has a gradient from there. Then only double backward gives torch's derivative.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fasthessian.operators.products.engines import nodes_from
 
 
 class Padding(NamedTuple):
-    """A padding row of the parameter at ``place``, and whether the row also serves elsewhere."""
+    """A padding row of the parameter at ``place``, and whether it is also used elsewhere."""
 
     place: int
     row: int
@@ -41,7 +41,7 @@ def padding(loss: Tensor, params: Sequence[Tensor]) -> Iterator[Padding]:
 
 
 def check_untied(found: Sequence[Padding], names: Sequence[str], engine: str) -> None:
-    """Raise ValueError where tangents of 0 would not be right: for engines without graphs."""
+    """Raise ValueError for rows that are also used elsewhere: an engine without graphs is wrong."""
     for place, row, tied in found:
         if tied:
             name = names[place].removesuffix(".weight")
@@ -53,7 +53,7 @@ def check_untied(found: Sequence[Padding], names: Sequence[str], engine: str) ->
 
 
 def _row(node: Any) -> int | None:
-    """The row that an embedding leaves out; None of any other node."""
+    """The row that an embedding leaves out; None for any other node."""
     if not node.name().startswith("Embedding"):
         return None
     if node._saved_sparse:
@@ -66,7 +66,7 @@ def _row(node: Any) -> int | None:
 
 
 def _leaves(source: Any) -> Iterator[Tensor]:
-    """The tensors from which a node computes."""
+    """The leaf tensors that a node depends on."""
     for node in nodes_from([source]):
         if hasattr(node, "variable"):
             yield node.variable

@@ -1,7 +1,7 @@
-"""Is the gradient the derivative of the loss? Looked at by central differences of the loss.
+"""Whether the gradient is the derivative of the loss, by central differences of the loss.
 
-It is not where the loss detaches a part of itself: on purpose, or because a model differentiates
-inside and lets autograd record that in training only.
+It is not if the loss detaches a part of itself: on purpose, or because a model differentiates
+inside and lets autograd record that only in training.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fasthessian import kernels
 
-STEPS = (1.0, 3.0, 0.3)  # times eps^(1/3) of the size of the parameters; the first may suffice
-# What differences may leave: their rounding, and activations that switch sides within the step
+STEPS = (1.0, 3.0, 0.3)  # times eps^(1/3) of the size of the parameters; one may suffice
+# Accepted distances: differences have rounding, and activations switch sides within the step
 ALLOWED = {torch.float32: 5e-3, torch.float64: 1e-3}
-DIRECTIONS = 2  # one alone misses what happens to have no slope along it
-ROUNDING = 8.0  # times eps |loss| / h is what rounding may leave of a difference
-RESOLVED = 0.25  # by how much of what is found the steps may disagree
+DIRECTIONS = 2  # along a single one an error may have no slope by chance
+ROUNDING = 8.0  # times eps |loss| / h: the rounding error of a difference
+RESOLVED = 0.25  # of the distance found: how much the steps may disagree
 
 
 def distance(
@@ -31,8 +31,8 @@ def distance(
 ) -> float:
     """|G - g| / |g|, with g the ``gradient`` and G the derivative of the loss where g is not 0.
 
-    Estimated from differences along random signs u, since E (u'(G - g))^2 = |G - g|^2. Entries
-    where g is 0 stay as they are: padding rows, and layers that get no gradient.
+    Estimated from differences along random signs u, since E (u'(G - g))^2 = |G - g|^2. Parameters
+    where g is 0 are not moved: padding rows, and layers that get no gradient.
 
     Args:
         loss: its value at theta + its argument (n,).
@@ -42,8 +42,8 @@ def distance(
         dtype: in which the loss is computed, float32 or float64.
 
     Returns:
-        Right if at most ``ALLOWED``. NaN where g is 0, or differences do not tell: steps disagree,
-        as they do at kinks and jumps of the loss, or rounding hides the slope.
+        At most ``ALLOWED`` for a right gradient. NaN if g is 0, or if differences are
+        inconclusive: the steps disagree, as at kinks and jumps, or rounding hides the slope.
     """
     used = gradient != 0
     count, size = int(used.sum()), float(gradient.double().norm())
@@ -63,7 +63,7 @@ def distance(
         h = step * unit
         sides = [((loss(h * u) - here) / h, (here - loss(-h * u)) / h) for u in signs]
         found.append([(up + down) / 2 for up, down in sides])
-        # with a kink within h on one side the other side has the slope of the gradient
+        # with a kink within h on one side, the other side has the slope of the gradient
         misses = [max(min(side) - g, g - max(side), 0.0)
                   for side, g in zip(sides, want, strict=True)]  # fmt: skip
         if not all(map(math.isfinite, found[-1])):

@@ -1,8 +1,25 @@
-"""Changes that are put back at the end of a ``with`` block, also after a Ctrl-C at any line.
+"""Temporary changes that are undone at the end of a ``with`` block, after Ctrl-C at any line, too.
 
-A thread keeps a stack of the steps that put back what it changed. A step is recorded before the
-change, may be repeated, and is removed after it was made. If an interrupt ends a scope too early,
-the enclosing scope makes the steps that are left. ``restored`` is the outermost one.
+A usual context manager cannot promise that: an interrupt may come between the change and the
+``try``, or inside ``__exit__``. The functions here use an undo log, as databases do:
+
+* Each thread has a stack of steps. A step is a function call that undoes one change.
+* A step is recorded before the change is made. So it must be right even if no change was made.
+* A step is removed after it was called. So it must be right to call it twice.
+* A scope remembers its position on the stack. At its end it calls and removes all steps above,
+  the latest first.
+* If an interrupt ends a scope too early, the enclosing scope calls the steps that are left.
+  ``restored`` opens the outermost scope.
+
+A new change is a function that first records and then acts::
+
+    @scope
+    def eval_mode(undo, module):
+        undo(setattr, module, "training", module.training)
+        module.training = False
+
+    with eval_mode(model):
+        ...
 """
 
 from __future__ import annotations
@@ -20,45 +37,45 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_thread = threading.local()  # .steps: of this thread, the latest last
-# Private names of torch; where one is missing nothing is recorded.
+_thread = threading.local()  # .steps: the stack of this thread, the latest step last
+# A private function of torch; None if this version of torch does not have it.
 saving_hooks: Callable[[bool], Any] | None = getattr(
     torch._C._autograd, "_top_saved_tensors_default_hooks", None
 )
-_CALL = operator.methodcaller("__call__")
-# Managers of contextlib whose ``__exit__`` may be interrupted before it does anything.
-_UNFINISHED: dict[Any, Callable[[Any], object]] = {
+_CALL = operator.methodcaller("__call__")  # calls a function without a line of Python
+# How to close the managers of contextlib whose ``__exit__`` was interrupted, by the code of that.
+_CLOSE: dict[Any, Callable[[Any], object]] = {
     contextlib._GeneratorContextManager.__exit__.__code__: lambda manager: manager.gen.close(),
     contextlib.closing.__exit__.__code__: lambda manager: manager.thing.close(),
     contextlib.ExitStack.__exit__.__code__: lambda manager: manager.close(),
 }
 
 
-class Undo:
-    """Records how changes are put back: ``undo(function, *args)`` before each change."""
+class UndoLog:
+    """Records how changes are undone: ``undo(function, *args)`` before each change."""
 
     def __init__(self) -> None:
         if not hasattr(_thread, "steps"):
             _thread.steps = []
         self._steps: list[Any] = _thread.steps
-        self.after: list[Callable[[], None]] = []  # called when all is put back, if no error flies
+        self.after: list[Callable[[], None]] = []  # called after all is undone, unless it raised
 
     def __call__(self, function: Callable[..., object], *args: Any) -> None:
-        """At the end call ``function(*args)``, at least once."""
+        """Call ``function(*args)`` at the end, once or more often."""
         self._steps.append((function, args))
 
     def enter(self, other: Scope[R]) -> R:
-        """Enter a scope, which ends with this one."""
+        """Enter another scope, which ends together with this one."""
         return other.__enter__()
 
 
-class Scope(Undo, Generic[R]):
-    """The span of some changes, a context manager; ``change`` makes them."""
+class Scope(UndoLog, Generic[R]):
+    """A context manager: ``change`` makes changes at the start, and the end undoes them."""
 
-    def __init__(self, change: Callable[[Undo], R]) -> None:
+    def __init__(self, change: Callable[[UndoLog], R]) -> None:
         super().__init__()
         self._change = change
-        self._depth = -1  # the place of this scope on the stack
+        self._depth = -1  # the position of this scope on the stack
 
     def __enter__(self) -> R:
         self._depth = len(self._steps)
@@ -77,7 +94,7 @@ class Scope(Undo, Generic[R]):
     ) -> None:
         try:
             if traceback is not None:
-                _finish(traceback)
+                _close_interrupted(traceback)
         finally:
             self.close()
         if kind is None:
@@ -85,7 +102,7 @@ class Scope(Undo, Generic[R]):
                 call()
 
     def close(self) -> None:
-        """Put everything back that was changed since the beginning, the latest first."""
+        """Undo everything that was recorded since the start, the latest first."""
         steps, depth, failed = self._steps, self._depth, None
         while 0 <= depth < len(steps) and steps[depth] is self:
             step = steps[-1]
@@ -99,18 +116,18 @@ class Scope(Undo, Generic[R]):
             raise failed
 
 
-def scope(change: Callable[Concatenate[Undo, P], R]) -> Callable[P, Scope[R]]:
-    """A context manager from a function that records (``undo``) and then makes changes."""
+def scope(change: Callable[Concatenate[UndoLog, P], R]) -> Callable[P, Scope[R]]:
+    """Make a context manager of a function that records changes in ``undo`` and makes them."""
 
     @functools.wraps(change)
-    def made(*args: P.args, **named: P.kwargs) -> Scope[R]:
+    def new_scope(*args: P.args, **named: P.kwargs) -> Scope[R]:
         return Scope(lambda undo: change(undo, *args, **named))
 
-    return made
+    return new_scope
 
 
 def restored(function: Callable[P, R]) -> Callable[P, R]:
-    """The function, after which all scopes inside, and this thread's modes, are put back."""
+    """Decorate a function: at its end all scopes inside it end, and torch's modes are restored."""
 
     @functools.wraps(function)
     def outermost(*args: P.args, **named: P.kwargs) -> R:
@@ -124,21 +141,22 @@ def restored(function: Callable[P, R]) -> Callable[P, R]:
     return outermost
 
 
-def _modes(undo: Undo) -> None:
-    """What contexts of torch set, which an interrupt inside torch may leave."""
+def _modes(undo: UndoLog) -> None:
+    """Record the modes of torch, whose own context managers are not safe against interrupts."""
     undo(torch._C._set_grad_enabled, torch.is_grad_enabled())
     undo(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
-    # up and down at once, in C: no interrupt comes in between
+    # The depth is read by one step up and one step down. Both are made in C, by ``map``, so that
+    # no interrupt comes in between.
     undo(
-        _nest,
+        _set_autocast_nesting,
         max(map(_CALL, (torch.autocast_increment_nesting, torch.autocast_decrement_nesting))) - 1,
     )
     if saving_hooks is not None:
-        undo(_unhook, saving_hooks, saving_hooks(True))
+        undo(_pop_saving_hooks, saving_hooks, saving_hooks(True))
 
 
-def _nest(depth: int) -> None:
-    """Set how many autocast contexts are open: torch drops its copies of weights after the last."""
+def _set_autocast_nesting(depth: int) -> None:
+    """Set how many autocast contexts are open; at 0 torch drops its cache of cast weights."""
     while torch.autocast_decrement_nesting() >= depth:
         pass
     while torch.autocast_increment_nesting() < depth:
@@ -147,7 +165,8 @@ def _nest(depth: int) -> None:
         torch.clear_autocast_cache()
 
 
-def _unhook(latest: Callable[[bool], Any], before: Any) -> None:
+def _pop_saving_hooks(latest: Callable[[bool], Any], before: Any) -> None:
+    """Remove the hooks on saved tensors that were added after ``before``."""
     while (now := latest(True)) is not None and not _same(now, before):
         torch._C._autograd._pop_saved_tensors_default_hooks()
 
@@ -157,8 +176,8 @@ def _same(hooks: Any, others: Any) -> bool:
 
 
 @scope
-def ordinary(undo: Undo) -> None:
-    """Inside, new tensors are ordinary ones, also for callers in inference mode."""
+def no_inference_mode(undo: UndoLog) -> None:
+    """Leave inference mode, if the caller is in it: new tensors can be used by autograd."""
     if torch.is_inference_mode_enabled():
         guard: Any = torch._C._InferenceMode(False)
         undo(guard.__exit__, None, None, None)
@@ -166,33 +185,36 @@ def ordinary(undo: Undo) -> None:
 
 
 @scope
-def set_to(undo: Undo, owner: Any, name: str, value: Any) -> None:
-    """Inside, the attribute has this value."""
+def set_attribute(undo: UndoLog, owner: Any, name: str, value: Any) -> None:
+    """Give an attribute another value."""
     undo(setattr, owner, name, getattr(owner, name))
     setattr(owner, name, value)
 
 
-def put_table(table: dict[Any, Any], before: dict[Any, Any]) -> None:
+def restore_dict(changed: dict[Any, Any], before: dict[Any, Any]) -> None:
     """Give a dictionary the entries that it had before."""
-    table.clear()
-    table.update(before)
+    changed.clear()
+    changed.update(before)
 
 
 @scope
-def grad_mode(undo: Undo, enabled: bool) -> None:
-    """Inside, gradients are recorded or not."""
+def grad_mode(undo: UndoLog, enabled: bool) -> None:
+    """Record gradients, or do not."""
     undo(torch._C._set_grad_enabled, torch.is_grad_enabled())
     torch._C._set_grad_enabled(enabled)
 
 
-def _finish(traceback: TracebackType) -> None:
-    """Close managers whose exit was interrupted: else that happens at any later time."""
+def _close_interrupted(traceback: TracebackType) -> None:
+    """Close managers whose exit was interrupted.
+
+    Otherwise the garbage collector closes them at an unknown later time.
+    """
     frames = []
-    step: TracebackType | None = traceback
-    while step is not None:
-        frames.append(step.tb_frame)
-        step = step.tb_next
+    entry: TracebackType | None = traceback
+    while entry is not None:
+        frames.append(entry.tb_frame)
+        entry = entry.tb_next
     for frame in reversed(frames):
-        close = _UNFINISHED.get(frame.f_code)
+        close = _CLOSE.get(frame.f_code)
         if close is not None:
             close(frame.f_locals["self"])

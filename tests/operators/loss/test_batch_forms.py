@@ -1,4 +1,4 @@
-"""Forms of batches and outputs that a criterion serves, and what the others are told."""
+"""Forms of batches and outputs that are accepted, and the messages for those that are not."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CE = nn.CrossEntropyLoss()
 
 
 class Output(dict):
-    """As a model output of Hugging Face: a mapping with attributes."""
+    """Like a model output of Hugging Face: a mapping with attributes."""
 
     __getattr__ = dict.__getitem__
 
 
 class Pair(nn.Module):
-    """Two tensors as one argument."""
+    """Takes two tensors as one argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,21 +37,21 @@ class Pair(nn.Module):
 
 
 class Either(Pair):
-    """Two tensors as two arguments."""
+    """Takes two tensors as two arguments."""
 
     def forward(self, one: Tensor, two: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward((one, two))
 
 
 class Keys(Pair):
-    """A mapping as one argument."""
+    """Takes a mapping as one argument."""
 
     def forward(self, batch: Any) -> Tensor:
         return super().forward((batch["one"], batch["two"]))
 
 
 class Words(Pair):
-    """Keywords."""
+    """Takes keyword arguments."""
 
     def forward(self, *, one: Tensor, two: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward((one, two))
@@ -94,7 +94,7 @@ def made(kind: type[Any]) -> Any:
 
 @pytest.mark.parametrize("engine", ["auto", "forward"])
 @pytest.mark.parametrize("name", INPUTS)
-def test_the_batch_is_handed_over_as_forward_takes_it(name, engine):
+def test_forward_gets_the_batch_in_the_form_it_takes(name, engine):
     kind, criterion, batch = INPUTS[name]
     model = made(kind)
     A = fh.Hessian(model, criterion, batch, engine=engine)
@@ -107,7 +107,7 @@ class WithLogits(Pair):
 
 
 class LogitsAndLoss(Pair):
-    """As in nanoGPT."""
+    """Returns (logits, loss), as nanoGPT does."""
 
     def forward(self, inputs: Any, targets: Any = None) -> Any:
         out = super().forward(inputs)
@@ -115,7 +115,7 @@ class LogitsAndLoss(Pair):
 
 
 class LossAndLogits(Pair):
-    """As models of Hugging Face return a tuple."""
+    """Returns (loss, logits), as models of Hugging Face do for return_dict=False."""
 
     def forward(self, inputs: Any, targets: Any) -> Any:  # type: ignore[override]
         out = super().forward(inputs)
@@ -123,7 +123,7 @@ class LossAndLogits(Pair):
 
 
 class Losses(Pair):
-    """As detection models return them in training."""
+    """Returns a dictionary of losses, as detection models do in training."""
 
     def forward(self, inputs: Any, targets: Any) -> Any:  # type: ignore[override]
         out = super().forward(inputs)
@@ -161,7 +161,7 @@ def test_ragged_batches_of_logits_and_loss_count_their_targets():
     assert distance(fh.Hessian(model, None, parts), dense(model.a, linear)) < 1e-12
 
 
-def test_a_dictionary_of_losses_is_summed_and_said():
+def test_a_dictionary_of_losses_is_summed_and_engine_says_so():
     model = made(Losses)
     A = fh.Hessian(model, None, ([x, z], y))
     assert distance(A, dense(model.a, penalised)) < 1e-12
@@ -173,7 +173,7 @@ class WithMetrics(Losses):
         return {**super().forward(inputs, targets), "class_error": self.a.bias.sum()}
 
 
-def test_a_dictionary_of_losses_and_others_is_refused_with_a_way_out():
+def test_a_dictionary_of_losses_and_metrics_is_refused_with_a_way_out():
     model = made(WithMetrics)
     refused(lambda: fh.Hessian(model, None, ([x, z], y)), ValueError, "model.*batch.*sum")
 
@@ -185,21 +185,21 @@ def test_a_dictionary_of_losses_and_others_is_refused_with_a_way_out():
 
 
 def alone(model: nn.Linear) -> nn.Linear:
-    """A plain layer of the same parameters."""
+    """A torch layer with the same parameters."""
     layer = nn.Linear(3, 3).double()
     layer.load_state_dict(model.state_dict())
     return layer
 
 
 class Small(nn.Linear):
-    """As in nanoGPT."""
+    """Returns (logits, loss), as nanoGPT does."""
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Any:  # type: ignore[override]
         out = super().forward(idx)
         return out, None if targets is None else F.cross_entropy(out, targets)
 
 
-def test_a_criterion_that_gets_no_loss_is_told_of_none():
+def test_a_criterion_that_returns_none_is_refused_with_a_way_out():
     model, batch = Small(3, 3).double(), (torch.tanh(x) + z, y)
     refused(
         lambda: fh.Hessian(model, lambda out, _: out[1], batch),
@@ -222,7 +222,7 @@ def test_the_last_of_three_entries_is_the_targets_and_the_way_out_works():
     assert distance(A, dense(model, linear)) < 1e-12
 
 
-def test_streams_without_end_are_refused_with_a_way_out():
+def test_endless_iterators_are_refused_with_a_way_out():
     batches = itertools.cycle([(x, y)])
     refused(
         lambda: fh.Hessian(nn.Linear(3, 3).double(), CE, batches),
@@ -259,7 +259,7 @@ def test_errors_of_the_users_own_code_are_raised_as_they_are():
         fh.Hessian(nn.Linear(3, 3).double(), criterion, (x, y))
 
 
-def test_errors_of_torch_name_the_batch_and_the_general_form():
+def test_errors_raised_inside_torch_describe_the_batch():
     model = nn.Sequential(nn.Linear(3, 3)).double()
     for batch, words in (
         ((x[:, :2], y), r"shapes.*a batch is \(Tensor \(6, 2\), Tensor \(6,\)\).*\(model, batch\)"),
@@ -270,7 +270,7 @@ def test_errors_of_torch_name_the_batch_and_the_general_form():
             fh.Hessian(model, CE, batch)
 
 
-def test_logits_and_loss_of_a_loss_of_the_model_have_a_gauss_newton_matrix():
+def test_gauss_newton_of_a_loss_of_a_model_that_returns_logits_and_loss():
     model = Small(3, 3).double()
     batch = torch.tanh(x) + z, y
     want = dense(alone(model), linear)  # the model is linear

@@ -1,4 +1,4 @@
-"""Forms of data, and the weights of batches: ragged ones give what one batch gives."""
+"""Forms of data, and weights of batches: batches of any size give the matrix of one batch."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _probabilities() -> Any:
 
 
 class LogSoftmax(nn.Module):
-    """A network for the losses that want log-probabilities."""
+    """A network for losses that take log-probabilities."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ def test_weights_as_numbers_or_as_a_function_are_terms_of_a_mean() -> None:
 
 
 class Sum(nn.Module):
-    """Takes one input, two positional, or two by name."""
+    """Takes one input, two positional inputs, or two keyword inputs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Sum(nn.Module):
 
 
 class WithLoss(nn.Module):
-    """As a Hugging Face model: keyword inputs, a loss where there are labels."""
+    """Like a Hugging Face model: it takes keywords, and returns a loss if there are labels."""
 
     def __init__(self, inner: nn.Module, wrap: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Models that return a dictionary of losses in training, on a list of targets an image."""
+"""Detectors: they return a dictionary of losses in training, and take one target per image."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from tests.support.dense_losses import dense, distance
 from tests.support.models import refused
 
 F64 = torch.float64
-SIZES = (3, 1, 2, 4, 3)  # boxes of an image; the first image has as many as it has channels
+SIZES = (3, 1, 2, 4, 3)  # boxes per image; the first image has as many boxes as channels
 
 
 class Detector(nn.Module):
-    """Losses in training, detections else."""
+    """Returns losses in training mode, and detections otherwise."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ FORMS: dict[str, Any] = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_detector_has_the_hessian_of_the_sum_of_its_losses(form, microbatch):
     if form == "mappings" and microbatch:
-        return  # which entry holds the targets is not known
+        return  # the mapping has no entry "labels", so nothing says what the targets are
     A = fh.Hessian(model, None, FORMS[form], mode="train", microbatch=microbatch)
     want = dense(model, lambda m: total(m, (images, targets)))
     assert distance(A, want) < 1e-12
@@ -80,7 +80,7 @@ def test_a_detector_has_the_hessian_of_the_sum_of_its_losses(form, microbatch):
         assert A.check().ok
 
 
-def test_a_detector_in_eval_mode_is_told_of_training_and_the_way_out_works():
+def test_a_detector_in_eval_mode_is_refused_and_mode_train_works():
     refused(
         lambda: fh.Hessian(model, None, (images, targets)),
         ValueError,
@@ -115,7 +115,7 @@ def test_two_scalars_are_refused():
 
 
 class Auxiliary(nn.Module):
-    """A second head in training, as of GoogLeNet."""
+    """Has a second output in training mode, like GoogLeNet."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class LossInTraining(nn.Linear):
         return {"loss": F.cross_entropy(out, y)} if self.training else out
 
 
-def test_a_loss_in_training_only_is_told_of_training():
+def test_a_model_with_a_loss_only_in_training_is_refused_in_eval_mode():
     torch.manual_seed(0)
     data = torch.randn(8, 4), torch.randint(3, (8,))
     refused(
@@ -166,7 +166,7 @@ def test_a_loss_in_training_only_is_told_of_training():
     fh.Hessian(LossInTraining(4, 3), None, data, mode="train")
 
 
-def test_losses_beside_their_total_are_refused():
+def test_a_dictionary_of_losses_and_their_total_is_refused():
     def counted(model: nn.Module, batch: Any) -> Any:
         found = model(*batch)
         return {**found, "total_loss": sum(found.values())}

@@ -1,4 +1,4 @@
-"""Guards look at every batch, not at the first: microbatches, coupling, what only some have."""
+"""Checks look at every batch, not only at the first one: missing targets, coupling, summands."""
 
 from __future__ import annotations
 
@@ -79,14 +79,14 @@ def test_a_shuffled_loader_may_have_missing_targets_anywhere() -> None:
 
 
 def pairs_of_marked(z: Tensor, y: Tensor) -> Tensor:
-    """Samples attract each other where the last target is marked, as in a contrastive loss."""
+    """A loss that couples the samples whose last target is marked, like a contrastive loss."""
     marked = y[:, -1:] > 100
     centre = (z * marked).sum(0) / marked.sum().clamp(min=1)
     return torch.where(marked, z - centre, z - y).pow(2).mean()
 
 
 class Centred(nn.Module):
-    """Subtracts the mean over the batch from inputs that are marked."""
+    """Subtracts the mean over the batch from the inputs, if one of them is marked."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ class Centred(nn.Module):
 
 
 def coupled(how: str) -> tuple[nn.Module, Any, list[tuple[Tensor, ...]]]:
-    """Samples couple in the last batch alone."""
+    """A problem whose samples are coupled in the last batch only."""
     model, x, y = made()
     if how == "loss":
         y[9:11, -1] = 200.0
@@ -108,7 +108,7 @@ def coupled(how: str) -> tuple[nn.Module, Any, list[tuple[Tensor, ...]]]:
 
 
 @pytest.mark.parametrize("how", ["loss", "model"])
-def test_samples_that_couple_in_a_later_batch(how: str) -> None:
+def test_samples_coupled_in_a_later_batch_are_detected(how: str) -> None:
     model, criterion, batches = coupled(how)
     refused(
         lambda: fh.Hessian(model, criterion, batches, microbatch=2),
@@ -165,7 +165,7 @@ def test_a_later_batch_that_is_infinite_is_refused() -> None:
     assert distance(H, dense(model, lambda moved: per_positive(moved(x), classes))) < 1e-12
 
 
-def test_dropout_and_batch_statistics_do_not_spoil_the_count() -> None:
+def test_terms_are_counted_in_spite_of_dropout_and_batch_statistics() -> None:
     torch.manual_seed(6)
     model = nn.Sequential(
         nn.Linear(3, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Dropout(0.3), nn.Linear(6, 2)
@@ -180,7 +180,7 @@ def test_dropout_and_batch_statistics_do_not_spoil_the_count() -> None:
         torch.testing.assert_close(columns(H), columns(want))
 
 
-def test_terms_that_only_the_graph_tells_need_a_fixed_order() -> None:
+def test_terms_read_only_in_the_graph_need_a_fixed_order() -> None:
     model, x, y = made(3)
     classes = y.argmax(1)
     weight = torch.tensor([1.0, 2.0, 0.5], dtype=F64)

@@ -1,4 +1,4 @@
-"""criterion as a loss of (model, batch): every form of data, all matrices, weights, errors."""
+"""A criterion that is a loss of (model, batch): forms of data, all matrices, weights, errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 class Graph:
-    """As a batch of torch_geometric: iterable over pairs, with attributes and .to."""
+    """Like a batch of torch_geometric: iterable over pairs, with attributes and .to."""
 
     def __init__(self, x: Tensor, graph: Tensor, y: Tensor) -> None:
         self.x, self.graph, self.y = x, graph, y
@@ -90,7 +90,7 @@ class Functional(nn.Module):
 
 
 class Trainer:
-    """A loss as a method, with options as a trainer's has them."""
+    """A loss as a method with an option, like that of a trainer."""
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False) -> Tensor:
         return loss(model, inputs)
@@ -112,7 +112,7 @@ FUNCTIONS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_first_parameter_tells_a_loss_of_the_model(name):
+def test_a_loss_of_the_model_is_recognised_by_its_first_parameter(name):
     model = net()
     A = fh.Hessian(model, FUNCTIONS[name], data())
     assert distance(A, dense(model, lambda m: loss(m, data()))) < 1e-12
@@ -141,7 +141,7 @@ FORMS: dict[str, tuple[Any, Any]] = {
 
 @pytest.mark.parametrize("engine", ALL_ENGINES)
 @pytest.mark.parametrize("form", FORMS)
-def test_batches_of_every_form_are_handed_over_whole(form, engine):
+def test_a_loss_of_the_model_gets_batches_of_any_form(form, engine):
     function, batches = FORMS[form]
     model = net()
     A = fh.Hessian(model, function, batches, engine=engine)
@@ -164,7 +164,7 @@ def test_valid_targets_are_counted():
 
     model, (x, y) = net(), data()
     A = fh.Hessian(model, masked, [{"x": x[:4], "y": y[:4]}, {"x": x[4:], "y": y[4:]}])
-    assert (y[:4] != 1).sum() != 4 / 3 * (y[4:] != 1).sum()  # samples would be wrong
+    assert (y[:4] != 1).sum() != 4 / 3 * (y[4:] != 1).sum()  # weighting by samples would be wrong
     assert distance(A, dense(model, lambda m: masked(m, {"x": x, "y": y}))) < 1e-12
 
 
@@ -180,7 +180,7 @@ def test_graphs_of_several_sizes_are_weighted_by_their_targets():
 
 
 @pytest.mark.parametrize("form", ["one", "list"])
-def test_graphs_serve_a_criterion_of_outputs_and_graph(form):
+def test_a_criterion_may_take_outputs_and_graph(form):
     model, g = Pooled().double(), graphs()[0]
     A = fh.Hessian(model, lambda out, g: F.cross_entropy(out, g.y), g if form == "one" else [g])
     assert distance(A, dense(model, lambda m: F.cross_entropy(m(g), g.y))) < 1e-12
@@ -225,8 +225,8 @@ def test_a_packed_sequence_is_one_input():
 
 @pytest.mark.parametrize("engine", ["auto", "forward"])
 @pytest.mark.parametrize("kind", [fh.GaussNewton, fh.EmpiricalFisher, fh.Fisher])
-def test_matrices_of_the_outputs_take_them_from_the_call(kind, engine):
-    """The matrix of a loss of (model, batch) is that of the same criterion."""
+def test_matrices_of_the_outputs_use_those_of_the_models_call(kind, engine):
+    """The matrix of a loss of (model, batch) equals that of the same loss as a criterion."""
     model, (x, y) = net(), data()
     parts = [(x[:5], y[:5]), (x[5:], y[5:])]
     if kind is fh.Fisher:
@@ -269,14 +269,14 @@ def test_layer_blocks_and_landscapes_of_a_loss_of_the_model():
     assert float(surface.losses[1, 1]) == pytest.approx(loss(model, (x, y)).item(), rel=1e-12)
 
 
-def test_the_model_keeps_no_hook():
+def test_no_hook_stays_on_the_model():
     model = net()
     A = fh.Hessian(model, loss, data())
     A @ torch.ones(A.n, dtype=F64)
     assert not model._forward_hooks
 
 
-def test_a_loss_of_the_model_whose_parameters_have_other_names_is_told_of_them():
+def test_a_loss_of_the_model_that_is_not_recognised_is_told_how_to_name_its_parameter():
     model, batch = net(), data()
     with pytest.raises(TypeError, match=r"name its first parameter model: lambda model, batch:"):
         fh.Hessian(model, lambda a, b: CE(a(b[0]), b[1]), batch)
@@ -321,7 +321,7 @@ def test_a_list_of_tensors_that_a_loss_takes_is_one_batch():
 
 @pytest.mark.parametrize("microbatch", [None, 2])
 def test_batches_of_samples_that_are_not_collated(microbatch):
-    """Sequences of one length: it is the list that is cut, not time."""
+    """The list of sequences of one length is cut, and not the time dimension."""
     torch.manual_seed(0)
     pairs = [(torch.randn(6, 3, dtype=F64), torch.tensor(i % 3)) for i in range(5)]
 

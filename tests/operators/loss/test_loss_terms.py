@@ -1,4 +1,4 @@
-"""The number of terms of losses that are not torch's: counted from the computation."""
+"""The terms of losses that are not torch's are counted from the computation of the loss."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ CLASS_WEIGHT = torch.tensor([1.0, 2.0, 0.5], dtype=F64)
 
 
 def made() -> tuple[nn.Module, Tensor, dict[str, Tensor]]:
-    """A network, inputs, and targets: real ones, some missing; classes, some ignored."""
+    """A network, inputs, and targets: numbers, some of them missing; classes, some ignored."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).to(F64)
     x, real = torch.randn(11, 3, dtype=F64), torch.randn(11, 3, dtype=F64)
-    real[3], real[5, 0], real[6, :2], real[9, 1:] = NAN, NAN, NAN, NAN  # sample 3 is a batch
+    real[3], real[5, 0], real[6, :2], real[9, 1:] = NAN, NAN, NAN, NAN  # sample 3 is one batch
     classes = torch.tensor([0, 2, -100, 1, 1, 2, -100, -100, 0, 1, 2])
     return model, x, {"real": real, "classes": classes, "all": classes.clamp(min=0)}
 
@@ -33,7 +33,7 @@ def cut(*tensors: Tensor) -> list[tuple[Tensor, ...]]:
 
 
 class Opaque(torch.autograd.Function):
-    """The identity, behind which no denominator can be read."""
+    """The identity, as a custom function: no denominator can be read through it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -136,7 +136,7 @@ def test_batches_and_microbatches_give_what_one_batch_gives(name: str) -> None:
             assert distance(G, columns(one)) < 1e-12, form
 
 
-def test_a_penalty_counts_once_beside_a_mean() -> None:
+def test_a_penalty_on_parameters_counts_once_next_to_a_mean() -> None:
     model, x, targets = made()
 
     def loss(z: Tensor, y: Tensor) -> Tensor:
@@ -147,140 +147,11 @@ def test_a_penalty_counts_once_beside_a_mean() -> None:
     assert distance(fh.Hessian(model, loss, cut(x, targets["classes"])), columns(one)) < 1e-12
 
 
-# Language models
-
-
-class Out(dict):
-    """As transformers' outputs: entries are attributes."""
-
-    __getattr__ = dict.__getitem__
-
-
-class Base(nn.Module):
-    """Scores of the next token at each place; the loss on labels is left to classes below."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.head = nn.Embedding(11, 4), nn.Linear(4, 11)
-
-    def scores(self, ids: Tensor) -> Tensor:
-        return self.head(torch.tanh(self.embed(ids)))
-
-
-class Shifting(Base):
-    """As GPT-2: the scores at a place are for the label of the next."""
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Out:
-        z = self.scores(input_ids)
-        loss = F.cross_entropy(z[:, :-1].reshape(-1, 11), labels[:, 1:].reshape(-1))
-        return Out(loss=loss, logits=z)
-
-
-class BertForCausalLM(Base):
-    """Does not shift, whatever its name."""
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Out:
-        z = self.scores(input_ids)
-        return Out(loss=F.cross_entropy(z.reshape(-1, 11), labels.reshape(-1)), logits=z)
-
-
-class XLNetLMHeadModel(BertForCausalLM):
-    """Does not shift either."""
-
-
-class ForConditionalGeneration(Base):
-    """Pictures take places in front of the text, of which the labels do not know."""
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Out:
-        z = self.scores(torch.cat([input_ids[:, :2] * 0, input_ids], 1))
-        aligned = F.pad(labels, (1, 0), value=-100)
-        loss = F.cross_entropy(z[:, 1:].reshape(-1, 11), aligned.reshape(-1))
-        return Out(loss=loss, logits=z)
-
-
-class Smoothed(Base):
-    """Sums over tokens with label smoothing, divided by the model itself."""
-
-    def forward(self, input_ids: Tensor, labels: Tensor) -> Tensor:
-        z, y = self.scores(input_ids)[:, :-1].transpose(1, 2), labels[:, 1:]
-        total = F.cross_entropy(z, y, reduction="sum", label_smoothing=0.1)
-        return total / (y != -100).sum()
-
-
-class Masked(Base):
-    """Counts by the attention mask, not by labels."""
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Out:
-        z, y = self.scores(input_ids)[:, :-1].transpose(1, 2), input_ids[:, 1:]
-        w = attention_mask[:, 1:]
-        return Out(loss=(F.cross_entropy(z, y, reduction="none") * w).sum() / w.sum())
-
-
-class Wrapped(nn.Module):
-    """As PeftModel: hands the batch on."""
-
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.base_model = inner
-
-    def forward(self, **batch: Tensor) -> Any:
-        return self.base_model(**batch)
-
-
-def tokens(masked: bool = False) -> list[dict[str, Tensor]]:
-    """Batches of different length and number of labels."""
-    batches = []
-    for rows, length, short in ((3, 6, 5), (1, 6, 2), (2, 4, 3)):
-        ids = torch.randint(11, (rows, length), generator=torch.Generator().manual_seed(rows))
-        mask = torch.ones_like(ids)
-        mask[-1, short:] = 0
-        second = {"attention_mask": mask} if masked else {"labels": ids.where(mask > 0, -100)}
-        batches.append({"input_ids": ids, **second})
-    return batches
-
-
-def padded(batches: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """All batches as one."""
-    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
-    length = max(batch["input_ids"].shape[1] for batch in batches)
-    return {
-        key: torch.cat([F.pad(b[key], (0, length - b[key].shape[1]), value=value) for b in batches])
-        for key, value in fill.items()
-        if key in batches[0]
-    }
-
-
-@pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "wrapped"])
-@pytest.mark.parametrize(
-    "kind",
-    [Shifting, BertForCausalLM, XLNetLMHeadModel, ForConditionalGeneration, Smoothed, Masked],
-)
-def test_tokens_count_whatever_the_model_is_called(kind: type[nn.Module], wrapped: bool) -> None:
-    torch.manual_seed(1)
-    model = kind().to(F64)
-    model = Wrapped(model) if wrapped else model
-    batches = tokens(masked=kind is Masked)
-    whole = padded(batches)
-
-    def loss(moved: nn.Module) -> Tensor:
-        out = moved(**whole)
-        return out if isinstance(out, Tensor) else out["loss"]
-
-    want = dense(model, loss)
-    H = fh.Hessian(model, None, batches)
-    assert distance(H, want) < 1e-12 and H.check().ok, str(H.check())
-    assert distance(fh.Hessian(model, None, whole, microbatch=2), want) < 1e-12
-    if kind in (Shifting, BertForCausalLM, XLNetLMHeadModel):
-        for curvature in (fh.EmpiricalFisher, fh.GaussNewton):
-            one, cut_up = curvature(model, None, whole), curvature(model, None, batches)
-            assert distance(cut_up, columns(one)) < 1e-12
-
-
 # Fisher matrices
 
 
 def outer(model: nn.Module, loss: Any, x: Tensor, y: Tensor, rows: Any = None) -> Tensor:
-    """Sum of g g' over samples, g of the loss of the sample alone."""
+    """The sum of g g' over the samples, where g is the gradient of one sample's loss."""
     total: Any = 0
     for i in range(len(x)) if rows is None else rows:
         pieces = torch.autograd.grad(loss(model(x[i : i + 1]), y[i : i + 1]), model.parameters())
@@ -330,7 +201,7 @@ def test_class_weights_of_a_function_are_those_of_the_criterion() -> None:
         assert distance(fh.EmpiricalFisher(model, by_class, data), want) < 1e-12
 
 
-# What cannot be counted, and what does not need to be
+# Losses whose terms cannot be counted, and what counting costs
 
 
 def two_means(z: Tensor, y: Tensor) -> Tensor:
@@ -351,7 +222,7 @@ def per_positive(z: Tensor, y: Tensor) -> Tensor:
 def test_a_loss_that_no_weights_fit_is_refused(loss: Any, kind: str, words: str) -> None:
     model, x, targets = made()
     y = targets[kind]
-    x, y = torch.cat([x[:3], x[4:]]), torch.cat([y[:3], y[4:]])  # no batch without any target
+    x, y = torch.cat([x[:3], x[4:]]), torch.cat([y[:3], y[4:]])  # so that every batch has a target
     batches = [(x[:4], y[:4]), (x[4:7], y[4:7]), (x[7:], y[7:])]
     if kind == "all":
         y[4:7] = 0
@@ -367,7 +238,7 @@ def test_a_loss_that_no_weights_fit_is_refused(loss: Any, kind: str, words: str)
         assert distance(fh.Hessian(model, loss, batches, weights=weights), want) < 1e-12
         for given in (weights, lambda batch: len(batch[0])):
             H = fh.Hessian(model, loss, batches, weights=given)
-            assert not H.check().ok  # and raises nothing
+            assert not H.check().ok  # but it raises no error
 
 
 def test_single_samples_of_an_opaque_loss_ask_for_weights() -> None:
@@ -385,7 +256,7 @@ def test_single_samples_of_an_opaque_loss_ask_for_weights() -> None:
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-16])
-def test_where_the_gradient_is_rounding_terms_are_counted_beside_it(noise: float) -> None:
+def test_terms_are_counted_where_gradients_are_rounding_errors(noise: float) -> None:
     torch.manual_seed(2)
     model, x = nn.Linear(3, 2).to(F64), torch.randn(11, 3, dtype=F64)
     y = model(x).detach() + noise * torch.randn(11, 2, dtype=F64)
@@ -397,7 +268,7 @@ def test_where_the_gradient_is_rounding_terms_are_counted_beside_it(noise: float
             assert distance(H, want) < 1e-12 and H.check().ok, (H.engine, str(H.check()))
 
 
-def test_terms_are_counted_anew_after_changes_of_data_and_parameters() -> None:
+def test_terms_are_counted_again_after_changes_of_data_and_parameters() -> None:
     model, x, targets = made()
     y = targets["real"]
     data = cut(x, y)
@@ -405,7 +276,7 @@ def test_terms_are_counted_anew_after_changes_of_data_and_parameters() -> None:
     y.numpy()[0] = NAN
     assert distance(H, dense(model, lambda moved: known_only(moved(x), y))) < 1e-12
 
-    def hard(z: Tensor, y: Tensor) -> Tensor:  # which samples count hangs on the parameters
+    def hard(z: Tensor, y: Tensor) -> Tensor:  # the parameters decide which samples count
         losses = F.cross_entropy(z, y, reduction="none")
         return losses[losses.detach() > 1].mean()
 
@@ -417,7 +288,7 @@ def test_terms_are_counted_anew_after_changes_of_data_and_parameters() -> None:
             model[2].bias.add_(torch.tensor([0.5, -0.5, 0.0]))
 
 
-def test_counting_costs_few_evaluations_and_one_batch_none() -> None:
+def test_counting_costs_few_evaluations_and_none_for_one_batch() -> None:
     model, x, targets = made()
     calls: list[int] = []
 
@@ -442,24 +313,3 @@ def test_counting_costs_few_evaluations_and_one_batch_none() -> None:
     calls.clear()
     H @ torch.ones(H.n, dtype=F64)
     assert len(calls) == len(many)
-
-
-class Shifted(nn.Module):
-    """A language model that computes its loss from the next tokens, under a name of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(8, 3), nn.Linear(3, 8)
-
-    def forward(self, ids):
-        z = self.head(torch.tanh(self.embed(ids)))
-        return {"loss": F.cross_entropy(z[:, :-1].flatten(0, 1), ids[:, 1:].flatten())}
-
-
-@pytest.mark.parametrize("microbatch", [None, 1])
-def test_numbers_that_agree_by_chance_do_not_count(microbatch):
-    """Ten next tokens, and ten ids that are not 0, in halves six and four of them."""
-    ids = torch.tensor([[1, 2, 3, 4, 5, 6], [3, 0, 6, 2, 0, 7]])
-    torch.manual_seed(0)
-    A = fh.Hessian(Shifted().double(), None, {"ids": ids}, microbatch=microbatch)
-    assert A.check().ok, A.check()

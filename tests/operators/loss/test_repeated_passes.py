@@ -1,4 +1,4 @@
-"""Loaders and batches that are read again: what may change between passes, and what may not."""
+"""Data are read again at each product: what may change between passes, and what may not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_products_follow_data_written_in_place(engine: str) -> None:
 
 
 class Noisy(Dataset):  # type: ignore[type-arg]
-    """Draws noise for its samples at each access, from one of the three global generators."""
+    """Adds noise to a sample at each access, drawn from one of the three global generators."""
 
     def __init__(self, x: Tensor, y: Tensor, draw: Any) -> None:
         self.x, self.y, self.draw = x, y, draw
@@ -52,13 +52,13 @@ DRAWS = {
 
 @each_engine
 @pytest.mark.parametrize("draw", DRAWS)
-def test_an_augmenting_loader_is_caught_at_the_first_product(draw: str, engine: str) -> None:
+def test_random_augmentation_is_refused_at_the_first_product(draw: str, engine: str) -> None:
     model, criterion, (x, y) = PROBLEMS["mlp"].make()
     loader = DataLoader(Noisy(x, y, DRAWS[draw]), batch_size=4)
     states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     A = fh.Hessian(model, criterion, loader, engine=engine)
     v = torch.ones(A.n, dtype=A.dtype)
-    for _ in range(2):  # the refusal is not forgotten
+    for _ in range(2):  # the second product is refused too
         with pytest.raises(RuntimeError, match=r"different batches at each pass.*list\(loader\)"):
             A @ v
     with pytest.raises(RuntimeError, match="different batches"):
@@ -70,7 +70,7 @@ def test_an_augmenting_loader_is_caught_at_the_first_product(draw: str, engine: 
 
 
 @each_engine
-def test_shuffling_is_no_change_but_dropping_pairing_and_shrinking_are(engine: str) -> None:
+def test_shuffled_samples_are_accepted_and_changed_samples_are_refused(engine: str) -> None:
     model, criterion, (x, y) = PROBLEMS["mlp"].make()
     data, exact = TensorDataset(x, y), PROBLEMS["mlp"].dense(model, criterion, (x, y))
     generator = torch.Generator().manual_seed(7)
@@ -83,7 +83,7 @@ def test_shuffling_is_no_change_but_dropping_pairing_and_shrinking_are(engine: s
     assert torch.equal(generator.get_state(), state)
 
     class Changing:
-        """One pass after another from a list of passes."""
+        """Yields another pass of a list each time it is read."""
 
         def __init__(self, *passes: Any) -> None:
             self.passes, self.at = passes, -1
@@ -110,7 +110,7 @@ def test_shuffling_is_no_change_but_dropping_pairing_and_shrinking_are(engine: s
         A @ torch.ones(A.n, dtype=A.dtype)
 
 
-def test_batches_are_compared_in_order_where_they_matter() -> None:
+def test_the_order_of_samples_is_checked_where_it_matters() -> None:
     model, criterion, (x, y) = PROBLEMS["mlp"].make()
     loader = DataLoader(TensorDataset(x, y), 4, shuffle=True)
     v = torch.ones(57, dtype=torch.float64)

@@ -22,7 +22,7 @@ def _unseen(function: Any) -> Any:
     return super(_SingleLevelFunction, function).apply
 
 
-def test_what_no_check_sees_is_compared_with_differences() -> None:
+def test_nodes_without_a_check_are_compared_with_differences() -> None:
     model, plain, data = twins(_unseen(NoGrad), cube)
     for curvature in (fh.Hessian, fh.GaussNewton):
         refused(lambda c=curvature: c(model, F.cross_entropy, data), RuntimeError, "of NoGrad in")

@@ -70,7 +70,7 @@ def test_a_padding_row_without_a_module_is_zero(name: str, engine: str) -> None:
 
 
 @pytest.mark.parametrize("name", [*ELSEWHERE, "tied"])
-def test_a_padding_row_that_serves_elsewhere(name: str) -> None:
+def test_a_padding_row_that_is_also_used_elsewhere(name: str) -> None:
     read, tied = ELSEWHERE.get(name, READ["plain"]), name == "tied"
     model, criterion, data = made(read, tied)
     want = dense(model, criterion, data)
@@ -85,7 +85,7 @@ def test_a_padding_row_that_serves_elsewhere(name: str) -> None:
         fh.Hessian(model, criterion, data, engine=engine, params=["hidden.bias"]).check()
 
 
-def test_a_bag_has_a_zero_row_where_it_is_served() -> None:
+def test_a_bag_has_a_zero_row_where_it_is_supported() -> None:
     def bag(padding: int | None) -> Read:
         return lambda x, w: F.embedding_bag(x, w, padding_idx=padding)[:, None]
 

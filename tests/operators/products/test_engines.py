@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 import fasthessian as fh
 from fasthessian import kernels
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from fasthessian.vectors import empty_rows
 from tests.support.models import ENGINES, PROBLEMS, columns, error
 
@@ -189,7 +191,7 @@ def test_products_are_the_same_under_every_ambient_mode(name: str, engine: str) 
             A = problem.operator(*made[:2], data, engine=engine)
             eye = torch.eye(A.n)
             out = empty_rows(A.n, A.n, A.dtype, A.device)
-            A.apply(eye, out)
+            multiply([Request(A, eye, out)])
             assert torch.equal(out, expected)
             assert torch.equal(A @ eye, expected)
             assert torch.equal(outside @ eye, expected)
@@ -206,21 +208,21 @@ def test_compiled_modules_are_run_eagerly() -> None:
     assert error(columns(fh.Hessian(compiled, criterion, data)), exact) < 1e-12
 
 
-def test_rebuilding_tells_of_a_graph_that_the_user_holds() -> None:
+def test_rebuilding_reports_a_graph_that_the_user_holds() -> None:
     """Its nodes would tie a captured product to the stream that they were made on."""
     model, criterion, data = PROBLEMS["mlp"].make()
     A = fh.Hessian(model, criterion, data)
     v = torch.ones(A.n, dtype=torch.float64)
     before = A @ v
-    kept = A.kept()
-    assert len(kept) == 1 and A.rebuild() is not None  # kept by this very test
+    kept = A._kept.held()
+    assert len(kept) == 1 and A._kept.rebuild() is not None  # kept by this very test
     del kept
-    assert A.rebuild() is None and A.kept() == ()
+    assert A._kept.rebuild() is None and A._kept.held() == ()
     loss = criterion(model(data[0]), data[1])
-    assert "is still alive and uses '0.weight'" in A.rebuild()
+    assert "is still alive and uses '0.weight'" in A._kept.rebuild()
     del loss
-    assert A.rebuild() is None
-    assert torch.equal(A @ v, before) and len(A.kept()) == 1
+    assert A._kept.rebuild() is None
+    assert torch.equal(A @ v, before) and len(A._kept.held()) == 1
 
 
 def test_buffers_are_copied_once_while_graphs_are_kept() -> None:
@@ -228,10 +230,10 @@ def test_buffers_are_copied_once_while_graphs_are_kept() -> None:
     A = fh.Hessian(model, criterion, data)
     v = torch.ones(A.n, dtype=torch.float64)
     before = A @ v
-    copies = dict(A._copies)
+    copies = dict(A._kept.copies)
     assert len(copies) == 6
     assert torch.equal(A @ v, before)
-    assert all(A._copies[key][1] is copy for key, (_, copy) in copies.items())
+    assert all(A._kept.copies[key][1] is copy for key, (_, copy) in copies.items())
     model.norm1.running_mean.add_(0.5)
     changed = A @ v
     fresh = fh.Hessian(model, criterion, data) @ v

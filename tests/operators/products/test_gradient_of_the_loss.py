@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,74 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasthessian as fh
+from tests.support.detached import DETACHED, MODELS, Forces, made, small
 from tests.support.models import EACH_ENGINE, columns, dense, error, refused
 
 F32, F64 = torch.float32, torch.float64
 FLAGS = "own modules have the flags of training"
-
-
-class Forces(nn.Module):
-    """Energies and forces; autograd records the forces in training only, unless ``always``."""
-
-    def __init__(self, always: bool = False, energies: bool = True, retain: bool = True) -> None:
-        super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(3, 5), nn.SiLU(), nn.Dropout(0.5), nn.Linear(5, 1)
-        )  # in eval mode whatever the flag of the model
-        self.always, self.energies, self.retain = always, energies, retain
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.clone().requires_grad_()
-        energy = self.net(x)
-        (slope,) = torch.autograd.grad(
-            energy.sum(), x, create_graph=self.always or self.training, retain_graph=self.retain
-        )
-        return torch.cat([energy, -slope], 1) if self.energies else -slope
-
-
-class Penalised(nn.Module):
-    """A penalty on the slope of the outputs, which is a constant in eval mode."""
-
-    def __init__(self, always: bool = False) -> None:
-        super().__init__()
-        self.conv, self.norm, self.last = nn.Conv1d(1, 4, 2), nn.BatchNorm1d(4), nn.Linear(4, 1)
-        self.always = always
-        nn.init.uniform_(self.norm.running_var, 0.5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x[:, None].clone().requires_grad_()
-        out = self.last(torch.tanh(self.norm(self.conv(x))).mean(2))
-        (slope,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-        size = slope.square().sum((1, 2))[:, None]
-        return torch.cat([out, size if self.always or self.training else size.detach()], 1)
-
-
-class Weighted(nn.Module):
-    """A gate that is a constant in eval mode."""
-
-    def __init__(self, always: bool = False) -> None:
-        super().__init__()
-        self.gate, self.last = nn.Linear(3, 2), nn.Linear(3, 2)
-        self.always = always
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.set_grad_enabled(self.always or self.training):
-            gate = torch.sigmoid(self.gate(x)) * self.last.weight.norm()
-        return gate * self.last(x)
-
-
-MODELS: dict[str, tuple[Callable[[bool], nn.Module], int]] = {
-    "forces": (Forces, 4), "penalty": (Penalised, 2), "gate": (Weighted, 2),
-}  # fmt: skip
-
-
-def made(
-    name: str, always: bool, dtype: torch.dtype = F64, seed: int = 0
-) -> tuple[nn.Module, Any, Any]:
-    torch.manual_seed(seed)
-    build, width = MODELS[name]
-    data = torch.randn(8, 3, dtype=F64).to(dtype), torch.randn(8, width, dtype=F64).to(dtype)
-    return build(always).to(dtype), nn.MSELoss(), data
 
 
 @pytest.mark.parametrize("engine", EACH_ENGINE)
@@ -104,7 +40,7 @@ def test_what_eval_mode_detaches_is_part_of_the_matrix(name: str, engine: str) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_so_it_is_in_single_precision_and_the_check_passes(name: str) -> None:
+def test_the_same_in_single_precision_where_the_check_passes(name: str) -> None:
     want = dense(*made(name, always=True))
     A = fh.Hessian(*made(name, always=False, dtype=F32))
     assert error(columns(A), want) < 1e-4 and A.check().ok
@@ -130,31 +66,9 @@ def test_other_losses_of_forces_name_the_mode_that_serves() -> None:
         assert error(columns(A), dense(exact, F.mse_loss, data)) < 1e-12
 
 
-def focal(z: Tensor, y: Tensor) -> Tensor:
-    losses = F.cross_entropy(z, y, reduction="none")
-    return ((1 - torch.exp(-losses)).detach() * losses).mean()
-
-
-def teacher(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z, y) + (z - 2 * z.detach()).square().mean()
-
-
-def straight_through(z: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(z + (torch.tanh(z) - z).detach(), y)
-
-
-DETACHED = (focal, teacher, straight_through)
-
-
-def small(dtype: torch.dtype, seed: int = 0) -> tuple[nn.Module, Any]:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).to(dtype)
-    return model, (torch.randn(9, 5, dtype=dtype), torch.randint(3, (9,)))
-
-
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize("loss", DETACHED)
-def test_what_is_detached_on_purpose_is_served_and_named(loss: Any, dtype: torch.dtype) -> None:
+def test_what_is_detached_on_purpose_is_accepted_and_named(loss: Any, dtype: torch.dtype) -> None:
     model, data = small(dtype)
     for curvature in (fh.Hessian, fh.GaussNewton):
         with pytest.warns(UserWarning, match="detaches a part of itself") as caught:
@@ -168,6 +82,18 @@ def test_what_is_detached_on_purpose_is_served_and_named(loss: Any, dtype: torch
     H = columns(B)
     for i, want in enumerate(_differentiated_twice(model, loss, data)):
         torch.testing.assert_close(H[i], want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("curvature", [fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher])
+def test_the_warning_points_to_the_line_that_builds_the_operator(curvature: Any) -> None:
+    model, data = small(F64)
+    loss = next(iter(DETACHED))
+    with pytest.warns(UserWarning, match="detaches a part of itself") as caught:
+        curvature(model, loss, data)
+    assert [each.filename for each in caught] == [__file__]
+    with pytest.warns(UserWarning, match="derivative of closure") as caught:
+        fh.Hessian.from_closure(lambda: loss(model(data[0]), data[1]), list(model.parameters()))
+    assert [each.filename for each in caught] == [__file__]
 
 
 def _differentiated_twice(model: nn.Module, loss: Any, data: Any) -> list[Tensor]:
@@ -289,7 +215,7 @@ def adversarial(z: Tensor, y: Tensor) -> Tensor:
         (adversarial, 2.0, F32),  # the loss with jumps has no differences in single precision
     ],
 )
-def test_a_gradient_that_custom_functions_make_is_no_alarm_but_said(
+def test_a_gradient_that_custom_functions_make_is_reported_without_a_warning(
     loss: Any, factor: float, dtype: torch.dtype
 ) -> None:
     """The functions have the slope of their backward, 1 and -1: (-1)^2 adds to the square."""

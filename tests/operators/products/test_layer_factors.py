@@ -6,8 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fasthessian as fh
-from tests.operators.test_gaussnewton import dense as dense_gauss_newton
-from tests.support.models import columns, dense, error
+from tests.support.models import columns, dense, error, gauss_newton
 
 F64 = torch.float64
 
@@ -41,7 +40,7 @@ def factored(A):
     """Whether the kept graphs hold factors, after one product of a block."""
     block = next(iter(A.blocks("layer").values()))
     block @ torch.ones(block.n, dtype=A.dtype)
-    return all(graph.layers is not None for graph in A._graphs)
+    return all(graph.layers is not None for graph in A._kept.graphs)
 
 
 def assert_blocks(A, matrix, accuracy=1e-12):
@@ -51,7 +50,7 @@ def assert_blocks(A, matrix, accuracy=1e-12):
         places.append(torch.arange(start, start + shape.numel()))
         start += shape.numel()
     for name, block in A.blocks("layer").items():
-        at = torch.cat([places[i] for i in block.positions])
+        at = torch.cat([places[i] for i in block._places])
         scale = matrix.abs().max()
         found = columns(block)
         assert (found - matrix[at][:, at]).abs().max() < accuracy * scale, name
@@ -96,7 +95,7 @@ def test_outer_products_whatever_the_activations(kind):
     made = problem(net, (7, 5))
     A = kind(*made)
     assert factored(A)
-    whole = dense_gauss_newton(*made) if kind is fh.GaussNewton else columns(kind(*made))
+    whole = gauss_newton(*made) if kind is fh.GaussNewton else columns(kind(*made))
     assert_blocks(A, whole)
 
 
@@ -147,7 +146,7 @@ class Meets(nn.Module):
 
 
 @pytest.mark.parametrize("build", ["smooth", "penalty", "tied", "twice", "meets", "wide", "budget"])
-def test_where_factors_would_be_wrong_or_large_the_graph_serves(build):
+def test_the_graph_is_used_where_factors_would_be_wrong_or_large(build):
     torch.manual_seed(0)
     relu = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     smooth = nn.Sequential(nn.Linear(4, 5), nn.Softplus(), nn.Linear(5, 3))
@@ -156,14 +155,16 @@ def test_where_factors_would_be_wrong_or_large_the_graph_serves(build):
     model, criterion, data = problem(models.get(build, relu), (6, 4))
     options = {}
     if build == "budget":
-        options["memory_budget"] = int(fh.Hessian(model, criterion, data)._needs) + 500
+        findings = fh.Hessian(model, criterion, data)._evaluation.findings
+        options["memory_budget"] = int(findings.graph_bytes) + 500
     if build == "penalty":
         criterion = Penalised(model[0].weight)
     A = fh.Hessian(model, criterion, data, **options)
     if build in ("tied", "twice", "meets"):  # the other layer has its factors
-        assert factored(A) and not A._graphs[0].layers.serves(A.blocks("layer")["layer"].positions)
+        places = A.blocks("layer")["layer"]._places
+        assert factored(A) and not A._kept.graphs[0].layers.serves(places)
     else:
-        assert A._graphs and not factored(A)
+        assert A._kept.graphs and not factored(A)
     if build == "penalty":
         H = dense(model, nn.CrossEntropyLoss(), data)
         H[:20, :20] += 2 * torch.eye(20)
@@ -259,7 +260,7 @@ def test_odd_networks_have_their_own_blocks(name, dtype):
         places.append(torch.arange(start, start + shape.numel()))
         start += shape.numel()
     for key, block in A.blocks("layer").items():
-        at = torch.cat([places[i] for i in block.positions])
+        at = torch.cat([places[i] for i in block._places])
         want = exact[at][:, at]
         near = 1e-9 if dtype is F64 else 1e-4
         gap = (columns(block).double() - want).abs().max()
@@ -285,7 +286,8 @@ def test_all_layers_cost_less_than_the_whole():
     """In operations, which do not depend on the machine: floating point ones of convolutions."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from fasthessian.operators.blocks import Job, multiply
+    from fasthessian.operators.base import multiply
+    from fasthessian.operators.request import Request
     from fasthessian.study.resnet import resnet
 
     torch.manual_seed(0)
@@ -302,13 +304,13 @@ def test_all_layers_cost_less_than_the_whole():
     whole = work(lambda: A @ v)
     blocks = A.blocks("layer").values()
     assert len(blocks) == 22
-    jobs = [Job(block, torch.ones(1, block.n), torch.empty(1, block.n)) for block in blocks]
-    assert work(lambda: multiply(jobs)) < 0.5 * whole
-    budget = 1.1 * A._needs
+    requests = [Request(block, torch.ones(1, block.n), torch.empty(1, block.n)) for block in blocks]
+    assert work(lambda: multiply(requests)) < 0.5 * whole
+    budget = 1.1 * A._evaluation.findings.graph_bytes
     A = fh.Hessian(
         resnet(20, batch_norm=False), nn.CrossEntropyLoss(), (x, y), memory_budget=budget
     )
     blocks = A.blocks("layer").values()
-    jobs = [Job(block, torch.ones(1, block.n), torch.empty(1, block.n)) for block in blocks]
-    assert work(lambda: multiply(jobs)) < 4 * whole
-    assert A._graphs[0].layers is None
+    requests = [Request(block, torch.ones(1, block.n), torch.empty(1, block.n)) for block in blocks]
+    assert work(lambda: multiply(requests)) < 4 * whole
+    assert A._kept.graphs[0].layers is None

@@ -71,7 +71,7 @@ def test_every_option_has_the_matrix_of_the_composition(
 
 
 @pytest.mark.parametrize("engine", ["retained", "recompute", "difference"])
-def test_every_engine_has_it(engine: str) -> None:
+def test_every_engine_gives_the_matrix_of_the_composition(engine: str) -> None:
     want = columns(fh.Hessian(*made(composed)))
     H = fh.Hessian(*made(captured, options=options()), engine=engine)
     assert error(columns(H), want) < (1e-6 if engine == "difference" else 1e-13)

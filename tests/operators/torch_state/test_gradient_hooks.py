@@ -1,4 +1,4 @@
-"""Hooks that change gradients: the matrices are those of the loss, and the hooks stay in place."""
+"""Hooks that change gradients do not change the matrices, and they stay in place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ each_engine = pytest.mark.parametrize("engine", EACH_ENGINE)
 
 
 class Net(nn.Module):
-    """``hook`` is put on an activation by every forward pass."""
+    """Every forward pass puts ``hook`` on two activations."""
 
     def __init__(self, hook: Callable[[Tensor], Tensor | None] | None = None) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ HOOKED = {f.__name__: f for f in (on_parameters, on_modules, on_forward, after_a
 
 
 def served(model: nn.Module, engine: str, where: str) -> bool:
-    """torch's modules with backward hooks have no forward mode: refused by name."""
+    """Whether the engine works: in torch, modules with backward hooks have no forward mode."""
     return not (engine == "forward" and where == "on_modules")
 
 
@@ -112,7 +112,7 @@ def test_hooks_of_the_forward_pass_change_no_matrix(hook: Any, engine: str) -> N
     assert error(H, dense(*made())) < (1e-6 if engine == "difference" else 1e-12)
 
 
-# torch warns of hooks on a module whose inputs have no gradient, and of the older kind
+# torch warns of hooks on a module whose inputs need no gradient, and of hooks of the older kind
 @pytest.mark.filterwarnings("ignore:Full backward hook is firing|Using a non-full:Warning")
 @pytest.mark.parametrize("full", [True, False])
 def test_hooks_of_all_modules_change_no_matrix(full: bool) -> None:
@@ -181,7 +181,7 @@ def test_hooks_are_in_place_after_products_and_after_exceptions() -> None:
     assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True))
 
 
-def test_hooks_that_come_later_are_lifted_too() -> None:
+def test_hooks_added_later_are_suspended_too() -> None:
     want = dense(*made())
     model, *rest = made()
     A = fh.Hessian(model, *rest, engine="retained")
@@ -193,7 +193,7 @@ def test_hooks_that_come_later_are_lifted_too() -> None:
     assert not model.first.weight._backward_hooks and error(columns(A), want) < 1e-12
 
 
-def test_hooks_on_parameters_by_the_forward_pass_are_gone_afterwards() -> None:
+def test_hooks_that_a_forward_pass_puts_on_parameters_are_removed() -> None:
     model, *rest = made()
     model.first.register_forward_hook(lambda m, i, o: m.weight.register_hook(mask) and None)
     for engine in ("retained", "recompute"):
@@ -203,7 +203,7 @@ def test_hooks_on_parameters_by_the_forward_pass_are_gone_afterwards() -> None:
 
 
 class Forces(nn.Module):
-    """Differentiates inside, where hooks are part of the loss: on a tensor and on a module."""
+    """Differentiates inside its forward pass, where hooks are part of the loss."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,7 +246,7 @@ def test_hooks_act_where_the_model_differentiates_inside(hooked: bool) -> None:
 
 
 def test_an_inner_step_with_a_clipped_gradient_is_part_of_the_loss() -> None:
-    """MAML: the step inside differentiates with respect to the parameter that has the hook."""
+    """As in MAML, the inner step differentiates with respect to the parameter that has the hook."""
     w = torch.tensor([0.3, -1.2, 0.7], dtype=F64, requires_grad=True)
 
     def loss(w: Tensor, scale: Callable[[Tensor], Tensor]) -> Tensor:
@@ -260,7 +260,7 @@ def test_an_inner_step_with_a_clipped_gradient_is_part_of_the_loss() -> None:
 
 
 def test_a_thread_that_trains_meanwhile_keeps_its_hooks() -> None:
-    """Its forward passes put their own hooks on, while a product replaces those of torch."""
+    """Its forward passes register hooks while a product has replaced torch's function for that."""
     model, criterion, data = made()
     other, seen = made(lambda g: seen.append(1))[0], []
 

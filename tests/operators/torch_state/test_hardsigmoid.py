@@ -1,4 +1,4 @@
-"""Hardsigmoid and hardswish: exact second derivatives, by whatever name they are called."""
+"""Hardsigmoid and hardswish have exact second derivatives under each of their names."""
 
 import functools
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fasthessian as fh
-from fasthessian.operators.torch_state.layer_rewrites import Rewrite
+from fasthessian.operators.torch_state.patches import Patches
 from tests.support.models import columns, dense, error, gauss_newton
 
 F64 = torch.float64
@@ -16,7 +16,7 @@ aten = torch.ops.aten
 
 
 class ByRelu6(nn.Module):
-    """Hardsigmoid, or hardswish, of functions that torch differentiates twice."""
+    """Hardsigmoid or hardswish, made of functions that torch differentiates twice."""
 
     def __init__(self, swish):
         super().__init__()
@@ -112,7 +112,7 @@ def slope(function, x):
 
 
 def points(dtype):
-    """Around the kinks to the last bit, and everywhere."""
+    """The kinks, the floating-point numbers next to them, and a grid."""
     kinks = [torch.tensor(at, dtype=dtype) for at in (-3.0, 0.0, 3.0)]
     near = [torch.nextafter(k, k + side) for k in kinks for side in (-1, 1)]
     special = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=dtype)
@@ -126,7 +126,7 @@ def test_values_have_torchs_bits_and_slopes_torchs_kinks(dtype):
         with torch.no_grad():
             value = function(x.clone())
         plain = slope(lambda x, f=function: f(x * 1), x)
-        with Rewrite():
+        with Patches():
             y = function((x.clone().requires_grad_()) * 1)
             rewritten = slope(lambda x, f=function: f(x * 1), x)
         assert y.requires_grad and y.dtype is dtype
@@ -147,6 +147,6 @@ def test_torchs_own_functions_are_back_after_a_product():
         getattr(place, name) is own for (place, name), own in zip(names, before, strict=True)
     )
     x, out = torch.ones(3), torch.empty(3)
-    with Rewrite():
+    with Patches():
         assert torch._C._nn.hardsigmoid(x, out=out) is out
         assert F.hardsigmoid(x, inplace=True) is x and torch.equal(x, out)

@@ -1,4 +1,4 @@
-"""A Ctrl-C, or another exception, at any line: the user's world is as it was, and goes on."""
+"""After a Ctrl-C or another exception at any line, everything is as it was before."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset, get_worker_info
 
 import fasthessian as fh
-from fasthessian.operators.torch_state.scopes import Scope, Undo, restored, scope
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog, restored, scope
 from tests.support.interrupts import interrupted, left_changed, of_modules, switches
 
 Call = Callable[[], object]
 
 
 class Net(nn.Module):
-    """Layers that are rewritten, a custom function, and contexts inside the forward pass."""
+    """Layers that are replaced, weight normalisation, and a context inside the forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,8 +46,8 @@ def made() -> tuple[Net, nn.Module, tuple[Tensor, Tensor]]:
     return model, nn.CrossEntropyLoss(), (torch.randn(4, 1, 4, 4), torch.tensor([0, 1, 0, 1]))
 
 
-def nothing_is_left(call: Call, model: nn.Module, step: int, first: int = 0) -> int:
-    """Interrupt the call at every ``step``-th line; how many places there were."""
+def nothing_changed(call: Call, model: nn.Module, step: int, first: int = 0) -> int:
+    """Interrupt the call at every ``step``-th line; return the number of interrupts."""
     places = list(left_changed(call, lambda: {**switches(), **of_modules(model)}, step, first))
     assert [place for place in places if place[1]] == []
     return len(places)
@@ -56,22 +56,22 @@ def nothing_is_left(call: Call, model: nn.Module, step: int, first: int = 0) -> 
 @pytest.mark.parametrize(
     ("engine", "step"), [("retained", 7), ("recompute", 17), ("forward", 53), ("difference", 53)]
 )
-def test_a_product_leaves_nothing_at_any_line(engine: str, step: int) -> None:
+def test_a_product_interrupted_at_any_line_restores_everything(engine: str, step: int) -> None:
     model, criterion, data = made()
     H = fh.Hessian(model, criterion, data, engine=engine)
     v = torch.ones(H.n)
     want = H @ v
-    assert nothing_is_left(lambda: H @ v, model, step) > 40
+    assert nothing_changed(lambda: H @ v, model, step) > 40
     torch.testing.assert_close(H @ v, want)
     torch.testing.assert_close(fh.Hessian(model, criterion, data, engine=engine) @ v, want)
 
 
 @pytest.mark.parametrize("kind", [fh.GaussNewton, fh.EmpiricalFisher])
-def test_products_of_other_matrices_leave_nothing(kind: Any) -> None:
+def test_interrupted_products_of_other_matrices_restore_everything(kind: Any) -> None:
     model, criterion, data = made()
     A = kind(model, criterion, data, engine="recompute")
     want = A @ torch.ones(A.n)
-    assert nothing_is_left(lambda: A @ torch.ones(A.n), model, 59) > 20
+    assert nothing_changed(lambda: A @ torch.ones(A.n), model, 59) > 20
     torch.testing.assert_close(A @ torch.ones(A.n), want)
 
 
@@ -89,18 +89,18 @@ CALLS: dict[str, tuple[Callable[[Any], object], int]] = {
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("name", CALLS)
-def test_other_calls_leave_nothing(name: str) -> None:
+def test_other_interrupted_calls_restore_everything(name: str) -> None:
     model, criterion, data = made()
     H = fh.Hessian(model, criterion, data)
     v = torch.ones(H.n)
     want, (call, step) = H @ v, CALLS[name]
     call(H)
-    assert nothing_is_left(lambda: call(H), model, step) > 10
-    assert not H._runs  # within a run values of the data are not compared
+    assert nothing_changed(lambda: call(H), model, step) > 10
+    assert not H._kept._runs  # a run that stays open would switch off the comparison of data
     torch.testing.assert_close(H @ v, want)
 
 
-def test_constructors_leave_nothing() -> None:
+def test_interrupted_constructors_restore_everything() -> None:
     model, criterion, data = made()
     loader = DataLoader(TensorDataset(*data), batch_size=3)
     for call in (
@@ -111,11 +111,11 @@ def test_constructors_leave_nothing() -> None:
         ),
     ):
         call()
-        assert nothing_is_left(call, model, 997) > 10
+        assert nothing_changed(call, model, 997) > 10
 
 
 def test_a_change_seen_by_an_interrupted_product_is_not_forgotten() -> None:
-    """Weights, and targets, of which fewer count."""
+    """The change concerns the weights, and the targets, some of which become ignored."""
     model, criterion, data = made()
     H = fh.Hessian(model, criterion, [data, data])
     v, at = torch.ones(H.n), 0
@@ -130,7 +130,7 @@ def test_a_change_seen_by_an_interrupted_product_is_not_forgotten() -> None:
     assert at > 10 * 151
 
 
-def test_an_interrupted_check_of_a_function_is_made_again() -> None:
+def test_an_interrupted_check_of_a_function_is_repeated() -> None:
     class Cube(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def test_an_interrupted_check_of_a_function_is_made_again() -> None:
     late = [False]
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     places = set()
-    for at in range(300, 1200, 37):
+    for at in range(300, 1600, 37):
         late[0] = False
         H = fh.Hessian.from_closure(
             lambda: Cube.apply(w).sum() if late[0] else w.pow(3).sum(), [w], engine="recompute"
@@ -153,10 +153,10 @@ def test_an_interrupted_check_of_a_function_is_made_again() -> None:
         late[0] = True
         places.add(interrupted(lambda: H @ torch.ones(2), at).partition(":")[0])  # noqa: B023
         torch.testing.assert_close(H @ torch.ones(2), torch.tensor([6.0, 12.0]), rtol=1e-3, atol=0)
-    assert "functioncheck.py" in places
+    assert "function_check.py" in places
 
 
-def test_the_turn_is_given_back_to_other_threads() -> None:
+def test_an_interrupted_product_releases_the_lock() -> None:
     model, criterion, data = made()
     H = fh.Hessian(model, criterion, data)
     want, found = H @ torch.ones(H.n), []
@@ -180,7 +180,7 @@ def test_functions_that_others_replaced_stay_replaced(monkeypatch: pytest.Monkey
 
 
 class Crowd(Dataset[tuple[Tensor, int]]):
-    """At one sample a worker does what the file says: kill itself, or interrupt the parent."""
+    """At one sample a worker kills itself or interrupts the parent, as the file says."""
 
     def __init__(self, order: Path) -> None:
         self.order = order
@@ -197,17 +197,19 @@ class Crowd(Dataset[tuple[Tensor, int]]):
 
 
 @pytest.fixture
-def heeded() -> Iterator[None]:
-    """A Ctrl-C is an exception: shells have commands in the background ignore it."""
+def sigint_raises() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt: shells make background commands ignore it."""
     held = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, held)
 
 
-@pytest.mark.usefixtures("heeded")
+@pytest.mark.usefixtures("sigint_raises")
 @pytest.mark.parametrize("order", ["die", "interrupt"])
 @pytest.mark.parametrize("constructed", [False, True])
-def test_accidents_in_a_worker(order: str, constructed: bool, tmp_path: Path) -> None:
+def test_a_worker_that_dies_or_interrupts_changes_nothing(
+    order: str, constructed: bool, tmp_path: Path
+) -> None:
     model, place = nn.Linear(3, 2), tmp_path / "order"
     loader = DataLoader(Crowd(place), batch_size=4, num_workers=1)
     make = lambda: fh.Hessian(model, nn.CrossEntropyLoss(), loader, memory_budget=0)  # noqa: E731
@@ -249,7 +251,7 @@ def test_errors_inside_a_model_with_contexts_of_its_own(engine: str, error: type
     H = make()
     want = H @ torch.ones(H.n)
     with torch.no_grad():
-        model.conv.bias.add_(0.0)  # kept graphs are made anew
+        model.conv.bias.add_(0.0)  # so that kept graphs are built again
     fails[0], before = 1, {**switches(), **of_modules(model)}
     with pytest.raises(error):
         H @ torch.ones(H.n)
@@ -257,8 +259,8 @@ def test_errors_inside_a_model_with_contexts_of_its_own(engine: str, error: type
     torch.testing.assert_close(H @ torch.ones(H.n), want)
 
 
-def test_steps_are_repeated_until_they_are_made() -> None:
-    """A second interrupt, within the steps that put things back."""
+def test_undo_steps_are_repeated_after_a_second_interrupt() -> None:
+    """The second interrupt comes while the first change is being undone."""
     box, failing = {"a": 0, "b": 0, "c": 0}, [True]
 
     def put(name: str) -> None:
@@ -268,7 +270,7 @@ def test_steps_are_repeated_until_they_are_made() -> None:
         box[name] = 0
 
     @scope
-    def changed(undo: Undo) -> None:
+    def changed(undo: UndoLog) -> None:
         for name in box:
             undo(put, name)
             box[name] = 1
@@ -283,10 +285,10 @@ def test_steps_are_repeated_until_they_are_made() -> None:
     assert box == {"a": 0, "b": 0, "c": 0}
 
 
-def test_a_step_that_fails_holds_up_no_other() -> None:
+def test_a_failing_undo_step_does_not_stop_the_others() -> None:
     done: list[str] = []
 
-    def change(undo: Undo) -> None:
+    def change(undo: UndoLog) -> None:
         undo(done.append, "first")
         undo(int, "no number")
         undo(done.append, "last")

@@ -1,4 +1,7 @@
-"""Float32 products are float32 by either set of torch's switches, which exclude each other."""
+"""Products in float32 do not use TF32, by both of torch's sets of switches.
+
+Once a program has set one of the newer switches, torch refuses to read the older ones.
+"""
 
 import subprocess
 import sys
@@ -6,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from fasthessian.operators.torch_state.conditions import _float32, _no_cudnn
+from fasthessian.operators.torch_state.product_state import _float32, _no_cudnn
 
 if not hasattr(torch.backends.cudnn, "conv"):
     pytest.skip("this torch has only the older switches", allow_module_level=True)
@@ -19,7 +22,7 @@ def precisions():
 
 @pytest.fixture(params=["all", "matmul", "rnn"])
 def newer(request):
-    """The user chose by the newer switches, so that asking by the older ones raises."""
+    """The user set one of the newer switches, so that reading the older ones raises."""
     held = [torch.backends.fp32_precision, *precisions()]
     if request.param == "all":
         torch.backends.fp32_precision = "tf32"
@@ -44,7 +47,7 @@ def test_newer_switches_are_set_and_brought_back(newer, tf32):
 
 LATER = """
 import torch
-from fasthessian.operators.torch_state.conditions import _float32
+from fasthessian.operators.torch_state.product_state import _float32
 backends = torch.backends
 backends.fp32_precision = "tf32"
 with _float32(False):
@@ -55,8 +58,8 @@ assert [switch.fp32_precision for switch in switches] == ["ieee"] * 3
 """
 
 
-def test_a_later_choice_for_all_still_counts():
-    """In a process of its own: whether a switch follows that for all cannot be asked, or undone."""
+def test_a_later_choice_for_all_backends_still_applies():
+    """This needs its own process: a switch that inherits cannot be recognised or set back."""
     subprocess.run([sys.executable, "-c", LATER], check=True)
 
 

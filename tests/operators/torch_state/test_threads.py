@@ -1,4 +1,4 @@
-"""Operators in several threads: products take turns, and nothing global is lost or held."""
+"""Operators in several threads: products run one after another, and global state is restored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 
 def together(*jobs: Callable[[], Any]) -> list[BaseException]:
-    """Run the jobs in threads of their own; what they raised."""
+    """Run each job in its own thread; return what they raised."""
     errors: list[BaseException] = []
 
     def run(job: Callable[[], Any]) -> None:
@@ -43,7 +43,7 @@ def together(*jobs: Callable[[], Any]) -> list[BaseException]:
 
 
 class Meeting:
-    """How many threads are inside at once; each stays until another comes, or a moment."""
+    """Counts how many threads are inside at once; each waits a moment for another one."""
 
     def __init__(self) -> None:
         self.inside, self.most = 0, 0
@@ -60,7 +60,7 @@ class Meeting:
 
 
 class Net(nn.Module):
-    """Batch normalisation and dropout; every forward pass visits a meeting."""
+    """A network with batch normalisation and dropout, whose forward pass visits a meeting."""
 
     def __init__(self, meeting: Meeting | None) -> None:
         super().__init__()
@@ -85,13 +85,13 @@ PASSES: dict[str, Callable[[fh.Hessian], Any]] = {
     "products": lambda A: A @ torch.ones(2, A.n, dtype=F64),
     "gradients": lambda A: A.gradient(),
     "losses": lambda A: A.loss(torch.ones(A.n, dtype=F64)),
-    "coupling": lambda A: A.coupling()[:2],
+    "coupling": lambda A: A._evaluation.coupling()[:2],
     "blocks": lambda A: A.blocks("layer")["a"] @ torch.ones(20, dtype=F64),
 }
 
 
 @pytest.mark.parametrize("other", PASSES)
-def test_passes_of_two_operators_take_turns(other: str) -> None:
+def test_calls_of_two_operators_run_one_after_another(other: str) -> None:
     meeting = Meeting()
     model, criterion, data = problem(meeting)
     buffers, states = list(model.buffers()), (torch.get_rng_state(), random.getstate())
@@ -114,7 +114,7 @@ def test_passes_of_two_operators_take_turns(other: str) -> None:
     assert np.array_equal(np.random.get_state()[1], numpy_state)
 
 
-def test_operators_are_built_in_turns() -> None:
+def test_operators_are_constructed_one_after_another() -> None:
     meeting = Meeting()
     given = [problem(meeting) for _ in range(2)]
     states = torch.get_rng_state()
@@ -143,7 +143,7 @@ def test_one_operator_serves_runs_of_two_threads(engine: str) -> None:
 
 
 @pytest.mark.parametrize("raised", [KeyboardInterrupt, ValueError])
-def test_an_interrupted_product_lets_the_next_thread_on(raised: type[BaseException]) -> None:
+def test_an_interrupted_product_lets_the_next_thread_continue(raised: type[BaseException]) -> None:
     model, criterion, data = problem()
     A = fh.Hessian(model, criterion, data, engine="recompute")
     v = torch.ones(A.n, dtype=F64)
@@ -162,7 +162,7 @@ def test_an_interrupted_product_lets_the_next_thread_on(raised: type[BaseExcepti
 
 
 class Checkpointed(nn.Module):
-    """A layer that is run again in the backward pass."""
+    """A layer that runs again in the backward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class Checkpointed(nn.Module):
 
 
 @each_engine
-def test_checkpointed_layers_do_not_wait_for_themselves(engine: str) -> None:
+def test_checkpointed_layers_do_not_deadlock(engine: str) -> None:
     _, criterion, data = problem()
     models = [Checkpointed().double() for _ in range(2)]
     operators = [fh.Hessian(m, criterion, data, engine=engine) for m in models]
@@ -211,7 +211,7 @@ def _product(model: nn.Module, criterion: Any, data: Any, pipe: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # Python 3.12 and later
-def test_a_process_forked_during_a_product_of_another_thread_has_its_turn() -> None:
+def test_a_process_forked_during_a_product_of_another_thread_can_compute() -> None:
     model, criterion, data = problem()
     slow, *_ = problem()
     want = fh.Hessian(model, criterion, data) @ torch.ones(N, dtype=F64)

@@ -1,4 +1,4 @@
-"""The user's model, gradients, modes and random states: as they were, whatever happens."""
+"""The user's model, gradients, modes and random states stay as they were, whatever happens."""
 
 from __future__ import annotations
 
@@ -8,81 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 import fasthessian as fh
 from tests.support.models import ENGINES, PROBLEMS
+from tests.support.untouched import restless, world
 
 each_engine = pytest.mark.parametrize("engine", ENGINES)
-
-
-class Restless(nn.Module):
-    """Writes its buffers, draws random numbers, keeps layers in different modes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.norm = nn.Linear(4, 8), nn.BatchNorm1d(8)
-        self.drop, self.last = nn.Dropout(0.3), nn.Linear(8, 3)
-        self.register_buffer("calls", torch.zeros(1))
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("nothing", None)
-        self.fail = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        self.calls += 1
-        self.scale = self.scale * 2  # another tensor under the same name
-        self.register_buffer("scratch", torch.ones(2))
-        noise = torch.rand(()) + np.random.rand() + random.random()
-        out = self.last(self.drop(torch.tanh(self.norm(self.first(x))))) * noise / self.scale
-        if self.fail:
-            raise KeyError("from inside the model")
-        return out
-
-
-class RestlessLoss(nn.Module):
-    """A criterion with a mode and a buffer of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("seen", torch.zeros(()))
-
-    def forward(self, out: Tensor, y: Tensor) -> Tensor:
-        self.seen += 1
-        return F.cross_entropy(out, y)
-
-
-def world(model: nn.Module, criterion: nn.Module) -> list[Any]:
-    """Everything that must not change, by identity, by version and by value."""
-    seen: list[Any] = [torch.get_rng_state().tolist(), random.getstate(), torch.is_grad_enabled()]
-    numpy_state = np.random.get_state()
-    seen += [numpy_state[1].tolist(), *numpy_state[2:]]
-    seen += [torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.flash_sdp_enabled()]
-    for module in (*model.modules(), *criterion.modules()):
-        seen += [module.training, list(module._buffers)]
-    tensors = [*model.parameters(), *model.buffers(), *criterion.buffers()]
-    for t in tensors:
-        seen += [id(t), t.data_ptr(), t._version, t.requires_grad, t.tolist()]
-        seen += [id(t.grad), None if t.grad is None else t.grad.tolist()]
-    return seen
-
-
-def _restless() -> tuple[Restless, RestlessLoss, Tensor, Tensor]:
-    torch.manual_seed(0)
-    model, criterion = Restless(), RestlessLoss()
-    model.train()
-    model.norm.eval()
-    model.first.weight.grad = torch.full((8, 4), 3.0)
-    return model, criterion, torch.randn(9, 4), torch.randint(3, (9,))
 
 
 @each_engine
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("loader", [False, True])
 def test_nothing_of_the_user_changes(loader: bool, mode: str, engine: str) -> None:
-    model, criterion, x, y = _restless()
+    model, criterion, x, y = restless()
     data: Any = [(x[:4], y[:4]), (x[4:], y[4:])]
     if loader:
         data = DataLoader(TensorDataset(x, y), 3, shuffle=mode == "eval")
@@ -101,8 +42,8 @@ def test_nothing_of_the_user_changes(loader: bool, mode: str, engine: str) -> No
 
 
 @each_engine
-def test_nothing_changes_when_an_exception_flies(engine: str) -> None:
-    model, criterion, x, y = _restless()
+def test_nothing_changes_after_an_exception(engine: str) -> None:
+    model, criterion, x, y = restless()
     batches = [(x[:4], y[:4]), (x[4:], y[4:])]
     before = world(model, criterion)
     A = fh.Hessian(model, criterion, batches, engine=engine)
@@ -127,7 +68,7 @@ def test_nothing_changes_when_an_exception_flies(engine: str) -> None:
     assert world(model, criterion) == before
 
 
-def test_gradients_from_before_do_not_enter_the_product() -> None:
+def test_gradients_in_grad_do_not_enter_products() -> None:
     model, criterion, data = PROBLEMS["mlp"].make()
     A = fh.Hessian(model, criterion, data)
     Hv = A @ torch.ones(A.n, dtype=A.dtype)
@@ -137,7 +78,7 @@ def test_gradients_from_before_do_not_enter_the_product() -> None:
     assert torch.equal(B @ torch.ones(A.n, dtype=A.dtype), Hv)
 
 
-def test_a_module_with_its_own_train_method_is_not_asked() -> None:
+def test_a_modules_own_train_method_is_not_called() -> None:
     model, criterion, data = PROBLEMS["mlp"].make()
 
     class Merging(nn.Sequential):
@@ -170,7 +111,7 @@ def test_a_closure_keeps_the_random_states_and_sees_the_same_numbers() -> None:
 
 
 class DrawsInBackward(torch.autograd.Function):
-    """The square; its backward passes draw random numbers."""
+    """The square, whose backward passes draw random numbers."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -185,7 +126,7 @@ class DrawsInBackward(torch.autograd.Function):
 
 
 @each_engine
-def test_random_numbers_drawn_while_differentiating_leave_no_trace(engine: str) -> None:
+def test_random_numbers_drawn_in_backward_do_not_change_the_random_states(engine: str) -> None:
     w = torch.ones(3, requires_grad=True)
     state = torch.get_rng_state()
     A = fh.Hessian.from_closure(lambda: DrawsInBackward.apply(w).sum(), [w], engine=engine)

@@ -1,4 +1,4 @@
-"""Layers called with unusual dtypes and arguments: what is rewritten does what torch does."""
+"""Layers called with unusual dtypes and arguments: replaced functions do what torch's do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import fasthessian as fh
-from fasthessian.operators.torch_state.layer_rewrites import Rewrite
+from fasthessian.operators.torch_state.patches import Patches
 from tests.support.models import EACH_ENGINE, columns, dense, error
 
 F64, C128 = torch.float64, torch.complex128
@@ -29,7 +29,7 @@ CONVOLUTIONS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {  # look
 
 
 class ComplexNet(nn.Module):
-    """A convolution of complex numbers made of real parameters, and of complex inputs."""
+    """A complex convolution, whose weight is made of two real parameters."""
 
     def __init__(self, name: str, bias: bool) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 IMAGE = (2, 3, 5, 5)
-# What torch takes and what it refuses; a norm's arguments are mean, variance, weight and bias.
+# Calls that torch accepts or refuses; batch_norm takes mean, variance, weight and bias.
 CALLS: dict[str, Callable[[], Tensor]] = {
     "complex": lambda: F.conv2d(normal(*IMAGE, dtype=C128), normal(4, 3, 3, 3, dtype=C128)),
     "complex input": lambda: F.conv2d(normal(*IMAGE, dtype=C128), normal(4, 3, 3, 3)),
@@ -100,12 +100,12 @@ CALLS: dict[str, Callable[[], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_what_torch_takes_or_refuses_is_taken_or_refused(name: str) -> None:
+def test_replacements_accept_and_refuse_what_torch_does(name: str) -> None:
     found: list[Tensor | type[Exception]] = []
     for rewritten in (False, True):
         try:
             if rewritten:
-                with Rewrite():
+                with Patches():
                     found.append(CALLS[name]())
             else:
                 found.append(CALLS[name]())
@@ -121,7 +121,7 @@ def test_what_torch_takes_or_refuses_is_taken_or_refused(name: str) -> None:
 @pytest.mark.parametrize("engine", EACH_ENGINE)
 @pytest.mark.parametrize("dim", [0, 1, None])
 def test_weight_norm_over_any_dimension(dim: int | None, engine: str) -> None:
-    """Its direction may be normalised as a whole: the truth is the formula in plain torch."""
+    """The reference is the formula in torch operations; dim=None normalises over all numbers."""
     torch.manual_seed(0)
     model = nn.Sequential(weight_norm(nn.Linear(3, 4), dim=dim), nn.Tanh(), nn.Linear(4, 2))
     made = model.double(), nn.MSELoss(), (torch.randn(5, 3, dtype=F64), torch.randn(5, 2).double())

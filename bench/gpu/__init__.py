@@ -1,0 +1,1 @@
+"""The benchmarks on a GPU: ``make gpu`` runs run.py, ``make tune`` runs tune.py."""

@@ -1,0 +1,1 @@
+"""What all benchmarks share: timing, child processes, result files and tables."""

@@ -1,0 +1,2 @@
+#define FH_ROWS __half
+#include "cuda/rows.inc"

@@ -1,0 +1,2 @@
+#define FH_ROWS float
+#include "cuda/rows.inc"

@@ -1,0 +1,2 @@
+#define FH_ROWS double
+#include "cuda/rows.inc"

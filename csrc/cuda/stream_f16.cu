@@ -1,2 +1,0 @@
-#define FH_ROWS __half
-#include "cuda/stream.inc"

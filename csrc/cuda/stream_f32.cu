@@ -1,2 +1,0 @@
-#define FH_ROWS float
-#include "cuda/stream.inc"

@@ -1,2 +1,0 @@
-#define FH_ROWS double
-#include "cuda/stream.inc"

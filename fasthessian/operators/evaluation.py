@@ -1,0 +1,220 @@
+"""How a loss is evaluated: the state of torch and of the model meanwhile, and its limits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fasthessian.errors import InputError, InsufficientMemoryError
+from fasthessian.memory import out_of_memory
+from fasthessian.operators.loss.coupling import Coupling
+from fasthessian.operators.loss.model_loss import REPEATED, ROUNDED, Part
+from fasthessian.operators.loss.protocol import Loss
+from fasthessian.operators.parameters import LOW
+from fasthessian.operators.products.function_guard import Functions
+from fasthessian.operators.products.kept_graphs import KeptGraphs
+from fasthessian.operators.products.options import Options
+from fasthessian.operators.products.padding import Padding
+from fasthessian.operators.torch_state import gradient_hooks
+from fasthessian.operators.torch_state.lock import exclusive
+from fasthessian.operators.torch_state.module_state import keep_values
+from fasthessian.operators.torch_state.patches import patched
+from fasthessian.operators.torch_state.product_state import product_state
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog
+from fasthessian.vectors import Layout, like
+
+Result = TypeVar("Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What the first part of a loss showed when it was examined."""
+
+    coarsest: torch.dtype  # in which a part of the loss is computed
+    graph_bytes: float = 0.0  # of the graphs of all parts
+    padding: tuple[Padding, ...] = ()
+    unreached: tuple[int, ...] = ()  # places of parameters without gradient
+
+
+class Evaluation:
+    """A loss, and all that is needed to evaluate and differentiate it.
+
+    Args:
+        loss: the loss.
+        layout: of the parameters.
+        dtypes: of the parameters, by name.
+        options: of the user.
+        kept: the kept graphs, and what they depend on.
+        always_twice: every engine differentiates custom functions twice.
+
+    Attributes:
+        loss, layout, options, kept: as given.
+        mode: that of the modules; "own" sets those that are not torch's to training.
+        functions: the custom functions that the loss applies.
+        hooks: the hooks on gradients, which do not act in a pass.
+        findings: what the first part showed.
+    """
+
+    def __init__(
+        self,
+        loss: Loss,
+        layout: Layout,
+        dtypes: Mapping[str, torch.dtype],
+        options: Options,
+        kept: KeptGraphs,
+        always_twice: bool,
+    ) -> None:
+        self.loss, self.layout, self.options, self.kept = loss, layout, options, kept
+        self.mode = options.mode
+        self.functions = Functions()
+        self.hooks = gradient_hooks.HookSwitch()
+        self.findings = Findings(layout.dtype)
+        self._dtypes, self._always_twice = dtypes, always_twice
+
+    @property
+    def twice(self) -> bool:
+        """Whether products differentiate custom functions twice."""
+        return self._always_twice or self.options.engine != "difference"
+
+    def conditions(
+        self,
+        curved: bool = True,
+        deferred: bool = False,
+        exact: bool = False,
+        mode: str | None = None,
+        evaluates: bool = True,
+    ) -> Scope[list[Tensor]]:
+        """The scope of one pass, which protects the model and torch's state; the parameters now.
+
+        The caller holds the lock of the process.
+
+        Args:
+            curved: second derivatives are taken; otherwise only the loss or its gradient is. The
+                layers stay patched while derivatives are made, because checkpointed layers run
+                again then.
+            deferred: compare only values whose version counter shows a write.
+            exact: ignore the option ``precision``.
+            mode: of the modules, instead of ``self.mode``.
+            evaluates: the loss may be evaluated; False where only kept graphs are read.
+        """
+        mode, precision = mode or self.mode, None if exact else self.options.precision
+
+        def begin(undo: UndoLog) -> list[Tensor]:
+            kept, loss = self.kept, self.loss
+            params = list(kept.follow(deferred, evaluates or not deferred).values())
+            copies = kept.copies if kept.capacity else None
+            if evaluates or not kept.complete or not loss.counted:
+                undo.after.append(kept.detector.ignore_own_changes)
+            undo.enter(product_state(loss.roots, mode, self.layout.device, copies, precision))
+            undo.enter(loss.protected())
+            undo.enter(gradient_hooks.suspended(self.hooks, params))
+            if not loss.counted:
+                with Scope(self._patch):
+                    loss.count_terms(params, self.repeated())
+            if curved:
+                self._patch(undo)
+            return params
+
+        return Scope(begin)
+
+    def _patch(self, undo: UndoLog) -> None:
+        """From now on layers and custom functions can be differentiated twice."""
+        undo.enter(patched())
+        if self.twice:
+            undo.enter(self.functions.watching())
+
+    def moved(self, params: list[Tensor], offset: Tensor | None) -> Scope[None]:
+        """Inside, the parameters are moved by the offset (n,)."""
+
+        def move(undo: UndoLog) -> None:
+            held = keep_values(undo, params)
+            if offset is not None:
+                for p, at, shift in zip(params, held, self.layout.views(offset), strict=True):
+                    p.data = at + like(shift, at)
+
+        return Scope(move)
+
+    def value(self, part: Part) -> Tensor:
+        """The loss of a part, checked to be finite."""
+        return self.outputs_and_value(part)[1]
+
+    def outputs_and_value(self, part: Part) -> tuple[Any, Tensor]:
+        """The outputs and the loss of a part, checked to be finite."""
+        outputs, loss = self.loss.evaluate(part)
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise InputError(
+                f"the loss is {value} (batch {part.position} of data); "
+                f"check the parameters, the inputs and the targets"
+            )
+        return outputs, loss
+
+    @exclusive
+    def coupling(self) -> Coupling:
+        """Whether samples couple; in eval mode, since masks of dropout differ by microbatch."""
+
+        def measured() -> Coupling:
+            with self.conditions(mode="eval") as params:
+                return self.loss.coupling(params, self.repeated())
+
+        return self.within_memory(measured, "the gradient of a batch")
+
+    def within_memory(self, job: Callable[[], Result], what: str = "the product") -> Result:
+        """Do the job, and return its result; the caller holds the lock of the process.
+
+        Raises:
+            MemoryError: memory does not suffice; what was needed and which option would help.
+        """
+        try:
+            return job()
+        except RuntimeError as error:
+            words = str(error)
+            if not out_of_memory(error):
+                raise
+        # outside of the handler: its traceback holds what was allocated so far
+        self.kept.forget()
+        needs, cuttable = self.findings.graph_bytes, self.loss.model is not None
+        shortage = self.options.shortage(what, words, needs, self.layout.device, cuttable)
+        raise InsufficientMemoryError(shortage)
+
+    def mask_(self, v: Tensor) -> Tensor:
+        """Set v to 0 where gradients do not reach: padding rows of embeddings, detached layers."""
+        views = self.layout.views(v)
+        for place, row, _ in self.findings.padding:
+            if row < len(views[place]):  # a computed weight may have more rows
+                views[place][row] = 0
+        for place in self.findings.unreached:
+            views[place].zero_()
+        return v
+
+    def unreached(self) -> str:
+        """The words for parameters that have no gradient, and so zero rows; empty if none."""
+        if not self.findings.unreached:
+            return ""
+        names = [self.layout.names[place] for place in self.findings.unreached]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        when = "" if self.loss.count == 1 else " in the first batch"
+        return f"no gradient reaches {', '.join(names[:3])}{more}{when} (zero rows)"
+
+    def rounded(self) -> bool:
+        """Whether the loss is computed in 16 bits, wholly or in part."""
+        low = any(dtype in LOW for dtype in self._dtypes.values())
+        return low or self.findings.coarsest in LOW or self.options.precision == "bf16"
+
+    def repeated(self) -> float:
+        """The accepted relative distance between two evaluations of one loss."""
+        return ROUNDED if self.rounded() else REPEATED
+
+    def relative_error(self) -> float:
+        """The relative error of a product, by the parameters' dtype, the precision, the engine."""
+        errors = [torch.finfo(dtype).eps for dtype in self._dtypes.values()]
+        errors.append(self.functions.error())
+        errors.append({"bf16": 2.0**-8, "tf32": 2.0**-11}.get(self.options.precision or "", 0.0))
+        if self.options.engine == "difference":
+            errors.append(max(errors) ** (2 / 3))
+        return max(errors)

@@ -1,0 +1,214 @@
+"""What an operator does when it is built: it examines its loss on the first part of the data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+import warnings
+from contextlib import closing
+
+import torch
+from torch import Tensor
+
+from fasthessian import kernels
+from fasthessian.errors import InputError, UnsupportedError
+from fasthessian.operators.evaluation import Findings
+from fasthessian.operators.loss.model_loss import REPEATED, Part
+from fasthessian.operators.matrix import Matrix
+from fasthessian.operators.products.differences import DIFFERENCE
+from fasthessian.operators.products.engines import coarsest, examine, gradient, metered
+from fasthessian.operators.products.function_guard import wrong
+from fasthessian.operators.products.padding import check_untied, padding
+from fasthessian.operators.products.slopes import ALLOWED, distance
+from fasthessian.operators.request import Request
+
+
+def prepare(A: Matrix) -> str:
+    """Check the loss of A, choose how many graphs are kept, and keep the first.
+
+    Returns:
+        What ``A.engine`` says: the choice, and all that the user should know of the products.
+    """
+    evaluation = A._evaluation
+    loss, options, kept = evaluation.loss, evaluation.options, evaluation.kept
+    with evaluation.conditions() as params, closing(loss.parts()) as parts:
+        part = next(parts)
+        findings, unchecked = _first_part(A, part, params)
+        needs = findings.graph_bytes * loss.size / part.size
+        evaluation.findings = dataclasses.replace(findings, graph_bytes=needs)
+        kept.capacity, words = options.choose(needs, loss.count, loss.fixed_order, A.device)
+    if loss.note:
+        words += f"; {loss.note}"
+    words += compare_slope(A, part)
+    if options.microbatch:
+        words += _check_cut(A, options.microbatch)
+    if kept.capacity and loss.fixed_order:
+        with evaluation.conditions() as params:
+            A._keep(A._new_graph(part, params), part, params)
+    if options.precision is not None:
+        words += _precision_error(A, part)
+    if unchecked:
+        words += _compare_product(A, part, ", ".join(unchecked))
+    words += evaluation.functions.words()
+    if evaluation.findings.unreached:
+        words += f"; {evaluation.unreached()}"
+    if evaluation.hooks.found:
+        words += "; hooks on gradients do not act"
+    return words
+
+
+def _first_part(A: Matrix, part: Part, params: list[Tensor]) -> tuple[Findings, list[str]]:
+    """Evaluate a part twice; return the findings, and names of nodes that no check has seen."""
+    evaluation = A._evaluation
+    with evaluation.functions.learning():  # before a graph is looked at
+        first = float(evaluation.value(part).detach())
+    try:
+        with metered(params) as held:
+            second, findings, unchecked = _graph_of(A, part, params)
+            findings = dataclasses.replace(findings, graph_bytes=held())
+    except RuntimeError as error:
+        if "saved tensor hooks" not in str(error):
+            raise
+        # a model that uses torch.func inside cannot be metered
+        second, findings, unchecked = _graph_of(A, part, params)
+    if abs(second - first) > REPEATED * abs(first):
+        raise UnsupportedError(
+            f"{evaluation.loss.origin} returned {first:.6g} and then {second:.6g} at the same "
+            f"parameters and random seeds; H needs a loss that is a function of the parameters"
+        )
+    return findings, unchecked
+
+
+def _graph_of(A: Matrix, part: Part, params: list[Tensor]) -> tuple[float, Findings, list[str]]:
+    """The loss of a part, the findings in its graph, and names of nodes that no check has seen."""
+    evaluation, options = A._evaluation, A._evaluation.options
+    outputs, loss = evaluation.outputs_and_value(part)
+    differentiated = A._differentiated(outputs, loss)
+    unreached = examine(
+        differentiated, params, evaluation.loss.freed_graph_advice, twice=options.keeps_graphs
+    )
+    lowest, rows = coarsest(loss), tuple(padding(loss, params))
+    if not options.keeps_graphs:
+        check_untied(rows, evaluation.layout.names, options.engine)
+    unchecked = A._unchecked_nodes(outputs, loss)
+    return float(loss.detach()), Findings(lowest, 0.0, rows, tuple(unreached)), unchecked
+
+
+def compare_slope(A: Matrix, part: Part) -> str:
+    """Warn where the gradient of a part is not the derivative of the loss; words for ``engine``.
+
+    A model that differentiates inside may let autograd record that in training only. If its loss is
+    the same with its own modules in training, and the gradient then is the derivative, they get
+    that flag. Where custom functions make the gradient, the words say so, and no warning is given.
+    """
+    evaluation = A._evaluation
+    if evaluation.rounded():
+        return ""  # differences would show rounding alone
+    allowed = ALLOWED[evaluation.findings.coarsest]
+    off = _slope(A, part)[1]
+    if not off > allowed:
+        return ""
+    if evaluation.mode == "eval" and evaluation.loss.roots:
+        loss = _slope(A, part)[0]
+        with contextlib.suppress(Exception):  # in training a model may want other inputs
+            evaluation.mode = "own"
+            found, rest = _slope(A, part)
+            if math.isclose(found, loss, rel_tol=1e-6) and rest <= allowed:
+                return (
+                    "; the model's own modules have the flags of training: in eval mode they "
+                    "detach a part of the loss"
+                )
+        evaluation.mode = "eval"
+    if evaluation.functions.met:  # straight-through estimates and reversed gradients are meant
+        return (
+            f"; the gradient, which custom functions make, differs by {off:.0%} from differences "
+            f"of the loss"
+        )
+    warnings.warn(
+        f"the gradient differs by {off:.0%} from the derivative of {evaluation.loss.origin}, which "
+        f"detaches a part of itself; {type(A).__name__} is made from that gradient: right if that "
+        f"is meant, else let autograd record all of it (create_graph=True)",
+        stacklevel=outside_of_package(),
+    )
+    return ""
+
+
+def outside_of_package() -> int:
+    """The ``stacklevel`` with which a warning points to the user's line, outside of the package."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_globals.get("__name__", "").partition(".")[0] == "fasthessian":
+        level += 1
+        if frame.f_back is None:
+            break
+        frame = frame.f_back
+    return level + 1
+
+
+def _slope(A: Matrix, part: Part) -> tuple[float, float]:
+    """The loss of a part, and how far its gradient is from its derivative; see ``distance``."""
+    evaluation = A._evaluation
+    with evaluation.conditions() as params:
+
+        def loss(offset: Tensor) -> float:
+            with evaluation.moved(params, offset):
+                return float(evaluation.loss.evaluate(part)[1].detach())
+
+        value = evaluation.value(part)
+        g = evaluation.mask_(A.flatten(gradient(value, params)))
+        here = float(value.detach())
+        return here, distance(loss, here, g, A.theta(), evaluation.findings.coarsest)
+
+
+def _check_cut(A: Matrix, microbatch: int) -> str:
+    """Raise ValueError if batches may not be cut; words for ``engine`` where that is not known."""
+    change, index, unknown = A._evaluation.coupling()
+    if change > A._evaluation.repeated():
+        raise InputError(
+            f"microbatch={microbatch} changes the gradient of batch {index} "
+            f"by {change:.1%}: the model or the criterion couples the samples of a batch; "
+            f"use microbatch=None"
+        )
+    return f"; {unknown}" if unknown else ""
+
+
+def _compare_product(A: Matrix, part: Part, names: str) -> str:
+    """Compare a product of a part with differences, because of nodes of these names.
+
+    Returns:
+        For ``engine``, why the comparison tells nothing; "" if the product is right.
+
+    Raises:
+        RuntimeError: the product is wrong.
+    """
+    if A._evaluation.rounded():  # differences would show that alone
+        return f"; the second derivative of {names} is not checked in 16 bits"
+    distance, spread = A._distances(part, _normal(A, 1))
+    if distance <= DIFFERENCE[A.dtype]:
+        return ""
+    if spread <= distance / 4:
+        raise UnsupportedError(wrong(names))
+    return (
+        f"; the second derivative of {names} could not be checked: differences disagree among "
+        f"themselves, as they do at kinks"
+    )
+
+
+def _precision_error(A: Matrix, part: Part) -> str:
+    """For ``engine``, how far a product of a part is from an exact one."""
+    v, found = _normal(A, 0), []
+    for exact in (True, False):
+        out = torch.zeros_like(v)
+        with A._evaluation.conditions(exact=exact) as params:
+            graph = A._new_graph(part, params)
+            graph.products([Request(A, v, out)], first=True, keep=False)
+        found.append(out.double())
+    error = float((found[1] - found[0]).norm() / found[0].norm())
+    return f"; {A._evaluation.options.precision}, relative error {error:.1e} of a product"
+
+
+def _normal(A: Matrix, seed: int) -> Tensor:
+    v = torch.empty(1, A.n, dtype=A.dtype, device=A.device)
+    kernels.select(A.device).normal_(v[0], seed, 0)
+    return v

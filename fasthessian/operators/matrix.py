@@ -1,0 +1,52 @@
+"""A curvature matrix as the examination of its loss and its checks see it."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fasthessian.operators.evaluation import Evaluation
+from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.products.engines import Graph
+
+
+class Matrix(Protocol):
+    """What they need of a curvature matrix; see ``Curvature``."""
+
+    n: int
+    dtype: torch.dtype
+    device: torch.device
+    matvecs: int
+    _evaluation: Evaluation
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        """The product with v (n,)."""
+
+    def theta(self) -> Tensor:
+        """The parameters (n,)."""
+
+    def gradient(self, offset: Tensor | None = None) -> Tensor:
+        """The gradient (n,) of the loss at theta + ``offset``."""
+
+    def loss(self, offset: Tensor | None = None) -> float:
+        """The loss at theta + ``offset``."""
+
+    def flatten(self, tensors: Any) -> Tensor:
+        """A vector (n,) from tensors."""
+
+    def _new_graph(self, part: Part, params: list[Tensor]) -> Graph:
+        """The graph of a part."""
+
+    def _keep(self, graph: Graph, part: Part, params: list[Tensor]) -> None:
+        """Keep the graph of a part."""
+
+    def _differentiated(self, outputs: Any, loss: Tensor) -> Tensor:
+        """The scalar whose gradient is differentiated for a product."""
+
+    def _unchecked_nodes(self, outputs: Any, loss: Tensor) -> list[str]:
+        """Names of nodes that products differentiate twice and that no check has seen."""
+
+    def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
+        """How far a product of the part with v (1, n) is from differences."""

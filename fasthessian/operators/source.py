@@ -1,0 +1,54 @@
+"""What a curvature matrix is made from: a loss and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from fasthessian.operators import parameters
+from fasthessian.operators.loss.closure_loss import ClosureLoss
+from fasthessian.operators.loss.model_loss import ModelLoss
+from fasthessian.operators.loss.protocol import Loss
+from fasthessian.operators.products.options import Options
+
+
+class Source(NamedTuple):
+    """A loss and its parameters."""
+
+    loss: Loss
+    params: dict[str, Tensor]
+    note: str = ""  # for ``engine``
+
+
+def of_model(
+    model: Any,
+    criterion: Any,
+    data: Any,
+    params: Iterable[str] | Iterable[Tensor] | None,
+    weights: str | Sequence[float] | Callable[[Any], float],
+    options: Options,
+    ordered: bool = False,
+    scaled: bool = False,
+) -> Source:
+    """The loss of a model over data; see ``Hessian``.
+
+    ``ordered`` says that the matrix depends on the order of the data, ``scaled`` that the matrix of
+    one batch depends on whether the loss is a sum or a mean.
+    """
+    model, wrapper = parameters.unwrapped(model)
+    chosen = parameters.of_model(model, params, wrapper)
+    like = next(iter(chosen.values()))
+    loss = ModelLoss(
+        model, criterion, data, weights, options.mode, like, options.microbatch, ordered, scaled
+    )
+    return Source(loss, chosen, f"; {wrapper} unwrapped" if wrapper else "")
+
+
+def of_closure(
+    closure: Callable[[], Tensor], params: Iterable[Tensor] | Mapping[str, Tensor]
+) -> Source:
+    """The loss that a closure returns; see ``Hessian.from_closure``."""
+    chosen = parameters.of_closure(params)
+    return Source(ClosureLoss(closure, chosen), chosen)

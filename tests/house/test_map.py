@@ -1,0 +1,51 @@
+"""The map of the house: what ``make map`` prints, and its copy in CONTRIBUTING.md."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.house import FLOORS, between, calls, chain, imports, page, upward
+
+CONTRIBUTING = Path(__file__).resolve().parents[2] / "CONTRIBUTING.md"
+
+
+def pack_():
+    return None
+
+
+def test_the_map_names_every_room_once_with_a_sentence():
+    text = list(page())
+    for name in (name for rooms in FLOORS for name in rooms):
+        (at,) = (
+            i for i, line in enumerate(text)
+            if line[:2].strip().isdigit()
+            and line[4:].split(" (")[0] == (name or "fasthessian").replace(".", "/")
+        )  # fmt: skip
+        assert len(text[at + 1].split()) >= 4, text[at + 1]
+
+
+def test_the_chain_leads_from_a_product_to_the_kernel():
+    steps = chain()
+    assert steps[0] == "operators.base: __matmul__" and steps[-1] == "kernels: pack_"
+    assert 4 < len(steps) < 20 and any(step.startswith("operators.products") for step in steps)
+
+
+def test_calls_are_those_of_the_package_that_led_there():
+    assert calls(pack_, "pack_") == [] and calls(lambda: None, "pack_") == []
+
+
+def test_imports_between_rooms_and_upwards_are_counted():
+    arrows = {
+        "krylov.lanczos": {"kernels", "krylov.basis"}, "krylov.basis": {"kernels.native"},
+        "kernels": {"kernels.native"}, "kernels.native": {"app.main"}, "app.main": set(),
+    }  # fmt: skip
+    assert between(arrows)["krylov"] == {"kernels": 2}
+    assert upward(arrows) == [("kernels.native", "app.main")] and upward(imports()) == []
+
+
+@pytest.mark.skipif(not CONTRIBUTING.exists(), reason="there is no CONTRIBUTING.md")
+def test_the_map_in_contributing_is_the_one_of_this_tree():
+    """Otherwise replace it by what ``make map`` prints."""
+    _, _, rest = CONTRIBUTING.read_text().partition("<!-- make map -->\n")
+    inside = rest.partition("<!-- end -->")[0].strip().removeprefix("```text").strip("`\n")
+    assert inside.splitlines() == list(page())
