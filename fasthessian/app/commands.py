@@ -205,6 +205,7 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
     from fasthessian.app.plan import Plan
     from fasthessian.app.progress import Stages, show_summary, stderr
     from fasthessian.app.report.folder import check_folder
+    from fasthessian.app.report.html import template
     from fasthessian.app.report.result import result_of
     from fasthessian.app.report.summary import steps
     from fasthessian.results.plots import figure
@@ -222,7 +223,8 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
     quiet = options["as_json"] and ctx.get_parameter_source("out") is ParameterSource.DEFAULT
     out = None if quiet else options["out"]
     if out is not None:
-        figure()  # raises before the work if matplotlib is missing
+        figure()  # these two raise before the work if matplotlib or jinja2 is missing
+        template()
         check_folder(out, overwrite=options["overwrite"])
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])

@@ -313,7 +313,7 @@ def test_an_interrupt_leaves_no_report(here, capsys, monkeypatch):
     assert sorted(os.listdir()) == ["mine.py"]
 
 
-@pytest.mark.parametrize("missing", ["click", "rich", "matplotlib"])
+@pytest.mark.parametrize("missing", ["click", "rich", "matplotlib", "jinja2"])
 def test_a_missing_extra_is_one_line(here, missing):
     code = (
         f"import sys; sys.modules[{missing!r}] = None; "

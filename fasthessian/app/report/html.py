@@ -5,15 +5,23 @@ from __future__ import annotations
 import base64
 from collections.abc import Mapping
 from importlib.resources import files
+from typing import TYPE_CHECKING
 
 from fasthessian.app.report.method import method
 from fasthessian.app.report.result import Result
 from fasthessian.app.report.summary import Rows, summary, title
 from fasthessian.errors import MissingPackageError
 
+if TYPE_CHECKING:
+    from jinja2 import Template
 
-def html(result: Result, figures: Mapping[str, bytes]) -> str:
-    """The whole report as one file without links; ``figures`` are PNG bytes by file name."""
+
+def template() -> Template:
+    """The template of the report.
+
+    Raises:
+        ImportError: jinja2 is missing.
+    """
     try:
         from jinja2 import Environment, StrictUndefined
     except ImportError as error:
@@ -21,8 +29,12 @@ def html(result: Result, figures: Mapping[str, bytes]) -> str:
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.from_string((files(__package__) / "page.html").read_text("utf-8"))
-    return template.render(
+    return environment.from_string((files(__package__) / "page.html").read_text("utf-8"))
+
+
+def html(result: Result, figures: Mapping[str, bytes]) -> str:
+    """The whole report as one file without links; ``figures`` are PNG bytes by file name."""
+    return template().render(
         title=title(result),
         name=result.name,
         about=result.info.get("about", ""),
