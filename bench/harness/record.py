@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 import fasthessian as fh
-from fasthessian.results.records import write_whole
+from fasthessian.results.record import write_whole
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 

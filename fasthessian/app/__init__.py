@@ -1,1 +1,1 @@
-"""The command line: commands, progress, the analysis of a problem and its report."""
+"""The command line: its commands and progress bars, the analysis of a problem and its report."""

@@ -1,14 +1,14 @@
-"""Advice of the library, which names arguments of Python, in the words of the command line."""
+"""Translates the advice in messages of the library, which name Python arguments, to options."""
 
 from __future__ import annotations
 
 import re
 
-SAID = (  # in this order
+REWRITES = (  # pattern and replacement, applied in this order
     (r",? or basis='none' needs [\d.]+ \w+", ", or leave the density out (--no-density)"),
     (r"with sigma=\S+ take basis='full', or a sigma of at least \S+", "take basis='full'"),
     (r"fewer steps or pairs, or a smaller ncv", "fewer --steps, --top or --bottom"),
-    (r"\bmax_matvecs or (ncv|tol)\b", "--max-products"),
+    (r"\bmax_matvecs or (ncv|steps|tol)\b", "--max-products"),
     (r"\bmax_matvecs or rtol\b", "--trace-rtol"),
     (r"\bmax_matvecs\b", "--max-products"),
     (r"\ba smaller learning rate\b", "a smaller --lr"),
@@ -27,12 +27,12 @@ SAID = (  # in this order
 
 
 def as_options(message: str) -> str:
-    """The message with options of ``fasthessian analyze`` for arguments of the same meaning.
+    """The message with options of ``fasthessian analyze`` in place of Python arguments.
 
     Example:
         >>> as_options("use engine='difference', or microbatch=2")
         'use --engine difference, or --microbatch 2'
     """
-    for said, option in SAID:
-        message = re.sub(said, option, message)
+    for pattern, option in REWRITES:
+        message = re.sub(pattern, option, message)
     return message

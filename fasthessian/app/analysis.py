@@ -1,4 +1,4 @@
-"""The main job: eigenpairs, trace, density and landscape of one problem, in that order."""
+"""The main job: spectrum, loss landscape and blocks of one problem, in that order."""
 
 from __future__ import annotations
 
@@ -8,93 +8,43 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from fasthessian import kernels
 from fasthessian.algorithms.density import density
 from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.landscape import landscape
+from fasthessian.algorithms.spectrum import spectrum
 from fasthessian.algorithms.trace import trace
 from fasthessian.app.advice import as_options
+from fasthessian.app.plan import MATRICES, Plan
 from fasthessian.app.problems import Problem
 from fasthessian.errors import ConvergenceWarning, InputError
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.checks import Check
 from fasthessian.operators.curvature import Curvature
-from fasthessian.operators.fisher import Fisher
-from fasthessian.operators.gaussnewton import GaussNewton
-from fasthessian.operators.hessian import Hessian
 from fasthessian.results.records import BlockSpectra, Density, Eigenpairs, Estimate, Landscape
-from fasthessian.study.training import Progress
+from fasthessian.study.training import OnStep
 
-MATRICES: dict[str, Callable[..., Curvature]] = {
-    "hessian": Hessian,
-    "ggn": GaussNewton,
-    "fisher": Fisher,
-}
 BLOCK_SAMPLES = 64  # products for the trace of a block
+LEAST_SAMPLES = 16  # products of the trace that `spectrum` always keeps free
+
+T = TypeVar("T")
 
 
 class Stage(Protocol):
-    """Opens a stage by its title and returns what the stage reports its steps to."""
+    """Opens a stage by its title and returns the callback for its steps."""
 
-    def __call__(self, title: str, at_most: int | None = None) -> Progress:
-        """``at_most`` bounds the steps of a stage that cannot tell them beforehand."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What to compute; a part that is left out costs nothing."""
-
-    top: int = 5
-    bottom: int = 2
-    max_products: int = 300  # for each end of the spectrum
-    trace: bool = True
-    trace_rtol: float = 0.05
-    density: bool = True
-    steps: int = 60
-    probes: int = 1
-    basis: str = "full"  # see `fasthessian.krylov.basis`
-    landscape: bool = True
-    points: int = 15
-    span: float | None = None  # None: see `default_span`
-    seed: int = 0
-    check: bool = False  # the operator's self-checks
-    blocks: str | None = None  # "layer", "stage" or a regular expression; see ``Hessian.blocks``
-    matrix: str = "hessian"  # a key of `MATRICES`; the rest as ``Hessian`` takes it
-    engine: str = "auto"
-    mode: str = "eval"
-    params: str | None = None  # a regular expression searched in the names; None: all parameters
-    precision: str | None = None
-    microbatch: int | None = None
-    weight_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        """Raise ValueError for a plan that cannot be carried out, before any work."""
-        if not (self.top or self.bottom or self.trace or self.density):
-            raise InputError("nothing to compute; ask for --top, --bottom, --trace or --density")
-        if not 0 < self.trace_rtol < 1:
-            raise InputError(f"--trace-rtol {self.trace_rtol} is not between 0 and 1")
-        if not 0 <= self.weight_decay < math.inf:
-            raise InputError(f"--weight-decay {self.weight_decay} is not a number of at least 0")
-        if self.span is not None and not 0 < self.span < math.inf:
-            raise InputError(f"--span {self.span} is not a positive number")
-        if self.max_products < max(self.top, self.bottom):
-            raise InputError(
-                f"--max-products {self.max_products} is less than the eigenvalues asked for"
-            )
-        if self.landscape and not self.top:
-            raise InputError(
-                "the landscape follows the top eigenvectors; give --top 1 or more, or "
-                "--no-landscape"
-            )
+    def __call__(self, title: str, at_most: int | None = None) -> OnStep:
+        """``at_most`` bounds the steps of a stage whose total is not known beforehand."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:
-    """What came out; None where the plan left the part out."""
+    """The numbers of one run; a part that the plan left out is None."""
 
     parameters: int
     tensors: int
@@ -107,46 +57,61 @@ class Analysis:
     density: Density | None
     landscape: Landscape | None
     matvecs: int
-    notes: tuple[str, ...]  # warnings of the algorithms, one line each
-    seconds: dict[str, float]  # wall time by stage
+    notes: Annotated[tuple[str, ...], "notes"]  # warnings of the algorithms, one line each
+    seconds: dict[str, float]  # wall time of each stage
     check: Check | None = None
     blocks: BlockSpectra | None = None
+    kernels: str = ""  # name of the backend that serves the operator's device
+    failed: tuple[str, ...] = ()  # stages after the spectrum that failed, and why
+
+
+class Spectra(NamedTuple):
+    """The parts of the spectrum."""
+
+    top: Eigenpairs | None = None
+    bottom: Eigenpairs | None = None
+    trace: Estimate | None = None
+    density: Density | None = None
+
+
+class Timed:
+    """Runs stages one after the other and keeps the wall time of each."""
+
+    def __init__(self, stage: Stage):
+        """Open each stage with ``stage``."""
+        self.stage = stage
+        self.seconds: dict[str, float] = {}
+        self.failed: list[str] = []
+
+    def run(
+        self, key: str, title: str, job: Callable[[OnStep], T], at_most: int | None = None
+    ) -> T:
+        """The result of a job, which takes the callback for its steps."""
+        start = time.perf_counter()
+        result = job(self.stage(title, at_most))
+        self.seconds[key] = time.perf_counter() - start
+        return result
+
+    def attempt(self, key: str, title: str, job: Callable[[OnStep], T]) -> T | None:
+        """As ``run``, but an error is kept in ``failed``: the numbers found before are not lost."""
+        try:
+            return self.run(key, title, job)
+        except Exception as error:
+            words = " ".join(f"{type(error).__name__}: {error}".split())
+            self.failed.append(f"{title} failed: {as_options(words)}")
+            return None
 
 
 def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
     """Carry out ``plan`` on the curvature matrix of ``problem`` that it names.
 
-    The landscape runs along the first two eigenvectors, along one where only one was asked for.
+    The landscape runs along the first two eigenvectors, or along one if only one was asked for. If
+    the landscape or the blocks fail, the result holds the rest and ``failed`` says why.
 
     Raises:
-        ValueError: a plan, model or batch that the operator or an algorithm cannot work with.
+        ValueError: the operator or an algorithm cannot work with the plan, model or batch.
     """
-    seconds: dict[str, float] = {}
-    found: dict[str, Any] = {}
-
-    def run(
-        key: str, title: str, job: Callable[[Progress], Any], at_most: int | None = None
-    ) -> None:
-        start = time.perf_counter()
-        found[key] = job(stage(title, at_most))
-        seconds[key] = time.perf_counter() - start
-
-    def ends(key: str, k: int, which: str) -> None:
-        run(
-            key,
-            f"{key} {k} eigenvalues",
-            lambda p: eigsh(
-                A,
-                k,
-                which,
-                max_matvecs=plan.max_products,
-                seed=plan.seed,
-                basis=plan.basis,
-                progress=p,
-            ),
-            plan.max_products,
-        )
-
+    timed = Timed(stage)
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -157,69 +122,45 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
         blocks = {} if plan.blocks is None else A.blocks(plan.blocks)
         loss = A.loss()
         gradient_norm = float(A.gradient().norm())
-        seconds["operator"] = time.perf_counter() - start
-        if plan.check:
-            run("check", "self-checks", lambda p: _told(A.check()))
-        if plan.top:
-            ends("top", plan.top, "LA")
-        if plan.bottom:
-            ends("bottom", plan.bottom, "SA")
-        if plan.trace:
-            run(
-                "trace",
-                "trace",
-                lambda p: trace(
-                    A,
-                    rtol=plan.trace_rtol,
-                    deflate=found.get("top"),
-                    seed=plan.seed,
-                    progress=p,
-                ),
-            )
-        if plan.density:
-            run(
-                "density",
-                "spectral density",
-                lambda p: density(
-                    A,
-                    steps=min(plan.steps, A.n),
-                    probes=plan.probes,
-                    seed=plan.seed,
-                    basis=plan.basis,
-                    progress=p,
-                ),
-            )
-        if plan.landscape:
-            top = found["top"]
+        timed.seconds["operator"] = time.perf_counter() - start
+        check = timed.run("check", "self-checks", lambda _: checked(A)) if plan.check else None
+        found = spectra(A, plan, timed)
+        surface = None
+        if plan.landscape and found.top is not None:
+            top = found.top
             span = default_span(loss, float(top.values[0])) if plan.span is None else plan.span
-            run(
+            surface = timed.attempt(
                 "landscape",
                 "loss landscape",
-                lambda p: landscape(A, top.vectors[:2], span, plan.points, progress=p),
+                lambda step: landscape(A, top.vectors[:2], span, plan.points, progress=step),
             )
+        parts = None
         if blocks:
-            run("blocks", f"{len(blocks)} blocks", block_spectra(blocks, plan.seed))
+            title = f"{len(blocks)} blocks"
+            parts = timed.attempt(
+                "blocks", title, lambda step: block_spectra(blocks, plan.seed, step)
+            )
+    notes = [as_options(" ".join(str(w.message).split())) for w in caught] + timed.failed
     return Analysis(
         parameters=A.n,
         tensors=len(A.layout.names),
         engine=A.engine,
         loss=loss,
         gradient_norm=gradient_norm,
-        top=found.get("top"),
-        bottom=found.get("bottom"),
-        trace=found.get("trace"),
-        density=found.get("density"),
-        landscape=found.get("landscape"),
-        check=found.get("check"),
-        blocks=found.get("blocks"),
+        **found._asdict(),
+        landscape=surface,
         matvecs=A.matvecs,
-        notes=tuple(dict.fromkeys(as_options(" ".join(str(w.message).split())) for w in caught)),
-        seconds=seconds,
+        notes=tuple(dict.fromkeys(notes)),
+        seconds=timed.seconds,
+        check=check,
+        blocks=parts,
+        kernels=kernels.select(A.device).NAME,
+        failed=tuple(timed.failed),
     )
 
 
 def operator(problem: Problem, plan: Plan) -> Curvature:
-    """The matrix that the plan names, as it is to be made."""
+    """The matrix that the plan names, with the options of the plan."""
     options: dict[str, Any] = {
         name: getattr(plan, name)
         for name in ("engine", "mode", "precision", "microbatch", "weight_decay")
@@ -243,41 +184,105 @@ def operator(problem: Problem, plan: Plan) -> Curvature:
     return MATRICES[plan.matrix](problem.model, problem.criterion, problem.data, **options)
 
 
-def _told(check: Check) -> Check:
+def checked(A: Curvature) -> Check:
+    """The self-checks of A, with their advice in options of the command line."""
+    check = A.check()
     return dataclasses.replace(check, report=as_options(check.report))
 
 
-def block_spectra(
-    blocks: Mapping[str, SymmetricOperator], seed: int
-) -> Callable[[Progress], BlockSpectra]:
-    """A job: the outermost eigenvalue and the trace of each block, all blocks together.
+def spectra(A: Curvature, plan: Plan, timed: Timed) -> Spectra:
+    """Eigenvalues, trace and density, as far as the plan asks for them.
 
-    Traces get as many products as BLOCK_SAMPLES, and the interval that those reach.
+    If it asks for eigenvalues and the trace, one run of `spectrum` finds both, and the density of
+    the same run. Otherwise each end of the spectrum, the trace and the density come from a function
+    of their own. The eigenvalues of a run take ``plan.max_products`` at most. In the one run the
+    first probe of the density is part of these, even if it takes more, and the trace takes what
+    they leave, at least 16.
     """
-
-    def job(progress: Progress) -> BlockSpectra:
-        with warnings.catch_warnings():  # residuals and intervals are shown
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            tops = eigsh(blocks, 1, seed=seed, progress=progress)
-            made = sum(pairs.matvecs for pairs in tops.values())
-            traces = trace(
-                blocks,
-                max_matvecs=BLOCK_SAMPLES,
-                seed=seed,
-                progress=lambda done, total: progress(made + done, None),
-            )
-        pairs, estimates = tops.values(), traces.values()
-        halves = [(e.interval[1] - e.interval[0]) / 2 for e in estimates]
-        return BlockSpectra(
-            names=tuple(blocks),
-            sizes=_column(float(block.n) for block in blocks.values()),
-            values=_column(float(p.values[0]) for p in pairs),
-            residuals=_column(float(p.residuals[0]) for p in pairs),
-            traces=_column(e.value for e in estimates),
-            errors=_column(halves),
+    options: dict[str, Any] = {"seed": plan.seed, "basis": plan.basis}
+    steps = min(plan.steps, A.n)
+    if plan.trace and plan.top + plan.bottom:
+        if not plan.density:
+            steps = 1  # the cheapest density, which is dropped
+        probes = plan.probes if plan.density else 1
+        pairs = min(plan.top + plan.bottom, A.n)
+        limit = max(plan.max_products, max(steps, pairs) + pairs * (plan.basis == "compressed"))
+        limit += steps * (probes - 1) + LEAST_SAMPLES
+        one = timed.run(
+            "spectrum",
+            "spectrum",
+            lambda step: spectrum(
+                A,
+                k=(plan.top, plan.bottom),
+                steps=steps,
+                probes=probes,
+                rtol=plan.trace_rtol,
+                max_matvecs=limit,
+                progress=step,
+                **options,
+            ),
+            limit,
+        )
+        return Spectra(
+            one.top if plan.top else None,
+            one.bottom if plan.bottom else None,
+            one.trace,
+            one.density if plan.density else None,
         )
 
-    return job
+    def end(key: str, k: int, which: str) -> Eigenpairs | None:
+        if k == 0:
+            return None
+        most = plan.max_products
+        return timed.run(
+            key,
+            f"{key} {k} eigenvalues",
+            lambda step: eigsh(A, k, which, max_matvecs=most, progress=step, **options),
+            most,
+        )
+
+    top, bottom = end("top", plan.top, "LA"), end("bottom", plan.bottom, "SA")
+    total = shape = None
+    if plan.trace:
+        total = timed.run(
+            "trace",
+            "trace",
+            lambda step: trace(A, rtol=plan.trace_rtol, seed=plan.seed, progress=step),
+        )
+    if plan.density:
+        shape = timed.run(
+            "density",
+            "spectral density",
+            lambda step: density(A, steps=steps, probes=plan.probes, progress=step, **options),
+        )
+    return Spectra(top, bottom, total, shape)
+
+
+def block_spectra(blocks: Mapping[str, SymmetricOperator], seed: int, step: OnStep) -> BlockSpectra:
+    """The outermost eigenvalue and the trace of each block, computed for all blocks together.
+
+    Each trace takes BLOCK_SAMPLES products at most, and its interval is as wide as these make it.
+    """
+    with warnings.catch_warnings():  # residuals and intervals are shown
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        tops = eigsh(blocks, 1, seed=seed, progress=step)
+        made = sum(pairs.matvecs for pairs in tops.values())
+        traces = trace(
+            blocks,
+            max_matvecs=BLOCK_SAMPLES,
+            seed=seed,
+            progress=lambda done, total: step(made + done, None),
+        )
+    pairs, estimates = tops.values(), traces.values()
+    halves = [(e.interval[1] - e.interval[0]) / 2 for e in estimates]
+    return BlockSpectra(
+        names=tuple(blocks),
+        sizes=_column(float(block.n) for block in blocks.values()),
+        values=_column(float(p.values[0]) for p in pairs),
+        residuals=_column(float(p.residuals[0]) for p in pairs),
+        traces=_column(e.value for e in estimates),
+        errors=_column(halves),
+    )
 
 
 def _column(numbers: Iterable[float]) -> Tensor:
@@ -285,10 +290,10 @@ def _column(numbers: Iterable[float]) -> Tensor:
 
 
 def default_span(loss: float, curvature: float) -> float:
-    """How far a step of that curvature multiplies the loss by 11, to two digits.
+    """The distance at which a step of that curvature multiplies the loss by 11, to two digits.
 
-    A distance by the quadratic model, so it follows the scale of the loss and of the parameters;
-    1 where a loss or curvature that is not positive gives no scale.
+    The distance comes from the quadratic model, so it follows the scale of the loss and of the
+    parameters. It is 1 if the loss or the curvature is not positive and gives no scale.
     """
     if loss <= 0 or curvature <= 0:
         return 1.0

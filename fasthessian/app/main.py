@@ -12,9 +12,9 @@ from fasthessian.errors import Refusal
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command in ``args`` (default: ``sys.argv``) and leave with its exit code.
 
-    0: done. 1: an extra package is missing, or the work is done and its report failed. 2: bad
-    input. 130: interrupted. Each but 0 with one line ``error: ...`` on stderr; errors that are not
-    about the input keep their traceback.
+    0: done. 1: an extra package is missing, or a part of the work or its report failed. 2: bad
+    input. 130: interrupted. All except 0 come with one line ``error: ...`` on stderr. Errors that
+    nobody foresaw keep their traceback.
     """
     try:
         import click
@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> None:
         sys.exit(0)
     except click.ClickException as error:
         fail(error.exit_code, error.format_message())
-    except click.Abort:  # what click makes of Ctrl-C
+    except click.Abort:  # click raises it for Ctrl-C
         fail(130, "interrupted; nothing was written")
     except OSError as error:
         name = f"{error.filename}: {error.strerror}" if error.filename else str(error)
@@ -45,6 +45,6 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def fail(code: int, message: str) -> NoReturn:
-    """Say it in one line and leave."""
+    """Print the message as one line and leave."""
     print("error:", " ".join(message.split()), file=sys.stderr)
     sys.exit(code)

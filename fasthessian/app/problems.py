@@ -1,4 +1,4 @@
-"""What ``fasthessian analyze`` can be pointed at: built-in problems, and the user's own."""
+"""The problems that ``fasthessian analyze`` accepts: built-in ones and the user's own."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from torch import Tensor, nn
 from fasthessian.errors import InputError
 from fasthessian.study import data as images
 from fasthessian.study.resnet import resnet
-from fasthessian.study.training import Progress, evaluate, train
+from fasthessian.study.training import OnStep, evaluate, train
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What a built-in problem can be asked for; None leaves the choice to the problem."""
+    """The options of a built-in problem; None means the problem's default."""
 
     data: str | os.PathLike[str] | None = None  # CIFAR folder
     epochs: int | None = None
-    train_images: int | None = None  # at most so many an epoch
+    train_images: int | None = None  # per epoch, at most
     lr: float | None = None  # learning rate
     samples: int | None = None  # training images that define the loss to analyse
-    batch_size: int | None = None  # of the analysis
+    batch_size: int | None = None  # images per batch of the analysis
     seed: int = 0
 
 
@@ -42,7 +42,7 @@ class Problem:
     model: Any
     criterion: Any
     data: Any
-    info: dict[str, Any]  # plain JSON: what it is and how it was trained
+    info: dict[str, Any]  # plain JSON: what the problem is and how it was trained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Recipe:
     samples: int
     batch_size: int
     lr: float
-    cifar: bool = False  # may read --data
+    cifar: bool = False  # whether it reads --data
 
 
 def mlp(classes: int) -> nn.Module:
@@ -109,19 +109,19 @@ BUILTIN = {
 }
 
 
-def load(spec: str, settings: Settings, progress: Progress | None = None) -> Problem:
-    """The problem called ``spec``: a built-in name, trained here, or ``module:function``.
+def load(spec: str, settings: Settings, progress: OnStep | None = None) -> Problem:
+    """The problem called ``spec``: a built-in one, trained here, or ``module:function``.
 
     Args:
-        spec: a key of `BUILTIN`, or a function to import, called without arguments, that returns
-            ``model, criterion, data`` as `fasthessian.Hessian` takes them. The current folder is
-            searched first.
+        spec: a key of `BUILTIN`, or a function to import. The function is called without arguments
+            and returns ``model, criterion, data`` as `fasthessian.Hessian` takes them. The current
+            folder is searched first.
         settings: data, training length, samples and seed.
-        progress: told the training steps.
+        progress: called with (training steps done, steps in all).
 
     Raises:
-        ValueError: no such problem, module or function, a wrong return value, a setting that the
-            problem does not take, or data that cannot be read.
+        ValueError: the problem, module or function does not exist, the function returns something
+            else, the problem does not take a setting, or the data cannot be read.
     """
     if ":" in spec:
         return own(spec, settings)
@@ -189,7 +189,7 @@ def subset(
 
 
 def own(spec: str, settings: Settings) -> Problem:
-    """Import ``module:function`` and call it; what it raises itself passes through."""
+    """Import ``module:function`` and call it; its own errors pass through."""
     for field in ("data", "epochs", "train_images", "lr", "samples", "batch_size"):
         if getattr(settings, field) is not None:
             option = "--" + field.replace("_", "-")
@@ -209,7 +209,7 @@ def own(spec: str, settings: Settings) -> Problem:
             module = importlib.import_module(module_name)
         except ModuleNotFoundError as error:
             if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise  # the user's module exists, and one that it imports is missing
+                raise  # the user's module exists, but a module that it imports is missing
             stem = module_name.removesuffix(".py")
             way = "" if stem == module_name else f"; from its folder write {stem}:{name}"
             raise InputError(
@@ -238,7 +238,7 @@ def own(spec: str, settings: Settings) -> Problem:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed torch's global generators inside, and put them back after."""
+    """Seed torch's global generators inside, and restore them afterwards."""
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         yield

@@ -1,11 +1,11 @@
-"""What the command line shows on stderr: progress with the time left, and the summary table."""
+"""What the command line shows on stderr: progress with the time left, and a summary table."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -19,21 +19,23 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from fasthessian.app.report.html import summary, title_of
+if TYPE_CHECKING:
+    from fasthessian.app.report.result import Result
+    from fasthessian.study.training import OnStep
 
-EVERY = 15.0  # seconds between lines where there is no terminal to redraw a bar on
+EVERY = 15.0  # seconds between lines if stderr is no terminal, on which a bar can be redrawn
 
 
 def stderr() -> Console:
-    """The terminal or log behind standard error."""
+    """The terminal or log that standard error goes to."""
     return Console(stderr=True)
 
 
 class Stages:
-    """Shows one bar a stage on a terminal, or a line every fifteen seconds in a log.
+    """Shows one bar per stage on a terminal, or a line every fifteen seconds in a log.
 
-    ``stage(title)`` closes the stage before it and returns what to call with (done, total). Where
-    the total is not known before the end, ``at_most`` bounds it, and with it the time left.
+    ``stage(title)`` closes the stage before it and returns a callback for (done, total). If the
+    total is not known before the end, ``at_most`` is its bound, and the time left is a bound too.
     """
 
     def __init__(self, console: Console):
@@ -44,7 +46,7 @@ class Stages:
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("left {task.fields[bound]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -67,71 +69,78 @@ class Stages:
             self.finish()
         self.bars.stop()
 
-    def stage(self, title: str, at_most: int | None = None) -> Callable[[int, int | None], None]:
-        """Open a stage."""
+    def stage(self, title: str, at_most: int | None = None) -> OnStep:
+        """Open a stage; ``at_most`` bounds its steps if it does not know their total."""
         self.finish()
         return (self.bar if self.console.is_terminal else self.lines)(title, at_most)
 
-    def bar(self, title: str, at_most: int | None) -> Callable[[int, int | None], None]:
-        """A bar; its total becomes what was needed once the stage is over."""
-        task = self.bars.add_task(title, total=None)
+    def bar(self, title: str, at_most: int | None) -> OnStep:
+        """A bar; when the stage is over, its total becomes the steps that were made."""
+        task = self.bars.add_task(title, total=None, bound="")
         last = 0
 
         def progress(done: int, total: int | None) -> None:
             nonlocal last
             last = done
-            self.bars.update(task, completed=done, total=at_most if total is None else total)
+            whole, bound = bounded(total, at_most)
+            self.bars.update(task, completed=done, total=whole, bound=bound)
 
-        self.finish = lambda: self.bars.update(task, completed=last, total=last)
+        self.finish = lambda: self.bars.update(task, completed=last, total=last, bound="")
         return progress
 
-    def lines(self, title: str, at_most: int | None) -> Callable[[int, int | None], None]:
+    def lines(self, title: str, at_most: int | None) -> OnStep:
         """A line at the first step, every fifteen seconds, and when the stage is over.
 
-        None before the first step: bad input is then answered by its error alone.
+        There is none before the first step, so that bad input gets its error line alone.
         """
-        start = said = time.monotonic()
+        start = printed = time.monotonic()
         last = 0
 
         def progress(done: int, total: int | None) -> None:
-            nonlocal said, last
+            nonlocal printed, last
             if last == 0:
                 self.say(f"{title} ...")
                 self.finish = lambda: self.say(f"{title}: {last} in {seconds(start)}")
             last = done
-            if time.monotonic() - said < EVERY or done == 0:
+            if time.monotonic() - printed < EVERY or done == 0:
                 return
-            said = time.monotonic()
-            whole = at_most if total is None else total
+            printed = time.monotonic()
+            whole, bound = bounded(total, at_most)
             if whole is None:
                 self.say(f"{title}: {done}")
             else:
-                bound = "about" if total is not None else "at most"
-                left = (said - start) * (whole - done) / done
+                left = (printed - start) * (whole - done) / done
                 self.say(f"{title}: {done} of {whole}, {bound} {left:.0f} s left")
 
         self.finish = lambda: None
         return progress
 
     def say(self, text: str) -> None:
-        """One line, as it is."""
+        """Print one line without any markup."""
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
+def bounded(total: int | None, at_most: int | None) -> tuple[int | None, str]:
+    """The steps to expect, and whether they and the time left are an estimate or a bound."""
+    return (at_most, "at most") if total is None else (total, "about")
+
+
 def seconds(start: float) -> str:
-    """The time since ``start`` of the monotonic clock."""
+    """The time since ``start`` on the monotonic clock."""
     return f"{time.monotonic() - start:.1f} s"
 
 
-def show_summary(console: Console, content: Mapping[str, Any], out: str | None) -> None:
-    """The summary table of a result, its notes, and where the report lies."""
-    table = Table(title=title_of(content), show_header=False, title_justify="left")
+def show_summary(console: Console, result: Result, out: str | None) -> None:
+    """Show the summary table of a result, its notes, and the path of the report."""
+    from fasthessian.app.report.summary import summary, title
+
+    table = Table(title=title(result), show_header=False, title_justify="left")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for name, value in summary(content):
+    for name, value in summary(result):
         table.add_row(Text(name), Text(value))
     console.print(table)
-    for note in content["notes"]:
+    for note in result.analysis.notes:
         console.print(Text(f"note: {note}"), soft_wrap=True)
     if out is not None:
         console.print(Text(f"report: {out}"), soft_wrap=True)

@@ -17,7 +17,7 @@ from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.base import SymmetricOperator, multiply, operator
 from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state.scopes import restored
-from fasthessian.results.records import Record
+from fasthessian.results.record import Record
 
 R = TypeVar("R", bound=Record)
 Asking = Generator[Request, None, None]

@@ -20,7 +20,7 @@ from fasthessian.errors import InputError
 from fasthessian.krylov.state import Item, State
 from fasthessian.results import npz
 from fasthessian.results.fields import parse
-from fasthessian.results.records import write_whole
+from fasthessian.results.record import write_whole
 
 
 class Restorable(Protocol):

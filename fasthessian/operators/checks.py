@@ -18,7 +18,7 @@ from fasthessian.operators.products.slopes import ALLOWED, distance
 from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state.lock import exclusive
 from fasthessian.operators.torch_state.scopes import set_attribute
-from fasthessian.results.records import Record
+from fasthessian.results.record import Record
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -24,7 +24,7 @@ from fasthessian.pyhessian.utils import (
     orthnormal,
 )
 
-# what a star import of PyHessian brings, modules included, and two names that its forks add
+# the names that a star import of PyHessian gives, modules included, and two that its forks add
 __all__ = [
     "argparse",
     "density_generate",
@@ -53,8 +53,8 @@ _OURS = {
 def install() -> None:
     """Make ``import pyhessian`` and ``import density_plot`` find this package in this process.
 
-    Call it before the first of those imports. Modules of these names that were imported before
-    are replaced, with one warning; names already taken from them stay what they were.
+    Call it before the first of those imports. If modules of these names were imported before, they
+    are replaced with one warning, and names already imported from them do not change.
 
     Example:
         >>> install()

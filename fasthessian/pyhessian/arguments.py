@@ -1,4 +1,4 @@
-"""What the drop-in accepts: the old arguments, and clear errors for what cannot work."""
+"""Checks and conversions of PyHessian's arguments, with clear errors for what cannot work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fasthessian.operators.loss.batches import Batch, leaves
 from fasthessian.operators.loss.calls import raised_in
 from fasthessian.operators.loss.sources import LoaderSource
 
-# `torch.load` refuses what it does not know: scripts save the results and load them again
+# scripts save results and load them again, and `torch.load` refuses types that it does not know
 torch.serialization.add_safe_globals([float])
 
 PACKAGE = str(Path(__file__).parents[1]) + os.sep
@@ -29,7 +29,7 @@ _OPTIONS = re.compile(r"\b(engine|weights|mode|microbatch|memory_budget)=")
 
 
 class Number(np.float64):
-    """A float with ``.item()``, of which torch and NumPy make float64; saved files hold a float."""
+    """A float with ``.item()``; torch and NumPy convert it to float64, and it is saved as float."""
 
     def __repr__(self) -> str:
         return repr(float(self))
@@ -41,7 +41,7 @@ class Number(np.float64):
 
 
 def numbers(values: Tensor) -> Any:
-    """The values as lists of `Number`, nested as the dimensions."""
+    """The values as lists of `Number`, nested like the dimensions."""
     return [Number(x) for x in values.tolist()] if values.dim() == 1 else [*map(numbers, values)]
 
 
@@ -54,7 +54,7 @@ def check_model(model: Any) -> None:
 
 
 def check_source(data: Any, dataloader: Any) -> None:
-    """Raise unless exactly one of the two is given and can be read again."""
+    """Raise unless exactly one of the two is given and can be read more than once."""
     if (data is None) == (dataloader is None):
         given = "neither" if data is None else "both"
         raise InputError(f"pass exactly one of data and dataloader, got {given}")
@@ -66,7 +66,7 @@ def check_source(data: Any, dataloader: Any) -> None:
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
-    """``(inputs, targets)`` of one batch: of a mapping, itself and None."""
+    """``(inputs, targets)`` of one batch; for a mapping, the mapping and None."""
     if isinstance(batch, Mapping):
         return batch, None
     if isinstance(batch, (tuple, list)) and len(batch) >= 2:
@@ -78,7 +78,7 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 def tolerance(tol: float) -> float:
-    """``tol`` as the algorithms take it; 0 or less meant to use all of ``maxIter``."""
+    """``tol`` as the algorithms accept it; in PyHessian 0 or less means all of ``maxIter``."""
     if not isinstance(tol, (int, float)) or tol != tol:
         raise InputError(f"tol is {tol!r}; pass a number")
     return max(float(tol), 1e-16)
@@ -86,7 +86,7 @@ def tolerance(tol: float) -> float:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back the algorithms' warnings, which speak of options that PyHessian does not have."""
+    """Suppress warnings of the algorithms, which name options that PyHessian does not have."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         yield
@@ -94,7 +94,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Say where the options are that an error of the operator advises: PyHessian has none."""
+    """Add to an error that advises an option, which PyHessian lacks, where that option is."""
     try:
         yield
     except (TypeError, ValueError, RuntimeError, MemoryError) as error:
@@ -108,15 +108,15 @@ def explained() -> Iterator[None]:
 
 
 def _ours(error: Exception) -> bool:
-    """Whether this package raised it, not the user's model or criterion."""
+    """Whether this package raised the error, not the user's model or criterion."""
     return raised_in(error).startswith(PACKAGE)
 
 
 def one_pass(loader: Iterable[Batch]) -> list[Batch]:
-    """The batches of the first pass over a loader that yields others at each.
+    """The batches of one pass over a loader that yields different batches at each pass.
 
     Raises:
-        RuntimeError: they take more than half of the free memory.
+        RuntimeError: the batches take more than half of the free memory.
     """
     room = available_bytes(torch.device("cpu")) // 2
     batches, held = [], 0
@@ -133,8 +133,8 @@ def one_pass(loader: Iterable[Batch]) -> list[Batch]:
             batches.append(batch)
     warnings.warn(
         "dataloader yields different batches at each pass (random augmentation, or shuffled with "
-        f"drop_last): the {len(batches)} of one pass ({readable(held)}) are held, so that H is one "
-        "matrix; pass dataloader=list(dataloader) to hold them yourself",
+        f"drop_last): the {len(batches)} of one pass ({readable(held)}) are kept, so that H is one "
+        "matrix; pass dataloader=list(dataloader) to keep them yourself",
         UserWarning,
         stacklevel=5,
     )
@@ -142,21 +142,21 @@ def one_pass(loader: Iterable[Batch]) -> list[Batch]:
 
 
 def asks_cuda(cuda: Any, device: Any) -> bool:
-    """Whether CUDA is meant: by ``device``, which PyHessian's forks take, or by ``cuda``."""
+    """Whether ``device``, which PyHessian's forks accept, or else ``cuda`` asks for CUDA."""
     if device is None:
         return bool(cuda)
     return isinstance(device, int) or str(device).startswith("cuda")
 
 
 def device_name(device: torch.device, wanted: bool) -> str:
-    """The device as PyHessian's string; warn once where CUDA is wanted and missing."""
+    """The device as a string, as in PyHessian; warn once if CUDA is wanted and missing."""
     global _warned_no_cuda
     if device.type == "cuda":
         return "cuda" if device.index == torch.cuda.current_device() else str(device)
     if wanted and not torch.cuda.is_available() and not _warned_no_cuda:
         _warned_no_cuda = True
         warnings.warn(
-            f"cuda is true but this machine has no CUDA: going on on the {device.type}; "
+            f"cuda is true but this machine has no CUDA: the {device.type} is used; "
             "pass cuda=False (device='cpu' where device was given)",
             UserWarning,
             stacklevel=3,

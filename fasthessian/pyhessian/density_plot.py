@@ -1,4 +1,4 @@
-"""PyHessian's ``density_plot`` module: the smoothed spectral density and its picture."""
+"""PyHessian's ``density_plot`` module: the smoothed spectral density and its figure."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from fasthessian.errors import InputError
 
-# what PyHessian's module holds; matplotlib is imported once plt or mpl is asked for
+# the names in PyHessian's module; matplotlib is imported when plt or mpl is used
 _LAZY = {"mpl": "matplotlib", "plt": "matplotlib.pyplot"}
 __all__ = ["density_generate", "gaussian", "get_esd_plot", "math", "np"]
 if find_spec("matplotlib") is not None:
     __all__ += list(_LAZY)
-_KERNEL_REACH = 5.0  # standard deviations kept on the grid; 3e-7 of an end node lies beyond
+_KERNEL_REACH = 5.0  # standard deviations on the grid; 3e-7 of the mass of an end node lies beyond
 
 
 def __getattr__(name: str) -> Any:
-    """Import matplotlib for ``plt`` and ``mpl``, also in a star import."""
+    """Import matplotlib for ``plt`` and ``mpl``; a star import uses this too."""
     if name in _LAZY:
         return importlib.import_module(_LAZY[name])
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -57,27 +57,29 @@ def density_generate(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Smooth the weighted nodes with a Gaussian kernel and average the runs.
 
-    Each value is the mean of the density over one cell of the grid, taken from the kernel's
-    distribution function: every node keeps its mass also where the kernel is narrower than a
-    cell. Where it is wider, this is the density at the point to ``O((cell / sigma)^2)``.
+    Each value is the mean of the density over one cell of the grid, computed from the distribution
+    function of the kernel. So every node keeps its mass even if the kernel is narrower than a cell.
+    If the kernel is wider, the value is the density at the point to ``O((cell / sigma)^2)``.
 
     Args:
         eigenvalues: nodes ``(runs, steps)``.
         weights: weights ``(runs, steps)``, real or complex with a zero imaginary part.
         num_bins: number of grid points.
-        sigma_squared: variance of the kernel, times the range of the nodes where that exceeds 1.
-        overhead: least distance from the outermost nodes to the ends of the grid.
+        sigma_squared: variance of the kernel, multiplied by the range of the nodes if that exceeds
+            1.
+        overhead: least distance between the outermost nodes and the ends of the grid.
 
     Returns:
         ``(density, grids)``, both ``(num_bins,)``; ``density.sum()`` times the step is 1.
 
     Raises:
-        ValueError: shapes differ, a number is not finite, or an option is out of range.
+        ValueError: the shapes differ, a number is not finite, or an option is out of range.
     """
     nodes, mass = _real(eigenvalues, "eigenvalues"), _real(weights, "weights")
     if nodes.shape != mass.shape:
         raise InputError(
-            f"weights has shape {mass.shape} and eigenvalues {nodes.shape}; pass one weight a node"
+            f"weights has shape {mass.shape} and eigenvalues {nodes.shape}; "
+            "pass one weight per node"
         )
     if num_bins < 2:
         raise InputError(f"num_bins is {num_bins}; pass at least 2")

@@ -1,4 +1,4 @@
-"""The class ``hessian`` of PyHessian over fasthessian's operators and algorithms."""
+"""PyHessian's class ``hessian``, built on fasthessian's operators and algorithms."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from fasthessian.pyhessian.utils import (
     orthnormal,
 )
 
-# what PyHessian's module holds: scripts that import * use the other modules' names from here
+# the names in PyHessian's module; scripts that import * use names of other modules from here
 __all__ = [
     "Variable",
     "get_params_grad",
@@ -59,39 +59,40 @@ __all__ = [
 class hessian(State):
     """Eigenvalues, trace and spectral density of a loss, with PyHessian's calls and return types.
 
-    As in PyHessian the model is put into eval mode; a subclass that skips this ``__init__`` is
-    analysed in the mode that its model is in. With ``data`` the gradients, with their graph, are
-    left in ``.grad``, whatever was there; `eigenvalues`, `trace`, `density` and
-    `dataloader_hv_product` begin with ``model.zero_grad()``. A graph lives as long as this object
-    or a ``.grad`` holds it. Buffers are left as they were. The random vectors are drawn from
-    torch's global random state: they follow ``torch.manual_seed`` and differ from call to call.
+    As in PyHessian, the model is put into eval mode; a subclass that skips this ``__init__`` is
+    analysed in the current mode of its model. With ``data``, the gradients and their graph replace
+    what was in ``.grad``; `eigenvalues`, `trace`, `density` and `dataloader_hv_product` begin with
+    ``model.zero_grad()``. A graph lives as long as this object or a ``.grad`` refers to it. Buffers
+    do not change. Torch's global random state seeds the random vectors: they follow
+    ``torch.manual_seed`` and differ between calls.
 
     Args:
         model: the module; its trainable parameters become ``params``.
-        criterion: ``criterion(outputs, targets)``; None where the model returns its own loss.
+        criterion: ``criterion(outputs, targets)``; None if the model returns its own loss.
         data: one batch ``(inputs, targets)``, also a mapping or a tuple with several inputs.
-        dataloader: instead of ``data``, batches that can be read again and again. Of a loader that
-            yields others at each pass (random augmentation, or shuffled with ``drop_last``) the
-            batches of one pass are held, which a warning says.
-        cuda, device: kept for old scripts. The device is the parameters'; CUDA where there is none
-            warns once.
+        dataloader: instead of ``data``, batches that can be read more than once. If a loader yields
+            different batches at each pass (random augmentation, or shuffled with ``drop_last``),
+            the batches of one pass are kept, with a warning.
+        cuda, device: accepted for old scripts. The device is that of the parameters; asking for
+            CUDA on a machine without CUDA warns once.
 
     Attributes:
         model, criterion, data, inputs, targets: as given, on the device.
         full_dataset: whether ``dataloader`` was given.
-        device: the parameters' device, a string.
+        device: the device of the parameters, a string.
         params: the parameters; assign ``params`` and ``gradsH`` to analyse a part of them.
 
-    Subclasses may override `dataloader_hv_product`; with ``full_dataset`` true every product goes
-    through it. Random numbers drawn in there are the same at each product, so that H is one matrix.
+    Subclasses may override `dataloader_hv_product`; if ``full_dataset`` is true, every product goes
+    through it. Random numbers that it draws are the same at each product, so that H is one matrix.
 
     Raises:
-        ValueError: not exactly one of ``data`` and ``dataloader``, or nothing to train.
-        TypeError: ``dataloader`` can be read only once; ``model`` is no module.
-        RuntimeError: a loader that changes whose batches do not fit half of the free memory.
+        ValueError: not exactly one of ``data`` and ``dataloader`` is given, or no parameter is
+            trainable.
+        TypeError: ``dataloader`` can be read only once, or ``model`` is not a module.
+        RuntimeError: the loader changes, and its batches do not fit into half of the free memory.
         MemoryError: the graph of the gradients of ``data`` does not fit.
 
-    Errors that the model and the criterion raise on ``data`` arrive as they were raised.
+    Errors that the model and the criterion raise on ``data`` are not changed.
 
     Example:
         >>> data = (torch.randn(8, 3), torch.randn(8, 1))
@@ -130,7 +131,7 @@ class hessian(State):
                 grads = self._differentiated(self.params)
                 self._keep(self.params, grads)
             except (RuntimeError, ValueError) as error:
-                try:  # perhaps for want of second derivatives, which are not needed yet
+                try:  # second derivatives may be missing, which are not needed yet
                     grads = self._differentiated(self.params, curved=False)
                 except RuntimeError:
                     raise error from None
@@ -142,13 +143,13 @@ class hessian(State):
         """Return the eigenvalues of largest magnitude and their eigenvectors.
 
         Args:
-            maxIter: bound on the products per eigenvalue; all share ``maxIter * top_n``.
-            tol: accepted residual ``||Hv - lambda v||`` relative to ``|lambda|``.
-            top_n: how many; all of them where ``H`` has fewer.
+            maxIter: products per eigenvalue at most; all share ``maxIter * top_n``.
+            tol: accepted residual ``||Hv - lambda v||``, relative to ``|lambda|``.
+            top_n: number of eigenvalues; all of them if ``H`` has fewer.
 
         Returns:
-            The values by descending magnitude, and for each a list of tensors shaped like
-            ``params``, of unit norm over the whole list.
+            The values by descending magnitude, and for each value a list of tensors shaped like
+            ``params``, with unit norm over the whole list.
         """
         maxIter, top_n = integer("maxIter", maxIter, 1), integer("top_n", top_n, 1)
         rtol, seed = tolerance(tol), self._seed()
@@ -170,7 +171,7 @@ class hessian(State):
     def trace(self, maxIter: int = 100, tol: float = 1e-3) -> list[float]:
         """Return samples ``v'Hv`` for random signs ``v``; their mean estimates the trace.
 
-        Sampling stops once the half-width of the mean's 95 % confidence interval is at most
+        Sampling stops when the half-width of the 95 % confidence interval of the mean is at most
         ``tol`` times the mean, or after ``maxIter`` samples, with a warning. A ``tol`` of 0 asks
         for ``maxIter`` samples.
         """
@@ -196,12 +197,12 @@ class hessian(State):
         """Return nodes and weights of the spectral density by stochastic Lanczos quadrature.
 
         Args:
-            iter: Lanczos steps of a run.
-            n_v: runs, each from a vector of random signs.
+            iter: Lanczos steps per run.
+            n_v: number of runs, each from a vector of random signs.
 
         Returns:
-            Two lists of ``n_v`` lists of ``iter`` numbers. The weights of a run sum to 1; where
-            H has fewer distinct eigenvalues than steps, the last node repeats with weight 0.
+            Two lists of ``n_v`` lists of ``iter`` numbers. The weights of a run sum to 1. If H has
+            fewer distinct eigenvalues than steps, the last node repeats with weight 0.
         """
         steps, probes = integer("iter", iter, 1), integer("n_v", n_v, 1)
         seed = self._seed()

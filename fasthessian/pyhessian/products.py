@@ -1,4 +1,4 @@
-"""What the drop-in's products need: gradients with a graph, foreign products as operators."""
+"""Gradients with their graph, and operators made of products that the user's code computes."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
 def gradients(
     model: Any, criterion: Any, batch: Any, params: Sequence[Tensor], curved: bool = True
 ) -> list[Tensor | None]:
-    """The gradients of one batch's loss with their graph; None for unused parameters.
+    """The gradients of the loss of one batch, with their graph; None for unused parameters.
 
-    With ``curved`` a loss without second derivatives is refused: RuntimeError. MemoryError says
-    that the graph does not fit.
+    Raises:
+        RuntimeError: ``curved`` is true and the loss has no second derivatives.
+        MemoryError: the graph does not fit.
     """
     modules = [x for x in (model, criterion) if isinstance(x, nn.Module)]
     with product_state(modules, "eval", params[0].device):
@@ -55,14 +56,14 @@ def gradients(
 
 
 def leave(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    """Put copies of the gradients, with their graph, into ``.grad``, whatever was there."""
+    """Replace ``.grad`` by copies of the gradients, with their graph."""
     with no_inference_mode(), grad_mode(True):
         for p, grad in zip(params, grads, strict=True):
             p.grad = None if grad is None else grad.clone()
 
 
 def operator(product: Product, params: Sequence[Tensor]) -> tuple[SymmetricOperator, Layout]:
-    """A product on lists of tensors as an operator on flat vectors, and the layout of those."""
+    """A product on lists of tensors as an operator on flat vectors, with their layout."""
     layout = Layout({f"params[{i}]": p for i, p in enumerate(params)})
 
     def matvec(v: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ def operator(product: Product, params: Sequence[Tensor]) -> tuple[SymmetricOpera
 
 @scope
 def surroundings(undo: UndoLog, model: Any, params: Sequence[Tensor], force_eval: bool) -> None:
-    """What PyHessian's callers found: no ``.grad`` from before, eval mode; all put back after.
+    """What PyHessian's callers expect: no old ``.grad``, and eval mode; both restored afterwards.
 
     The caller holds the lock of the process.
     """

@@ -1,4 +1,4 @@
-"""The loss of a ``hessian`` object: its gradients and its products, kept from call to call."""
+"""The loss of a ``hessian`` object: its gradients and products, kept between calls."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 
 class State:
-    """Attributes of PyHessian's class, live and assignable, and what is made of them."""
+    """The attributes of PyHessian's class, which can be assigned, and the operator made of them."""
 
     model: Any
     criterion: Any
@@ -38,17 +38,17 @@ class State:
     _initialised = False
     _held: tuple[tuple[Any, ...], Hessian] | None = None
     _pass: tuple[Any, list[Any]] | None = None  # a loader that changes, and one pass over it
-    _gradients: tuple[list[Tensor], Snapshot] | None = None  # and the point they belong to
-    _built: tuple[Tensor, ...] = ()  # the gradients made here, to tell them from assigned ones
-    _shown = False  # whether the list of gradients was handed out
+    _gradients: tuple[list[Tensor], Snapshot] | None = None  # with the point they belong to
+    _built: tuple[Tensor, ...] = ()  # gradients made here, to distinguish them from assigned ones
+    _shown = False  # whether the caller has the list of gradients
 
     @property
     def gradsH(self) -> list[Tensor]:
-        """Gradient tensors for all trainable parameters, or what was assigned.
+        """Gradients of all trainable parameters, or the tensors that were assigned.
 
-        With ``data`` they carry the graph that `hessian_vector_product` differentiates; it is
-        built again after the parameters changed. With ``dataloader`` they are the plain mean
-        gradient.
+        With ``data`` they have the graph that `hessian_vector_product` differentiates; it is built
+        again after the parameters change. With ``dataloader`` they are the mean gradient, without a
+        graph.
         """
         params = self._trainable()
         held = self._gradients
@@ -64,7 +64,7 @@ class State:
         self._gradients = list(grads), Snapshot(self._point())
 
     def _differentiated(self, params: list[Tensor], curved: bool = True) -> Sequence[Tensor | None]:
-        """The gradients of the loss: of ``data`` with their graph."""
+        """The gradients of the loss; with ``data``, they have their graph."""
         if not self.full_dataset:
             return gradients(self.model, self.criterion, self._batches(), params, curved)
 
@@ -77,7 +77,7 @@ class State:
     def _keep(
         self, params: list[Tensor], grads: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], Snapshot]:
-        """Keep gradients made here, with zeros in the place of those that are missing."""
+        """Keep gradients made here, with zeros for those that are missing."""
         pairs = zip(params, grads, strict=True)
         self._built = tuple(torch.zeros_like(p) if g is None else g for p, g in pairs)
         self._gradients, self._shown = (list(self._built), Snapshot(self._point())), False
@@ -97,13 +97,13 @@ class State:
             return self._settled(product)
 
     def _clear(self) -> None:
-        """Drop the gradients of the model, as PyHessian does before each product."""
+        """Clear the gradients of the model, as PyHessian does before each product."""
         model = getattr(self, "model", None)
         if isinstance(model, nn.Module):
             model.zero_grad()
 
     def _run(self, algorithm: Callable[[SymmetricOperator], Result]) -> tuple[Result, Layout]:
-        """What an algorithm finds of the product that applies, and the layout of its vectors."""
+        """The result of an algorithm on the current operator, and the layout of its vectors."""
         self._clear()
 
         def found() -> tuple[Result, Layout]:
@@ -114,10 +114,10 @@ class State:
             return self._settled(found)
 
     def _settled(self, work: Callable[[], Result]) -> Result:
-        """What ``work`` returns: of a loader that turns out to change, on one pass of it.
+        """The result of ``work``; if the loader proves to change, one pass of it is kept first.
 
         Raises:
-            RuntimeError: products were made of the batches that the loader yielded before.
+            RuntimeError: products have already been made from batches of an earlier pass.
         """
         try:
             return work()
@@ -133,7 +133,7 @@ class State:
         return work()
 
     def _operator(self) -> tuple[SymmetricOperator, Layout]:
-        """The product that applies, over flat vectors, and the layout of those."""
+        """The current operator on flat vectors, and their layout."""
         if getattr(self, "full_dataset", True):
             method = getattr(self.dataloader_hv_product, "__func__", None)
             if method is not State.dataloader_hv_product:
@@ -141,12 +141,12 @@ class State:
         elif not (self._made_here() and same(self.params, self._trainable())):
             return operator(self._by_gradients, self.params)
         if self._made_here() and not self._shown:
-            self._gradients, self._built = None, ()  # the operator has graphs of its own
+            self._gradients, self._built = None, ()  # the operator has its own graphs
         A = self._hessian(self.params)
         return A, A.layout
 
     def _trainable(self) -> list[Tensor]:
-        """The trainable parameters of the model now; ``params`` where a subclass has no model."""
+        """The current trainable parameters; ``params`` if a subclass has no model."""
         model = getattr(self, "model", None)
         tensors = model.parameters() if isinstance(model, nn.Module) else self.params
         return [p for p in tensors if p.requires_grad]
@@ -157,7 +157,7 @@ class State:
         return dict(enumerate([*self._trainable(), *leaves(held)]))
 
     def _hessian(self, params: Sequence[Tensor]) -> Hessian:
-        """The operator of the data's loss over ``params``, kept for the next call."""
+        """The Hessian of the loss over ``params``, kept for the next call."""
         batch = (self.data,) if self.full_dataset else (self.inputs, self.targets)
         if self.full_dataset and isinstance(self.data, (tuple, list)):
             batch = tuple(self.data)  # a list may have grown
@@ -169,7 +169,7 @@ class State:
         return self._held[1]
 
     def _batches(self) -> Any:
-        """The data in the form that the operator knows."""
+        """The data in the form that ``Hessian`` accepts."""
         if self._pass is not None and self._pass[0] is self.data:
             return self._pass[1]
         if self.full_dataset:  # there a tuple is one batch
@@ -179,11 +179,11 @@ class State:
         return (*self.inputs, self.targets) if len(self.data) > 2 else (self.inputs, self.targets)
 
     def _made_here(self) -> bool:
-        """Whether ``gradsH`` is still what this class builds by itself."""
+        """Whether ``gradsH`` still holds the gradients that this class made."""
         return self._gradients is None or same(self._gradients[0], self._built)
 
     def _by_gradients(self, v: list[Tensor]) -> Sequence[Tensor]:
-        """The product by ``gradsH`` and ``params`` as the user set them."""
+        """The product from ``gradsH`` and ``params`` as the user assigned them."""
         grads = self.gradsH
         if self._gradients is not None and not self._gradients[1].matches(self._point()):
             raise InputError(
@@ -198,7 +198,7 @@ class State:
         return hessian_vector_product(grads, self.params, v)
 
     def _overridden(self, v: list[Tensor]) -> Sequence[Tensor | None]:
-        """The product of a subclass, in the surroundings that PyHessian gave it."""
+        """The product of a subclass, in the surroundings that PyHessian gives it."""
         model = getattr(self, "model", None)
         with process_lock(), surroundings(model, self.params, force_eval=self._initialised):
             return self.dataloader_hv_product(v)[1]

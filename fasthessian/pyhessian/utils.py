@@ -1,4 +1,4 @@
-"""The six helpers of PyHessian on lists of tensors, for scripts that build their own loops."""
+"""PyHessian's six helpers on lists of tensors, for scripts that write their own loops."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.autograd import Variable
 
 from fasthessian.errors import InputError
 
-# what PyHessian's module holds: scripts that import * use the other modules' names from here
+# the names in PyHessian's module; scripts that import * use names of other modules from here
 __all__ = [
     "Optional",
     "Variable",
@@ -32,10 +32,10 @@ Tensors = TypeVar("Tensors", bound=Iterable[Tensor])
 
 
 def _pairs(first: str, xs: Iterable[Any], second: str, ys: Iterable[Any]) -> list[tuple[Any, Any]]:
-    """The tensors of two groups side by side.
+    """Pairs of the tensors of two lists.
 
     Raises:
-        ValueError: the groups differ in length.
+        ValueError: the lists differ in length.
     """
     xs, ys = list(xs), list(ys)
     if len(xs) != len(ys):
@@ -49,11 +49,12 @@ def group_product(xs: Iterable[Tensor], ys: Iterable[Tensor]) -> Tensor:
     """Inner product of two lists of tensors: ``sum_i <xs[i], ys[i]>``, differentiable.
 
     Args:
-        xs: tensors of any shapes, or one tensor, whose rows count as the list; so below.
+        xs: tensors of any shapes, or one tensor, whose rows are the list; the same holds for the
+            other helpers.
         ys: tensors of the same shapes.
 
     Returns:
-        A tensor of no dimension.
+        A tensor without dimensions.
 
     Raises:
         ValueError: the lists differ in length.
@@ -67,11 +68,11 @@ def group_product(xs: Iterable[Tensor], ys: Iterable[Tensor]) -> Tensor:
 
 
 def group_add(params: Tensors, update: Iterable[Tensor], alpha: float | Tensor = 1) -> Tensors:
-    """Add in place: ``params[i] += alpha * update[i]``; ``params`` itself is returned.
+    """Add in place: ``params[i] += alpha * update[i]``; return ``params`` itself.
 
-    As in PyHessian the tensors of ``params`` are overwritten, unseen by autograd: a graph that was
-    built before serves again once the step is taken back. Pass copies where the old values are
-    still needed.
+    As in PyHessian, the tensors of ``params`` are overwritten and autograd does not notice: a graph
+    that was built before is valid again after the step is undone. Pass copies if the old values are
+    needed later.
 
     Raises:
         ValueError: the lists differ in length.
@@ -87,7 +88,7 @@ def group_add(params: Tensors, update: Iterable[Tensor], alpha: float | Tensor =
 
 
 def _norm(v: Iterable[Tensor]) -> float:
-    """Return the norm over a whole list, in float64: squares of 1e-30 survive there."""
+    """The norm over a whole list, in float64, which can hold squares of 1e-30."""
     parts = [torch.linalg.vector_norm(x.detach(), dtype=torch.float64) for x in v]
     return float(torch.linalg.vector_norm(torch.stack(parts))) if parts else 0.0
 
@@ -107,9 +108,9 @@ def normalization(v: Iterable[Tensor]) -> list[Tensor]:
 
 
 def get_params_grad(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the trainable parameters and copies of their ``.grad``, zeros where there is none.
+    """Return the trainable parameters and copies of their ``.grad``, zeros if there is none.
 
-    A graph that ``backward(create_graph=True)`` left on ``.grad`` stays attached to the copies.
+    A graph that ``backward(create_graph=True)`` attached to ``.grad`` stays attached to the copies.
     """
     params: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
     return params, [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in params]
@@ -118,20 +119,20 @@ def get_params_grad(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 def hessian_vector_product(
     gradsH: Tensor | Iterable[Any], params: Tensor | Iterable[Tensor], v: Tensor | Iterable[Tensor]
 ) -> tuple[Tensor, ...]:
-    """Differentiate ``<gradsH, v>`` by ``params``: the Hessian-vector product.
+    """The Hessian-vector product: the derivative of ``<gradsH, v>`` by ``params``.
 
-    The graph of ``gradsH`` is kept, so the call can be repeated, and works inside ``no_grad``.
-    Gradients without a graph (unused or linear parameters), None and numbers, which PyHessian puts
-    in the place of a missing ``.grad``, contribute nothing; parameters that nothing depends on get
-    zeros. Each argument may be a list, a tuple, a generator, or a tensor alone.
+    The graph of ``gradsH`` is kept, so the call can be repeated; it also works inside ``no_grad``.
+    Gradients without a graph (unused or linear parameters) contribute nothing, and neither do None
+    and the numbers that PyHessian uses for a missing ``.grad``. Parameters that no gradient depends
+    on get zeros. Each argument may be a list, a tuple, a generator or a single tensor.
 
     Args:
         gradsH: gradients computed with ``create_graph=True``.
-        params: the parameters they were taken by.
+        params: the parameters of these gradients.
         v: tensors shaped like ``gradsH``.
 
     Returns:
-        Tensors shaped like ``params``, each with memory of its own.
+        Tensors shaped like ``params``, each with its own memory.
 
     Raises:
         ValueError: ``gradsH`` and ``v`` differ in length or in a shape.
@@ -150,18 +151,18 @@ def hessian_vector_product(
             allow_unused=True,
             materialize_grads=True,
         )
-    # Autograd may hand out one tensor for two parameters, an expanded one, or v itself;
+    # Autograd may return the same tensor for two parameters, an expanded tensor, or v itself; then
     # a caller who writes into one of them would change the others.
     return tuple(hv.detach().clone(memory_format=torch.contiguous_format) for hv in product)
 
 
 def _listed(group: Tensor | Iterable[Any]) -> list[Any]:
-    """The tensors of a group; a tensor alone is a group of one, as for `torch.autograd.grad`."""
+    """The items as a list; a single tensor is a list of one, as in `torch.autograd.grad`."""
     return [group] if isinstance(group, Tensor) else list(group)
 
 
 def _fitting(gradsH: list[Any], v: list[Tensor]) -> list[tuple[Any, Tensor]]:
-    """Gradients and vector side by side; the one-line error where they do not fit."""
+    """Pairs of gradients and tensors of the vector; raises a one-line error if they do not fit."""
     if len(gradsH) != len(v):
         raise InputError(
             f"v has {len(v)} tensors and gradsH {len(gradsH)}; "
@@ -179,8 +180,9 @@ def _fitting(gradsH: list[Any], v: list[Tensor]) -> list[tuple[Any, Tensor]]:
 def orthnormal(w: Iterable[Tensor], v_list: Iterable[Iterable[Tensor]]) -> list[Tensor]:
     """Remove from ``w`` its parts along the unit vectors ``v_list``, then scale it to unit norm.
 
-    Gram-Schmidt, twice: once leaves parts of the order of the cancellation. ``w`` is not changed.
-    A ``w`` inside the span of ``v_list`` gives zeros instead of amplified rounding errors.
+    Gram-Schmidt, applied twice, because once leaves parts of the order of the cancellation. ``w``
+    does not change. If ``w`` lies in the span of ``v_list``, the result is zero instead of
+    amplified rounding errors.
     """
     result, v_list = [x.detach().clone() for x in w], [list(v) for v in v_list]
     if not result:

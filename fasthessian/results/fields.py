@@ -1,29 +1,33 @@
-"""What the fields of a record accept, as their annotations declare, and JSON that is read strictly.
+"""What the fields of a record accept, as their annotations declare, and a strict reader of JSON.
 
-An annotation ``Annotated[Tensor, "k n", ">= 0"]`` declares a float64 array of shape (k, n), where a
-name of an axis stands for one length in the whole record, and rules by the keys of ``RULES``. An
-axis ``q?`` is absent where q is 0. ``FLOATING`` among the rules admits narrower dtypes. Scalars and
-tuples are declared alike; NaN stands for an unknown number and breaks no rule.
+The annotation ``Annotated[Tensor, "k n", ">= 0"]`` declares a float64 array of shape (k, n) and a
+rule, which is a key of ``RULES``. The name of an axis stands for one length in the whole record. An
+axis ``q?`` is absent if q is 0. ``FLOATING`` among the rules also accepts narrower dtypes;
+``OMITTED`` keeps the field out of JSON. Scalars and tuples are declared in the same way. NaN stands
+for an unknown number and breaks no rule.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import reprlib
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 from fasthessian.errors import InputError
 
 Array = npt.NDArray[np.float64]
 
 FLOATING = "of 16 to 64 bits"
-RULES: dict[str, Callable[[Array], npt.NDArray[np.bool_]]] = {  # what breaks them
+OMITTED = "not in JSON"
+RULES: dict[str, Callable[[Array], npt.NDArray[np.bool_]]] = {  # true where a value breaks the rule
     ">= 0": lambda x: x < 0,
     "> 0": lambda x: x <= 0,
     "between 0 and 1": lambda x: (x <= 0) | (x >= 1),
@@ -35,36 +39,36 @@ WORDS = {bool: "true or false", int: "an integer", float: "a number", str: "text
 class Field(NamedTuple):
     """The declaration of one field."""
 
-    kind: Any  # the type; of a tuple its items are in `items`
+    kind: Any  # the type; for a tuple, `items` holds the types within
     items: tuple[Any, ...]
     axes: tuple[str, ...]
     rules: tuple[str, ...]
 
 
 def fields_of(kind: type) -> dict[str, Field]:
-    """The declarations of a dataclass by name, in its order."""
+    """The declarations of a dataclass by field name, in the order of the class."""
     found = {}
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         words = getattr(hint, "__metadata__", ())
         base = hint.__origin__ if words else hint
-        rules = tuple(word for word in words if word in RULES or word == FLOATING)
+        rules = tuple(word for word in words if word in (*RULES, FLOATING, OMITTED))
         axes = tuple(" ".join(word for word in words if word not in rules).split())
         found[name] = Field(typing.get_origin(base) or base, typing.get_args(base), axes, rules)
     return found
 
 
 def scalar(name: str, field: Field, value: Any, sizes: dict[str, int], null: bool) -> Any:
-    """A value of JSON, a list where the field is a tuple, as the field's type.
+    """Convert a value of JSON (a list if the field is a tuple) to the type of the field.
 
     Args:
-        name: of the field, for the message.
-        field: what is declared.
-        value: what was found.
-        sizes: lengths of axes by name; the field's are added.
+        name: name of the field, for the message.
+        field: the declaration.
+        value: the value that was found.
+        sizes: lengths of axes by name; those of this field are added.
         null: whether null stands for a number that is not finite.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the value is not what the field declares.
     """
     many, count = field.kind is tuple, 1
     found, kind = (value, field.items[0]) if many else ([value], field.kind)
@@ -86,7 +90,7 @@ def scalar(name: str, field: Field, value: Any, sizes: dict[str, int], null: boo
 
 
 def _item(kind: type, value: Any, null: bool) -> Any:
-    """The value if it is of that kind, or None."""
+    """The value if it has that type, else None."""
     if kind is float and value is None and null:
         return math.nan
     if type(value) is int and abs(value) >= 2**63:
@@ -95,10 +99,10 @@ def _item(kind: type, value: Any, null: bool) -> Any:
 
 
 def numbers(name: str, value: Any) -> Array:
-    """Nested lists of numbers and null, which stands for NaN, as an array.
+    """Convert nested lists of numbers to an array; null stands for NaN.
 
     Raises:
-        ValueError: they hold something else, or lengths within them differ.
+        ValueError: they hold something else, or their lengths differ.
     """
     try:
         found = np.array(value, dtype=object)
@@ -114,9 +118,9 @@ def numbers(name: str, value: Any) -> Array:
 def fits(
     name: str, field: Field, dtype: np.dtype[Any], shape: tuple[int, ...], sizes: dict[str, int]
 ) -> None:
-    """Raise ValueError unless an array of this dtype and shape is what the field declares.
+    """Raise ValueError unless the field accepts an array of this dtype and shape.
 
-    Lengths of axes that have no entry in ``sizes`` are added to it.
+    Lengths of axes that are not in ``sizes`` yet are added to it.
     """
     names = ("float16", "float32", "float64") if FLOATING in field.rules else ("float64",)
     present = [a for a in field.axes if not (a.endswith("?") and sizes.get(a.rstrip("?")) == 0)]
@@ -134,17 +138,37 @@ def fits(
 
 
 def obey(name: str, field: Field, values: Array) -> None:
-    """Raise ValueError where the values break a rule of the field."""
+    """Raise ValueError if the values break a rule of the field."""
     for rule in field.rules:
         if rule in RULES and bool(np.any(RULES[rule](values))):
             raise InputError(f"{name} must be {rule}, got {_short(values.tolist())}")
 
 
+def plain(value: Any) -> Any:
+    """Tensors, dataclasses and containers as JSON types; a number that is not finite is null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = fields_of(type(value))
+        return {
+            name: plain(getattr(value, name))
+            for name, field in fields.items()
+            if OMITTED not in field.rules
+        }
+    if isinstance(value, Tensor):
+        return plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(name): plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
 def parse(text: str, *, finite: bool = False) -> Any:
-    """JSON without repeated keys and numbers above float64; NaN only where not ``finite``.
+    """Read JSON; refuse repeated keys, numbers above float64 and, if ``finite``, NaN.
 
     Raises:
-        ValueError: it is something else; the message has one line.
+        ValueError: the text is something else; the message has one line.
     """
 
     def number(word: str) -> float:

@@ -1,4 +1,4 @@
-"""Reads ``.npz`` files of unknown origin: names, dtypes and sizes are known before any data."""
+"""Reads ``.npz`` files from unknown sources; checks names, dtypes and sizes before the data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from fasthessian.errors import InputError
 from fasthessian.memory import readable
 
 TEXT = "__record__"
-MOST_TEXT = 32 << 20  # bytes of that member, which NumPy keeps as four a character
-ROOM = 128 << 20  # bytes that all members may take, and as many as RATIO times the file
+MOST_TEXT = 32 << 20  # bytes of that member at most; NumPy uses four per character
+ROOM = 128 << 20  # all members may take this many bytes, plus RATIO times the size of the file
 RATIO = 8
 READERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -25,15 +25,15 @@ READERS = {
 class Archive:
     """The members of an open ``.npz`` file.
 
-    ``save`` does not compress, so that members take less than the file; one that NumPy's
-    ``savez_compressed`` wrote is read too, but none that would fill the memory.
+    ``save`` does not compress, so members take less than the file. A file of NumPy's
+    ``savez_compressed`` is read too, unless its members would fill the memory.
 
     Raises:
-        ValueError, OSError, zipfile.BadZipFile: the file is no such archive.
+        ValueError, OSError, zipfile.BadZipFile: the file is not such an archive.
     """
 
     def __init__(self, stream: BinaryIO):
-        """Look at the list of members."""
+        """Read and check the list of members."""
         self.zip = zipfile.ZipFile(stream)
         infos = self.zip.infolist()
         self.infos = {info.filename.removesuffix(".npy"): info for info in infos}
@@ -62,7 +62,7 @@ class Archive:
         return str(self.read(TEXT))
 
     def header(self, name: str) -> tuple[np.dtype[Any], tuple[int, ...]]:
-        """Dtype and shape that the member declares, if its size agrees with them."""
+        """Dtype and shape that the member declares; its size must agree with them."""
         info = self.infos[name]
         with self.zip.open(info) as stream:
             version = np.lib.format.read_magic(stream)
@@ -80,6 +80,6 @@ class Archive:
         return dtype, shape
 
     def read(self, name: str) -> npt.NDArray[Any]:
-        """The data of a member whose header was accepted."""
+        """The data of a member; check its ``header`` first."""
         with self.zip.open(self.infos[name]) as stream:
             return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))

@@ -1,7 +1,7 @@
-"""Figures of the result records; matplotlib loads when a figure is drawn.
+"""Figures of the result records; matplotlib is imported when a figure is drawn.
 
-Every function draws into ``ax``, or into the one Axes of a new figure that belongs to no window
-and no global state: ``plot_density(d).figure.savefig("density.png")``.
+Every function draws into ``ax``. Without ``ax`` it makes a new figure with one Axes, which belongs
+to no window and no global state: ``plot_density(d).figure.savefig("density.png")``.
 """
 
 from __future__ import annotations
@@ -12,18 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from fasthessian.errors import MissingPackageError
+from fasthessian.results.drawable import Blocks, Curve, Losses, Mean, Pairs
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from fasthessian.results.records import (
-        BlockSpectra,
-        Density,
-        Eigenpairs,
-        Estimate,
-        Landscape,
-    )
 
 Array = npt.NDArray[np.float64]
 
@@ -31,7 +24,7 @@ INK = "#1f3b63"
 ACCENT = "#c8442c"
 BAND = "#9db8dc"
 GREY = "#6b7280"
-BARS = 100  # blocks in one figure
+BARS = 100  # blocks in one figure, at most
 
 
 def figure(width: float = 7.0, height: float = 4.2) -> Figure:
@@ -50,8 +43,8 @@ def figure(width: float = 7.0, height: float = 4.2) -> Figure:
     return fig
 
 
-def plot_eigenpairs(pairs: Eigenpairs, ax: Axes | None = None) -> Axes:
-    """Eigenvalues by rank, with their residuals as error bars and in figures."""
+def plot_eigenpairs(pairs: Pairs, ax: Axes | None = None) -> Axes:
+    """Eigenvalues by rank, with their residuals as error bars and as numbers."""
     ax = figure().add_subplot() if ax is None else ax
     values, residuals = pairs.values.numpy(), pairs.residuals.numpy()
     rank = np.arange(1, len(values) + 1)
@@ -85,16 +78,17 @@ def plot_eigenpairs(pairs: Eigenpairs, ax: Axes | None = None) -> Axes:
 
 
 def shown(name: str, most: int = 2**31) -> str:
-    """A name as one line of at most ``most`` characters: escapes for what cannot be printed."""
+    """A name as one line of at most ``most`` characters, with escapes for unprintable ones."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in name)
     half = (most - 1) // 2
     return text if len(text) <= most else f"{text[:half]}…{text[-half:]}"
 
 
-def plot_blocks(blocks: BlockSpectra, ax: Axes | None = None) -> Axes:
-    """The outermost eigenvalue of each block as a bar, the first block at the top.
+def plot_blocks(blocks: Blocks, ax: Axes | None = None) -> Axes:
+    """The outermost eigenvalue of each block as a bar, with the first block at the top.
 
-    Of more than BARS blocks, those of largest magnitude are drawn, in the order of the model.
+    If there are more than BARS blocks, the BARS largest in magnitude are drawn, in the order of
+    the model.
     """
     sharpest = np.argsort(-np.nan_to_num(np.abs(blocks.values.numpy())), kind="stable")
     drawn = np.sort(sharpest[:BARS])
@@ -124,7 +118,7 @@ def plot_blocks(blocks: BlockSpectra, ax: Axes | None = None) -> Axes:
     return tidy(ax)
 
 
-def plot_estimate(estimate: Estimate, ax: Axes | None = None) -> Axes:
+def plot_estimate(estimate: Mean, ax: Axes | None = None) -> Axes:
     """Samples, their running mean, and the final value with its confidence interval."""
     ax = figure().add_subplot() if ax is None else ax
     samples: Array = estimate.samples.numpy()
@@ -143,9 +137,11 @@ def plot_estimate(estimate: Estimate, ax: Axes | None = None) -> Axes:
 
 
 def plot_density(
-    density: Density, ax: Axes | None = None, *, eigenvalues: npt.ArrayLike = ()
+    density: Curve, ax: Axes | None = None, *, eigenvalues: npt.ArrayLike = ()
 ) -> Axes:
     """Density of the eigenvalues on a logarithmic axis, with band, nodes and marked eigenvalues.
+
+    Values that are not finite are not drawn.
 
     Args:
         density: what to draw.
@@ -153,10 +149,10 @@ def plot_density(
         eigenvalues: known eigenvalues, marked above the curve.
     """
     ax = figure().add_subplot() if ax is None else ax
-    grid, values = density.grid.numpy(), density.values.numpy()
-    nodes, weights = density.nodes.numpy().ravel(), density.weights.numpy().ravel()
+    grid, values = density.grid.numpy(), finite(density.values.numpy())
+    nodes, weights = density.nodes.numpy().ravel(), finite(density.weights.numpy().ravel())
     nodes, weights = nodes[weights > 0], weights[weights > 0]
-    if not np.any(values[np.isfinite(values)] > 0):
+    if not np.any(values > 0):
         ax.set_title("Spectral density: no finite value above 0")
         return tidy(ax)
     floor = density_floor(values, weights / len(density.nodes), density.sigma)
@@ -194,18 +190,23 @@ def plot_density(
     return tidy(ax)
 
 
+def finite(values: Array) -> Array:
+    """The values, with NaN for those that are not finite."""
+    return np.where(np.isfinite(values), values, np.nan)
+
+
 def density_floor(values: Array, weights: Array, sigma: float) -> float:
-    """Lowest density worth showing: below the peaks of single nodes, above the Gaussian tails."""
+    """Lowest density to show: below the peaks of single nodes, above the Gaussian tails."""
     peak = float(np.nanmax(values))
-    if not len(weights) or not sigma > 0:  # NaN: it was not finite
+    if not len(weights) or not sigma > 0:  # sigma may be NaN, which stands for not finite
         return 1e-6 * peak
     single = float(np.quantile(weights, 0.03)) / (sigma * np.sqrt(2 * np.pi))
     return float(np.clip(0.3 * single, 1e-12 * peak, 1e-3 * peak))
 
 
-def plot_landscape(landscape: Landscape, ax: Axes | None = None) -> Axes:
-    """The loss along one direction, or its contour map over two; the lowest point is marked."""
-    ax = figure(6.4, 5.2).add_subplot() if ax is None else ax
+def plot_landscape(landscape: Losses, ax: Axes | None = None) -> Axes:
+    """The loss along one direction, or its contours over two; the lowest point is marked."""
+    ax = figure(6.8, 5.2).add_subplot() if ax is None else ax
     x, y, losses = (t.numpy() for t in (landscape.alphas, landscape.betas, landscape.losses))
     if not np.isfinite(losses).any():
         ax.set_title("Loss landscape: no finite loss, the span is too wide")
@@ -223,6 +224,7 @@ def plot_landscape(landscape: Landscape, ax: Axes | None = None) -> Axes:
         ax.plot(0, 0, "o", color="white", markeredgecolor="black", ms=5, label="the model")
         ax.set_ylabel("step along direction 2 (unit vector)")
         ax.set_aspect("equal")
+        ax.locator_params(axis="x", nbins=5)  # an equal aspect makes the axis narrow
     ax.set_xlabel("step along direction 1 (unit vector)")
     ax.set_title("Loss landscape")
     ax.legend(fontsize=8, framealpha=0.9, loc="upper right")
@@ -230,7 +232,7 @@ def plot_landscape(landscape: Landscape, ax: Axes | None = None) -> Axes:
 
 
 def contours(ax: Axes, x: Array, y: Array, losses: Array) -> None:
-    """Filled contours with a colour bar; logarithmic where the loss spans more than a decade."""
+    """Filled contours with a colour bar; logarithmic if the loss spans more than a decade."""
     from matplotlib.colors import LogNorm
 
     shown = np.ma.masked_invalid(losses.T)
@@ -239,7 +241,7 @@ def contours(ax: Axes, x: Array, y: Array, losses: Array) -> None:
     if logarithmic:
         levels, ticks = np.geomspace(low, high, 24), round_numbers(low, high)
     else:
-        high = max(high, low + 1e-12 * max(1.0, abs(low)))  # a constant loss still needs two levels
+        high = max(high, low + 1e-12 * max(1.0, abs(low)))  # a constant loss needs two levels too
         levels, ticks = np.linspace(low, high, 24), np.linspace(low, high, 6)
     norm = LogNorm(low, high) if logarithmic else None
     filled = ax.contourf(x, y, shown, levels, cmap="viridis", norm=norm)
@@ -250,7 +252,7 @@ def contours(ax: Axes, x: Array, y: Array, losses: Array) -> None:
 
 
 def round_numbers(low: float, high: float) -> Array:
-    """Numbers 1, 2, 5 times a power of ten inside the range; powers alone where it is wide."""
+    """Numbers 1, 2, 5 times a power of ten inside the range; only powers if it is wide."""
     exponents = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
     factors = np.array([1.0, 2.0, 5.0] if len(exponents) < 5 else [1.0])
     numbers = np.outer(10.0**exponents, factors).ravel()
@@ -258,7 +260,7 @@ def round_numbers(low: float, high: float) -> Array:
 
 
 def tidy(ax: Axes) -> Axes:
-    """The look that all figures share."""
+    """Apply the style that all figures share."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.title.set_fontweight("bold")
     return ax

@@ -1,183 +1,29 @@
-"""Frozen result records: what every algorithm returns, saved and loaded as one ``.npz`` file."""
+"""The frozen records that the algorithms return, and their fields."""
 
 from __future__ import annotations
 
 import dataclasses
-import io
-import json
-import os
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from fasthessian.errors import InputError
-from fasthessian.results import npz
-from fasthessian.results.fields import FLOATING, fields_of, fits, obey, parse, scalar
+from fasthessian.results.fields import FLOATING, OMITTED
+from fasthessian.results.record import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-R = TypeVar("R", bound="Record")
-
-
-def write_whole(path: str | os.PathLike[str], payload: bytes, *, overwrite: bool = False) -> None:
-    """Write ``payload`` to ``path`` entirely or not at all (temporary file, then rename).
-
-    Raises:
-        FileExistsError: ``path`` exists and ``overwrite`` is False.
-        OSError: the folder is missing or cannot be written.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"folder {target.parent} does not exist; make it first")
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{target} exists; pass overwrite=True or choose another path")
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(payload)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes 0600
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def defaults(kind: type[Record]) -> dict[str, Any]:
-    """The fields that a file of an earlier version may lack, with their values."""
-    fields = dataclasses.fields(kind)
-    return {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Record:
-    """Base of the results: immutable fields, ``save`` and ``load``."""
-
-    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
-        """Write the record to ``path`` as NumPy ``.npz``, whole or not at all.
-
-        Raises:
-            FileExistsError: ``path`` exists and ``overwrite`` is False.
-        """
-        arrays: dict[str, np.ndarray[Any, Any]] = {}
-        header = json.dumps(self._packed("", arrays))
-        buffer = io.BytesIO()
-        arrays["__record__"] = np.array(header)
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]  # its keywords are not all arrays
-        write_whole(path, buffer.getvalue(), overwrite=overwrite)
-
-    def _packed(self, prefix: str, arrays: dict[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
-        """Name and scalars; tensors go to ``arrays``, those of a record within under its name."""
-        scalars: dict[str, Any] = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                arrays[prefix + field.name] = value.detach().cpu().numpy()
-            elif isinstance(value, Record):
-                scalars[field.name] = value._packed(f"{prefix}{field.name}.", arrays)
-            else:
-                scalars[field.name] = value
-        return {"record": type(self).__name__, "scalars": scalars}
-
-    @classmethod
-    def load(cls: type[R], path: str | os.PathLike[str]) -> R:
-        """Read a record of this class back, on the CPU.
-
-        Names, types, shapes and sizes are compared with the fields' annotations before an array
-        is read.
-
-        Raises:
-            ValueError: the file is not a record, is cut short, is a record of another class, or a
-                field holds what the class does not accept.
-        """
-        name = cls.__name__
-        try:
-            with open(path, "rb") as stream:
-                archive = npz.Archive(stream)
-                header = parse(archive.text())
-                found = header.get("record") if isinstance(header, dict) else None
-                if found not in [kind.__name__ for kind in Record.__subclasses__()]:
-                    raise InputError(f"it holds no record that is known here, but {found!r:.60}")
-                record = None
-                if found == name:
-                    cls._scalars("", header)
-                    if odd := set(archive.infos) - {npz.TEXT, *cls._members()}:
-                        raise InputError(f"another version's fields: {', '.join(sorted(odd))}")
-                    record = cls._unpacked("", header, archive)
-        except FileNotFoundError:
-            raise
-        except Exception as error:
-            words = " ".join(str(error).split()) or type(error).__name__
-            raise InputError(f"{path} is not a saved {name} ({words})") from error
-        if record is None:
-            raise InputError(f"{path} holds a {found}, not a {name}; use {found}.load")
-        return record
-
-    @classmethod
-    def _members(cls, prefix: str = "") -> Iterator[str]:
-        """Names of the arrays in a file, those of a record within under its name."""
-        for name, field in fields_of(cls).items():
-            if field.kind is Tensor:
-                yield prefix + name
-            elif issubclass(field.kind, Record):
-                yield from field.kind._members(f"{prefix}{name}.")
-
-    @classmethod
-    def _scalars(cls, prefix: str, header: Any) -> dict[str, Any]:
-        """The scalars of a record, if it and those within are of their classes."""
-        known = header if isinstance(header, dict) else {}
-        found, given = known.get("record"), known.get("scalars")
-        if found != cls.__name__ or not isinstance(given, dict):
-            other = isinstance(found, str) and found != cls.__name__
-            kind = f"a {found:.40}" if other else f"{header!r:.40}"
-            raise InputError(f"{prefix.rstrip('.')} is {kind}, not a {cls.__name__}")
-        for name, field in fields_of(cls).items():
-            if isinstance(field.kind, type) and issubclass(field.kind, Record) and name in given:
-                field.kind._scalars(f"{prefix}{name}.", given[name])
-        return given
-
-    @classmethod
-    def _unpacked(cls: type[R], prefix: str, header: Any, archive: npz.Archive) -> R:
-        """The record whose arrays have names that begin with ``prefix``."""
-        given = cls._scalars(prefix, header)
-        values, arrays, sizes = defaults(cls), [], dict[str, int]()
-        for name, field in fields_of(cls).items():
-            where = prefix + name
-            if field.kind is Tensor and where in archive.infos:
-                fits(where, field, *archive.header(where), sizes)
-                arrays.append(name)
-            elif field.kind is not Tensor and name in given:
-                values[name] = (
-                    field.kind._unpacked(f"{where}.", given.pop(name), archive)
-                    if issubclass(field.kind, Record)
-                    else scalar(where, field, given.pop(name), sizes, null=False)
-                )
-        if odd := set(fields_of(cls)) - {*values, *arrays} | set(given):
-            raise InputError(f"another version's fields: {', '.join(sorted(odd))}")
-        for name in arrays:
-            array = archive.read(prefix + name)
-            obey(prefix + name, fields_of(cls)[name], array)
-            values[name] = torch.from_numpy(array)
-        return cls(**values)
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Eigenpairs(Record):
-    """Eigenvalues, eigenvectors and how far each pair is from exact."""
+    """Eigenvalues, eigenvectors and a bound on the error of each pair."""
 
     values: Annotated[Tensor, "k"]  # float64, in the order that `which` asks for
-    vectors: Annotated[Tensor, "k n", FLOATING]  # rows of unit norm, the operator's dtype
+    vectors: Annotated[Tensor, "k n", FLOATING, OMITTED]  # unit rows, the operator's dtype
     residuals: Annotated[Tensor, "k", ">= 0"]  # float64, bounds on ||H v - theta v||
     converged: bool
     matvecs: Annotated[int, ">= 0"]
-    graph: str = ""  # "captured" as a CUDA graph, or "eager: " and why
+    graph: str = ""  # "captured" as a CUDA graph, or "eager: " and the reason
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the eigenvalues with their residuals as error bars (needs matplotlib)."""
@@ -219,7 +65,7 @@ class Density(Record):
     upper: Annotated[Tensor, "g"]  # float64
     sigma: Annotated[float, "> 0"]  # width of the Gaussian kernel, in units of the eigenvalues
     matvecs: Annotated[int, ">= 0"]
-    graph: str = ""  # "captured" as a CUDA graph, or "eager: " and why
+    graph: str = ""  # "captured" as a CUDA graph, or "eager: " and the reason
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the density on a logarithmic axis with its band (needs matplotlib)."""
@@ -230,13 +76,13 @@ class Density(Record):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Spectrum(Record):
-    """Both ends, the trace and the density of one operator."""
+    """Both ends of the spectrum, the trace and the density of one operator."""
 
     top: Eigenpairs  # the largest, descending
     bottom: Eigenpairs  # the smallest, ascending
     trace: Estimate
     density: Density
-    matvecs: Annotated[int, ">= 0"]  # of all together
+    matvecs: Annotated[int, ">= 0"]  # in total
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Draw the density with the eigenvalues of both ends marked (needs matplotlib)."""
@@ -258,7 +104,7 @@ class BlockSpectra(Record):
     errors: Annotated[Tensor, "b", ">= 0"]  # float64, half-width of the trace's confidence interval
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the eigenvalues as bars, with the traces in figures (needs matplotlib)."""
+        """Draw the eigenvalues as bars, with the traces as numbers (needs matplotlib)."""
         from fasthessian.results.plots import plot_blocks
 
         return plot_blocks(self, ax)

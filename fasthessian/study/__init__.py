@@ -1,1 +1,1 @@
-"""The experiments: the paper's networks, the data they are trained on, and built-in problems."""
+"""The experiments of the paper: its networks, their data and the training loop."""

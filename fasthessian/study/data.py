@@ -25,7 +25,7 @@ CHANNELS = {
     100: ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
 
-# What may stand in a folder: training files, test file, number of classes.
+# What a folder may contain: training files, test file, number of classes.
 Layout = tuple[list[str], str, int]
 BATCHES = [f"data_batch_{i}" for i in range(1, 6)]
 LAYOUTS: tuple[Layout, ...] = (
@@ -63,9 +63,9 @@ def digits(*, size: int = 32, channels: int = 3, seed: int = 0) -> ImageData:
     """scikit-learn's 1,797 handwritten digits (8x8, UCI), 1,437 to train and 360 to test.
 
     Args:
-        size: side in pixels; 8 keeps the images, any other side resamples them bilinearly.
+        size: side in pixels; 8 keeps the images, other sides resample them bilinearly.
         channels: copies of the grey image, for networks that expect colours.
-        seed: chooses the split.
+        seed: seed of the split.
 
     Raises:
         ImportError: scikit-learn is missing.
@@ -91,12 +91,12 @@ def digits(*, size: int = 32, channels: int = 3, seed: int = 0) -> ImageData:
 def cifar(folder: str | os.PathLike[str]) -> ImageData:
     """CIFAR-10 or CIFAR-100 (Krizhevsky 2009) from an unpacked official archive.
 
-    The files tell which: ``data_batch_1.bin`` ... (CIFAR-10 binary), ``train.bin`` (CIFAR-100
-    binary), ``data_batch_1`` ... (CIFAR-10 python), ``train`` (CIFAR-100 python). Files may hold
-    fewer records than the official ones. CIFAR-100 uses its 100 fine labels.
+    The file names show which: ``data_batch_1.bin`` ... (CIFAR-10 binary), ``train.bin`` (CIFAR-100
+    binary), ``data_batch_1`` ... (CIFAR-10 python), ``train`` (CIFAR-100 python). Files may have
+    fewer records than the official ones. The labels of CIFAR-100 are its 100 fine labels.
 
     Raises:
-        ValueError: no such folder, a file is missing or cut short, or its contents are wrong.
+        ValueError: the folder does not exist, or a file is missing, cut short or damaged.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -122,19 +122,19 @@ def cifar(folder: str | os.PathLike[str]) -> ImageData:
 
 
 def present(root: Path, layout: Layout) -> list[str]:
-    """The files of a layout that stand in the folder."""
+    """The files of a layout that exist in the folder."""
     return [name for name in (*layout[0], layout[1]) if (root / name).is_file()]
 
 
 def normalised(pixels: Bytes, labels: Labels, classes: int) -> tuple[Tensor, Tensor]:
-    """Bytes (N, 3072) -> float32 (N, 3, 32, 32) of zero mean and unit variance a channel."""
+    """Bytes (N, 3072) -> float32 (N, 3, 32, 32) with zero mean and unit variance per channel."""
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in CHANNELS[classes])
     x = torch.from_numpy(pixels).reshape(-1, 3, 32, 32).float()
     return x.div_(255).sub_(mean).div_(std), torch.from_numpy(labels)
 
 
 def read_binary(path: Path, classes: int) -> tuple[Bytes, Labels]:
-    """Images (N, 3072) and labels (N,) of a file of fixed records: label bytes, then pixels."""
+    """Images (N, 3072) and labels (N,) from a file of fixed records: label bytes, then pixels."""
     head = 1 if classes == 10 else 2
     raw = np.fromfile(path, dtype=np.uint8)
     if raw.size == 0 or raw.size % (head + PIXELS):
@@ -151,7 +151,7 @@ def read_binary(path: Path, classes: int) -> tuple[Bytes, Labels]:
 
 
 def read_python(path: Path, classes: int) -> tuple[Bytes, Labels]:
-    """The same from a pickled dictionary, with only NumPy arrays and plain containers allowed."""
+    """The same from a pickled dictionary, which may hold only NumPy arrays and containers."""
     try:
         with open(path, "rb") as stream:
             content = ArraysOnly(stream, encoding="bytes").load()
@@ -161,7 +161,7 @@ def read_python(path: Path, classes: int) -> tuple[Bytes, Labels]:
         raise InputError(f"data: {path} is not a CIFAR python file ({error})") from error
     if not isinstance(content, dict):
         raise InputError(f"data: {path} holds a {type(content).__name__}, not a dictionary")
-    # Python 2 wrote the keys as bytes; copies written again by Python 3 have text.
+    # Python 2 wrote the keys as bytes; copies that Python 3 wrote again have text.
     table = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in content.items()}
     label_key = "labels" if classes == 10 else "fine_labels"
     for key in ("data", label_key):
@@ -195,7 +195,7 @@ class ArraysOnly(pickle.Unpickler):
     """An unpickler that rebuilds NumPy arrays and refuses every other class or function."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """Look up the few names that array reconstruction needs."""
+        """Find one of the few names that the reconstruction of arrays needs."""
         if (module, name) in RECONSTRUCTION:
             return super().find_class(module, name)
         if (module, name) == ("_codecs", "encode"):
@@ -204,7 +204,7 @@ class ArraysOnly(pickle.Unpickler):
 
 
 def latin1(text: str, encoding: str) -> bytes:
-    """What Python 3 calls to rebuild bytes from an old pickle protocol, and nothing else of it."""
+    """Rebuild bytes from an old pickle protocol; every other encoding is refused."""
     if encoding != "latin1":
         raise pickle.UnpicklingError(f"it asks for the text encoding {encoding!r}")
     return text.encode("latin1")

@@ -1,4 +1,4 @@
-"""CIFAR residual networks (He et al. 2015, section 4.2) with parts that can be left out."""
+"""CIFAR residual networks (He et al. 2015, section 4.2) whose parts can be left out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STAGES = (1, 2, 3)
 class Block(nn.Module):
     """Two 3x3 convolutions; with ``residual`` the input is added before the last activation.
 
-    Where the shape changes, the shortcut is a strided 1x1 convolution (option B of the paper).
+    If the shape changes, the shortcut is a strided 1x1 convolution (option B of the paper).
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int, *, batch_norm: bool, residual: bool):
-        """Make the layers; without batch normalisation an identity takes its place."""
+        """Make the layers, with an identity in place of a batch normalisation that is left out."""
         super().__init__()
         self.conv1 = conv3x3(inputs, outputs, stride)
         self.bn1 = norm(outputs, batch_norm)
@@ -54,7 +54,7 @@ class ResNet(nn.Module):
         *,
         stem_norm: bool,
     ):
-        """Make the network; ``bn_stages`` and ``res_stages`` list the stages that have the part."""
+        """Make the network; ``bn_stages`` and ``res_stages`` list the stages with that part."""
         super().__init__()
         self.stem = conv3x3(3, width, 1)
         self.stem_bn = norm(width, stem_norm)
@@ -112,7 +112,7 @@ def resnet(
 ) -> ResNet:
     """A ResNet for 32x32 images, of depth 6 m + 2, as PyHessian's experiments use it.
 
-    Weights come from torch's global generator: call ``torch.manual_seed`` first to repeat them.
+    Torch's global generator draws the weights: call ``torch.manual_seed`` first to repeat them.
 
     Args:
         depth: 8, 14, 20, 26, 32, ...; depth 20 has 272,474 parameters in 65 tensors.
@@ -124,7 +124,7 @@ def resnet(
         width: channels of the first stage.
 
     Raises:
-        ValueError: a depth that is not 6 m + 2, a stage that does not exist, a size below 1.
+        ValueError: the depth is not 6 m + 2, a stage does not exist, or a size is below 1.
 
     Example:
         >>> sum(p.numel() for p in resnet(20).parameters())

@@ -1,4 +1,4 @@
-"""A plain, repeatable training loop: SGD with momentum and a cosine schedule."""
+"""A repeatable training loop: SGD with momentum and a cosine schedule."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.nn import functional as F
 
 from fasthessian.errors import InputError
 
-Progress = Callable[[int, "int | None"], None]
+OnStep = Callable[[int, "int | None"], None]  # called with (steps done, steps in all if known)
 
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """Means over the images of one epoch, taken while the weights were moving."""
+    """Means over the images of one epoch, measured while the weights change."""
 
     loss: float
     accuracy: float
@@ -35,28 +35,28 @@ def train(
     weight_decay: float = 5e-4,
     limit: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
 ) -> list[Epoch]:
-    """Minimise the cross-entropy of ``model(x)`` against ``y``; the learning rate falls to zero.
+    """Minimise the cross-entropy of ``model(x)`` and ``y``; the learning rate falls to zero.
 
-    The order of the images comes from a generator of its own, so torch's global one is untouched.
-    The model is left in eval mode, without gradients.
+    A generator of its own draws the order of the images, so torch's global generator does not
+    change. Afterwards the model is in eval mode and has no gradients.
 
     Args:
         model: maps (N, ...) inputs to (N, classes) logits; trained in place.
         x: inputs (N, ...).
         y: labels (N,), int64.
         epochs: passes over the images; 0 leaves the model as it is.
-        batch_size: images a step.
+        batch_size: images per step.
         lr: learning rate of the first step.
-        momentum: of SGD.
-        weight_decay: L2 penalty inside the optimiser; it is no part of the loss that is reported.
-        limit: at most so many images an epoch, drawn anew each time.
-        seed: of the order.
+        momentum: momentum of SGD.
+        weight_decay: L2 penalty in the optimiser; the reported loss does not include it.
+        limit: images per epoch at most, drawn again for each epoch.
+        seed: seed of the order.
         progress: called with (steps done, steps in all).
 
     Raises:
-        ValueError: a size out of range, or the loss stops being finite.
+        ValueError: a size is out of range, or the loss is no longer finite.
     """
     for name, size, least in (
         ("epochs", epochs, 0),
@@ -99,7 +99,7 @@ def train(
 
 @torch.no_grad()
 def evaluate(model: nn.Module, x: Tensor, y: Tensor, *, batch_size: int = 256) -> Epoch:
-    """Loss and accuracy in eval mode; the training flags of the modules are put back."""
+    """Loss and accuracy in eval mode; the training flags of the modules are restored."""
     flags = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

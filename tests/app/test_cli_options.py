@@ -1,4 +1,4 @@
-"""``analyze`` offers the options that its own messages name: each advice is taken and succeeds."""
+"""``analyze`` has the options that its messages name: their advice is followed and works."""
 
 import json
 import re
@@ -11,8 +11,8 @@ import torch
 import fasthessian as fh
 from fasthessian.app import main as cli
 from fasthessian.app.advice import as_options
-from fasthessian.app.report import document as report
-from fasthessian.app.report import html as page
+from fasthessian.app.plan import Plan
+from fasthessian.app.report import figures, method, result, summary
 from tests.support.command_line import working_folder
 
 for extra in ("click", "rich", "matplotlib", "sklearn"):
@@ -83,6 +83,11 @@ def run(capsys, *args):
     return info.value.code, capsys.readouterr().err
 
 
+def read(path):
+    """The content of a result.json, as it is read back strictly."""
+    return result.read(path).to_json()
+
+
 def without(args, *names):
     """The arguments without these options and their values."""
     words = list(args)
@@ -137,9 +142,9 @@ def test_the_advice_of_a_note_works(capsys):
     code, err = run(capsys, *args, "--max-products", "3", "--no-trace")
     note = next(line for line in err.splitlines() if line.startswith("note: "))
     assert code == 0 and "raise --max-products, or accept" in note
-    assert note.removeprefix("note: ") in report.read("report/result.json")["notes"]
+    assert note.removeprefix("note: ") in read("report/result.json")["notes"]
     code, err = run(capsys, *args, "--no-trace")
-    assert code == 0 and "note: " not in err and report.read("report/result.json")["notes"] == []
+    assert code == 0 and "note: " not in err and read("report/result.json")["notes"] == []
 
 
 def words_of(capsys, *args):
@@ -163,9 +168,9 @@ def test_the_advice_of_a_plan_works(capsys):
 def test_the_advice_about_a_problem_works(capsys):
     for spec in ("./mine.py:problem", "mine.py:problem"):
         code, err = words_of(capsys, spec)
-        told = re.search(r"; from its folder write (\S+)", err)
-        assert code == 2 and told is not None, err
-        assert words_of(capsys, told.group(1), *SMALL, "--json")[0] == 0
+        way = re.search(r"; from its folder write (\S+)", err)
+        assert code == 2 and way is not None, err
+        assert words_of(capsys, way.group(1), *SMALL, "--json")[0] == 0
     code, err = words_of(capsys, "mlp", "--json")
     assert code == 2 and "use resnet20, mlp-digits" in err
     assert words_of(capsys, "mlp-digits", *SMALL, "--epochs", "1", "--json")[0] == 0
@@ -182,12 +187,12 @@ def test_the_advice_about_a_folder_works(capsys):
     assert words_of(capsys, "mine:problem", *SMALL, "--out", "third")[0] == 0
 
 
-def test_options_reach_the_operator_and_are_told(capsys):
+def test_options_reach_the_operator_and_the_report(capsys):
     options = ("--matrix", "ggn", "--params", "^2", "--weight-decay", "0.5", "--microbatch", "7",
                "--engine", "recompute", "--mode", "train", "--blocks", "layer")  # fmt: skip
     code, err = run(capsys, "mine:problem", *options)
     assert code == 0 and "Gauss-Newton spectrum" in err and "Hessian" not in err
-    content = report.read("report/result.json")
+    content = read("report/result.json")
     found = content["settings"]
     asked = dict(matrix="ggn", params="^2", weight_decay=0.5, microbatch=7, engine="recompute",
                  mode="train")  # fmt: skip
@@ -212,23 +217,23 @@ def test_options_reach_the_operator_and_are_told(capsys):
     assert content["top"]["values"][0] == pytest.approx(float(exact[-1]), rel=1e-3)
 
     text = Path("report/report.html").read_text()
-    told = re.sub("base64,[^']*", "", text)
+    shown = re.sub("base64,[^']*", "", text)
     for words in ("Gauss-Newton spectrum of mine:problem", "Gauss-Newton matrix of the loss",
                   "those whose name matches ^2", "0.5 times the identity"):  # fmt: skip
-        assert words in told, words
-    assert "Hessian" not in told
+        assert words in shown, words
+    assert "Hessian" not in shown
 
 
 def test_the_figures_name_the_matrix(monkeypatch, capsys):
     seen = []
-    png = report.png
+    png = figures.png
 
     def spy(fig):
         seen.append([t.get_text() for ax in fig.axes
                      for t in (ax.title, ax.xaxis.label, ax.yaxis.label)])  # fmt: skip
         return png(fig)
 
-    monkeypatch.setattr(report, "png", spy)
+    monkeypatch.setattr(figures, "png", spy)
     assert run(capsys, "mine:problem", "--matrix", "fisher", "--blocks", "layer")[0] == 0
     words = " ".join(text for texts in seen for text in texts)
     assert "eigenvalue of the Fisher matrix" in words and "blocks of the Fisher matrix" in words
@@ -244,7 +249,7 @@ def test_the_fisher_matrix_is_the_one_of_the_seed(capsys):
 
     F = fh.Fisher(*mine.problem(), seed=3)
     exact = torch.linalg.eigvalsh((F @ torch.eye(F.n)).double())
-    found = report.read("report/result.json")["top"]["values"][0]
+    found = read("report/result.json")["top"]["values"][0]
     assert found == pytest.approx(float(exact[-1]), rel=1e-3)
 
 
@@ -257,13 +262,13 @@ def test_the_fisher_matrix_is_the_one_of_the_seed(capsys):
         ({"precision": "bf16"}, "in bf16, by double backward"),
     ],
 )
-def test_how_products_were_made_is_told(settings, words):
-    assert page.products(settings) == words
-    assert page.matrix({}) == "Hessian"
+def test_the_report_says_how_products_were_made(settings, words):
+    assert method.products(Plan(**settings)) == words
+    assert summary.kind(result.Result.from_json({})) == "Hessian"
 
 
 @pytest.mark.parametrize(
-    ("said", "told"),
+    ("message", "translated"),
     [
         ("engine='recompute' keeps no graph, microbatch=1 and more cut the batches",
          "--engine recompute keeps no graph, --microbatch 1 and more cut the batches"),
@@ -272,6 +277,7 @@ def test_how_products_were_made_is_told(settings, words):
         ("5 rows would fit (fewer steps or pairs, or a smaller ncv)",
          "5 rows would fit (fewer --steps, --top or --bottom)"),
         ("raise max_matvecs or rtol", "raise --trace-rtol"),
+        ("raise max_matvecs or steps, or accept", "raise --max-products, or accept"),
         ("raise max_matvecs or tol; residuals under 2e-4 ||A|| need basis='full'",
          "raise --max-products; residuals under 2e-4 ||A|| need --basis full"),
         ("with sigma=0.1 take basis='full', or a sigma of at least 0.2", "take --basis full"),
@@ -285,8 +291,8 @@ def test_how_products_were_made_is_told(settings, words):
         ("samples=5000 is not in 1..1437", "samples=5000 is not in 1..1437"),
     ],
 )  # fmt: skip
-def test_arguments_of_python_become_options(said, told):
-    assert as_options(said) == told
+def test_arguments_of_python_become_options(message, translated):
+    assert as_options(message) == translated
 
 
 def test_a_file_whose_name_is_no_identifier_is_imported(capsys, tmp_path):
@@ -300,6 +306,6 @@ def test_what_the_users_code_prints_is_not_among_the_json(capsys):
     Path("prints.py").write_text("print('from the module')\n" + Path("mine.py").read_text())
     with pytest.raises(SystemExit) as info:
         cli.main(["analyze", "prints:problem", *SMALL, "--json"])
-    told = capsys.readouterr()
+    printed = capsys.readouterr()
     assert info.value.code == 0
-    assert json.loads(told.out)["format"] and "from the module" in told.err
+    assert json.loads(printed.out)["format"] and "from the module" in printed.err

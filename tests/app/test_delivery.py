@@ -1,4 +1,4 @@
-"""The numbers of a finished run reach the user, whatever happens to its report."""
+"""The numbers of a finished run reach the user, even if its report fails."""
 
 import dataclasses
 import json
@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from fasthessian.app import analysis
+from fasthessian.app import analysis, delivery
 from fasthessian.app import main as cli
+from fasthessian.app.plan import Plan
 from fasthessian.app.problems import Problem
-from fasthessian.app.report import document as report
-from fasthessian.app.report import html as page
+from fasthessian.app.report import figures, folder, result, summary
 from fasthessian.results import plots
 from fasthessian.results.records import BlockSpectra
 from tests.support.command_line import working_folder
@@ -68,6 +68,11 @@ def run(capsys, *args):
     return info.value.code, out, err.splitlines()[-1] if err else ""
 
 
+def read(path):
+    """The content of a result.json, as it is read back strictly."""
+    return result.read(path).to_json()
+
+
 def advised(line):
     """The file that holds the numbers and the command that the message gives, ready to run."""
     words = shlex.split(line.partition("draw them with: ")[2])
@@ -83,38 +88,49 @@ def test_numbers_are_written_before_anything_is_drawn(here, capsys, monkeypatch)
     assert code == 1 and "trace.png cannot be drawn (ZeroDivisionError: division by zero)" in line
     path, again = advised(line)
     assert path == "report/result.json" and os.listdir("report") == ["result.json"]
-    assert json.loads(out) == report.read(path)
+    assert json.loads(out) == read(path)
     assert run(capsys, *again)[0] == 0 and "trace.png" in os.listdir("again")
 
 
-def test_a_page_that_cannot_be_made_costs_no_numbers(here, capsys, monkeypatch):
-    monkeypatch.setattr(page, "html", lambda *args: "x".missing)
+def test_a_report_that_cannot_be_made_costs_no_numbers(here, capsys, monkeypatch):
+    monkeypatch.setattr(folder, "html", lambda *args: "x".missing)
     code, out, line = run(capsys, "analyze", "mine:problem", *SMALL)
     assert code == 1 and out == "" and "'str' object has no attribute 'missing'" in line
-    assert report.read("report/result.json")["top"]["values"]
+    assert read("report/result.json")["top"]["values"]
 
 
-def test_a_report_of_before_does_not_remain_beside_new_numbers(here, capsys, monkeypatch):
+def test_a_landscape_that_fails_leaves_the_rest_of_the_report(here, capsys, monkeypatch):
+    monkeypatch.setattr(analysis, "landscape", lambda *args, **options: 1 / 0)
+    code, _, line = run(capsys, "analyze", "mine:problem", *SMALL)
+    assert code == 1 and "error: loss landscape failed: ZeroDivisionError: division by zero" in line
+    content = read("report/result.json")
+    assert content["landscape"] is None and content["top"]["values"]
+    assert "loss landscape failed" in content["notes"][-1]
+    assert "loss landscape failed" in Path("report/report.html").read_text()
+    assert "density.png" in os.listdir("report") and "landscape.png" not in os.listdir("report")
+
+
+def test_an_earlier_report_does_not_remain_beside_new_numbers(here, capsys, monkeypatch):
     assert run(capsys, "analyze", "mine:problem", *SMALL)[0] == 0
     Path("report/notes.txt").write_text("mine")
-    monkeypatch.setattr(page, "html", lambda *args: 1 / 0)
+    monkeypatch.setattr(folder, "html", lambda *args: 1 / 0)
     assert run(capsys, "analyze", "mine:problem", *SMALL, "--overwrite")[0] == 1
     assert sorted(os.listdir("report")) == ["notes.txt", "result.json"]
 
 
-def test_a_folder_that_another_run_takes_meanwhile(here, capsys):
+def test_a_folder_that_another_run_fills_meanwhile(here, capsys):
     code, _, line = run(capsys, "analyze", "mine:taken", *SMALL)
     path, again = advised(line)
     assert code == 1 and "report is not empty; use --overwrite or another --out" in line
     assert Path("report/result.json").read_text() == "of another run"
-    assert path.startswith(str(here / "tmp")) and report.read(path)["top"]["values"]
+    assert path.startswith(str(here / "tmp")) and read(path)["top"]["values"]
     assert run(capsys, *again)[0] == 0
 
 
 def test_a_folder_that_disappears_meanwhile_is_made_again(here, capsys):
     os.makedirs("report")
     assert run(capsys, "analyze", "mine:gone", *SMALL)[0] == 0
-    assert report.read("report/result.json")["top"]["values"]
+    assert read("report/result.json")["top"]["values"]
 
 
 def test_a_disk_that_fills_meanwhile(here, capsys, monkeypatch):
@@ -126,7 +142,7 @@ def test_a_disk_that_fills_meanwhile(here, capsys, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_bytes", full)
     code, out, line = run(capsys, "analyze", "mine:problem", *SMALL)
     assert code == 1 and out == "" and "No space left on device" in line
-    assert report.read(advised(line)[0])["top"]["values"]
+    assert read(advised(line)[0])["top"]["values"]
     code, out, line = run(capsys, "analyze", "mine:problem", *SMALL, "--json", "--out", "report")
     assert code == 1 and json.loads(out)["top"] and "JSON on standard output" in line
     assert "report" not in os.listdir()
@@ -146,7 +162,7 @@ def test_an_interrupt_while_drawing(here, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(report, "files", interrupt)
+    monkeypatch.setattr(delivery, "files", interrupt)
     code, _, line = run(capsys, "analyze", "mine:problem", *SMALL)
     assert code == 130 and "(interrupted); the numbers are in report/result.json" in line
 
@@ -160,11 +176,11 @@ def test_standard_output_that_takes_nothing(here):
     os.close(writer)
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and "Broken pipe" in line, done.stderr
-    assert report.read(advised(line)[0])["top"]["values"]
+    assert read(advised(line)[0])["top"]["values"]
     assert os.listdir("tmp") == [os.path.basename(advised(line)[0])]
 
 
-def test_a_disk_without_room_is_found_before_the_work(here):
+def test_a_disk_without_free_space_is_found_before_the_work(here):
     def small():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
 
@@ -199,8 +215,8 @@ def test_a_folder_whose_parent_takes_no_files_can_be_filled(tmp_path, monkeypatc
         return real(*args, dir=dir, **options)
 
     monkeypatch.setattr("tempfile.mkdtemp", only_inside)
-    report.check_folder(out)
-    report.write(out, {"result.json": b"1", "trace.png": b"2"})
+    folder.check_folder(out)
+    folder.write(out, {"result.json": b"1", "trace.png": b"2"})
     assert sorted(os.listdir(out)) == ["result.json", "trace.png"]
 
 
@@ -218,7 +234,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_names_are_text_in_the_figures_and_on_the_page(tmp_path, kind):
+def test_names_are_text_in_the_figures_and_in_the_report(tmp_path, kind):
     torch.manual_seed(0)
     name = NAMES[kind]
     layers = nn.ModuleDict({name: nn.Linear(3, 2)})
@@ -228,18 +244,18 @@ def test_names_are_text_in_the_figures_and_on_the_page(tmp_path, kind):
     model.forward = lambda x: nn.Sequential.forward(model[:2], x)
     problem = Problem(name, model, nn.CrossEntropyLoss(),
                       (torch.randn(8, 3), torch.arange(8) % 2), {"about": name})  # fmt: skip
-    plan = analysis.Plan(top=1, bottom=0, steps=4, points=3, blocks="layer", landscape=False)
+    plan = Plan(top=1, bottom=0, steps=4, points=3, blocks="layer", landscape=False)
     found = analysis.analyze(problem, plan, lambda title, at_most=None: lambda done, total: None)
     assert found.blocks is not None and f"d.{name}" in found.blocks.names
-    content = report.document(problem, plan, found, {"total": 1.0})
-    report.write(tmp_path / "r", report.files(content))
-    back = report.read(tmp_path / "r" / "result.json")
+    content = result.result_of(problem, plan, found, {"total": 1.0})
+    folder.write(tmp_path / "r", folder.files(content))
+    back = read(tmp_path / "r" / "result.json")
     assert back["blocks"]["names"] == list(found.blocks.names)
-    assert "blocks.png" in report.figures(back)
+    assert "blocks.png" in figures.figures(result.read(tmp_path / "r" / "result.json"))
     html = (tmp_path / "r" / "report.html").read_text(encoding="utf-8")
     assert "<script" not in html
-    assert "\x1b" not in dict(page.summary(content))["blocks"]
-    assert dict(page.summary(content))["blocks"].count("\n") == 1
+    assert "\x1b" not in dict(summary.summary(content))["blocks"]
+    assert dict(summary.summary(content))["blocks"].count("\n") == 1
 
 
 def test_a_name_is_drawn_as_it_is_written():
@@ -258,4 +274,4 @@ def test_the_sharpest_of_very_many_blocks_are_drawn():
     labels = [label.get_text() for label in ax.get_yticklabels()]
     assert len(labels) == 100 and labels[0] == "block 0" and labels[-1] == "block 2999"
     assert "the sharpest 100 of 3000" in ax.get_title()
-    assert report.png(ax.figure).startswith(b"\x89PNG")
+    assert figures.png(ax.figure).startswith(b"\x89PNG")

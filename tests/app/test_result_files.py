@@ -1,10 +1,11 @@
-"""A result.json that is none is refused in one line, which names the field."""
+"""A damaged result.json is refused in one line, which names the field."""
 
 import json
 
 import pytest
 
-from fasthessian.app.report import document as report
+from fasthessian.app.report import figures
+from fasthessian.app.report import result as report
 from tests.support.result_files import BLOCKS, MEAN, refused_file
 
 pytest.importorskip("matplotlib")
@@ -32,8 +33,8 @@ def result(path, part=None, field=None, value=None):
     return path
 
 
-def test_the_pattern_of_these_results_is_drawn(tmp_path):
-    assert list(report.figures(report.read(result(tmp_path / "r")))) == list(report.FIGURES)
+def test_the_undamaged_result_is_drawn(tmp_path):
+    assert list(figures.figures(report.read(result(tmp_path / "r")))) == list(figures.FIGURES)
 
 
 @pytest.mark.parametrize(
@@ -80,9 +81,9 @@ def test_a_wrong_field_is_named_when_the_result_is_read(tmp_path, part, field, v
         ("landscape", "losses", [[None, None]] * 3),
     ],
 )
-def test_numbers_that_were_not_finite_are_drawn(tmp_path, part, field, value):
-    drawn = report.figures(report.read(result(tmp_path / "r", part, field, value)))
-    assert list(drawn) == list(report.FIGURES)
+def test_results_with_numbers_that_are_not_finite_are_drawn(tmp_path, part, field, value):
+    drawn = figures.figures(report.read(result(tmp_path / "r", part, field, value)))
+    assert list(drawn) == list(figures.FIGURES)
 
 
 @pytest.mark.parametrize(
@@ -104,16 +105,16 @@ def test_numbers_that_were_not_finite_are_drawn(tmp_path, part, field, value):
         (b'{"format": 1}', "expected format 'fasthessian result 1', found 1"),
     ],
 )
-def test_texts_that_are_no_result(tmp_path, text, words):
+def test_texts_that_are_not_results(tmp_path, text, words):
     path = tmp_path / "result.json"
     path.write_bytes(text)
     refused_file(report.read, path, words)
 
 
-def test_a_folder_is_no_result_but_may_hold_one(tmp_path):
+def test_a_folder_is_not_a_result_but_may_hold_one(tmp_path):
     result(tmp_path / "result.json")
     message = refused_file(report.read, tmp_path, " is a folder; give ")
-    assert report.read(message.partition("; give ")[2])["format"] == report.FORMAT
+    assert report.read(message.partition("; give ")[2]).to_json()["format"] == report.FORMAT
 
 
 def test_a_figure_that_cannot_be_drawn_is_named(monkeypatch):
@@ -122,4 +123,4 @@ def test_a_figure_that_cannot_be_drawn_is_named(monkeypatch):
 
     monkeypatch.setattr("fasthessian.results.plots.plot_estimate", fail)
     with pytest.raises(ValueError, match=r"trace.png cannot be drawn \(ArithmeticError: a bug of"):
-        report.figures(GOOD)
+        figures.figures(report.Result.from_json(GOOD))

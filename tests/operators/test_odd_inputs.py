@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import fasthessian as fh
-from fasthessian.app.report import document as report
+from fasthessian.app.report import result as report
 from fasthessian.results.plots import plot_landscape
 
 

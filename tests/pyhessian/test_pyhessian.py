@@ -1,4 +1,4 @@
-"""The drop-in's class: arguments, return types, seeds, and what it leaves untouched."""
+"""The drop-in's class: arguments, return types, seeds, and the state that it does not change."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_density_returns_nodes_and_weights_of_each_run(mode):
 
 
 def test_runs_start_from_random_signs():
-    # for a diagonal H every start of signs has the same weights 1/n; normal numbers have not
+    # for a diagonal H every start of signs has the same weights 1/n; a normal start has not
     A = torch.diag(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     h = hessian(Quadratic(A), output, data=quadratic_data(), cuda=False)
     _, weights = h.density(iter=4, n_v=2)
@@ -168,7 +168,7 @@ def test_maxIter_bounds_the_products_of_each_eigenvalue(maxIter, top_n):
     assert 1 <= h.calls <= maxIter * top_n
 
 
-def test_what_was_not_reached_is_said_in_the_words_of_the_call():
+def test_warnings_name_the_arguments_of_the_call():
     h = quadratic(np.linspace(-1, 2, 60))
     with pytest.warns(fh.ConvergenceWarning, match=r"eigenvalues.*maxIter"):
         h.eigenvalues(maxIter=2, tol=1e-6)
@@ -206,8 +206,8 @@ def test_seeds_follow_torch_and_calls_differ():
 
 @pytest.mark.filterwarnings("ignore:Using backward")
 @pytest.mark.parametrize("mode", ["data", "dataloader", "layer", "override", "raises"])
-def test_what_is_left_of_the_users_world(mode):
-    """As after PyHessian: eval mode, no .grad, a random state that moved; values as they were."""
+def test_the_state_of_the_user_does_not_change(mode):
+    """As after PyHessian: eval mode, no .grad, a new random state, the same values."""
     model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Dropout(0.5), nn.Linear(6, 3))
     data = batches()
     cross_entropy(model(data[0][0]), data[0][1]).backward()

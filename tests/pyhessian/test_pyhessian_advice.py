@@ -1,4 +1,4 @@
-"""Every message of the drop-in: its advice is taken, and succeeds."""
+"""The advice in every message of the drop-in is followed and works."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pytestmark = [
 
 
 def refused(words, function, kind=Exception):
-    """The one line of an error that says these words."""
+    """The message of an error, one line that contains these words."""
     with pytest.raises(kind, match=words) as caught:
         function()
     assert "\n" not in str(caught.value)
@@ -106,7 +106,7 @@ def test_no_module_and_nothing_to_train():
         ({"device": 0}, "device='cpu'", {"device": torch.device("mps")}),
     ],
 )
-def test_cuda_where_there_is_none(monkeypatch, given, advice, taken):
+def test_cuda_on_a_machine_without_cuda(monkeypatch, given, advice, taken):
     monkeypatch.setattr("fasthessian.pyhessian.arguments._warned_no_cuda", False)
     model, data = mlp(), batches()
     with pytest.warns(UserWarning, match=advice):
@@ -210,7 +210,7 @@ def test_groups_of_different_lengths():
 @pytest.mark.parametrize(
     ("words", "wrong", "taken"),
     [
-        ("pass one weight a node", ([[1.0]], [[0.5, 0.5]], {}), ([[1.0, 2.0]], [[0.5, 0.5]], {})),
+        ("pass one weight per node", ([[1.0]], [[0.5, 0.5]], {}), ([[1.0, 2.0]], [[0.5, 0.5]], {})),
         ("pass finite numbers", ([[float("nan")]], [[1.0]], {}), ([[1.0]], [[1.0]], {})),
         ("pass one list of numbers per run", ([], [], {}), ([[1.0]], [[1.0]], {})),
         ("at least 2", ([[1.0]], [[1.0]], {"num_bins": 1}), ([[1.0]], [[1.0]], {"num_bins": 2})),
@@ -253,7 +253,7 @@ def test_models_that_differentiate_inside_in_training_only():
     model, data = mlp(), batches()
 
     class Inside(nn.Module):
-        """Differentiates inside, in training only."""
+        """Differentiates inside its forward method, in training only."""
 
         def __init__(self):
             super().__init__()
@@ -277,15 +277,15 @@ def test_models_that_differentiate_inside_in_training_only():
 
 
 def explained(option):
-    """How a message goes on that advises an option of the operators."""
+    """The end of a message that advises an option of the operators."""
     return rf"{option}=.*\({option} is an option of fasthessian\.Hessian\(model, criterion, data\)"
 
 
-def test_weights_that_the_loss_does_not_tell():
+def test_weights_that_the_loss_does_not_give():
     torch.manual_seed(0)
     model, data = mlp(), batches((8, 4))
     data = [(x, y.float()) for x, y in data]
-    data[0][1][:5] = float("nan")  # two means, over the samples and over the known targets
+    data[0][1][:5] = float("nan")  # two means: over the samples and over the known targets
 
     def loss(outputs, targets):
         known = ~targets.isnan()

@@ -1,4 +1,4 @@
-"""What crashed PyHessian, C1..C9: an answer, or an error of one line."""
+"""Calls that crash PyHessian, C1..C9: the drop-in gives a result or a one-line error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.pyhessian_cases import (
     quick_trace,
 )
 
-# torch says so to scripts that call backward(create_graph=True), as `ByHand` does
+# torch warns scripts that call backward(create_graph=True), as `ByHand` does
 pytestmark = pytest.mark.filterwarnings("ignore:Using backward")
 
 
@@ -62,7 +62,7 @@ def test_C2_a_layer_alone(name: str):
 
 
 class WithLoss(nn.Module):
-    """Hugging Face style: called with keywords, the loss inside the output."""
+    """Hugging Face style: called with keywords; the output contains the loss."""
 
     def __init__(self) -> None:
         super().__init__()

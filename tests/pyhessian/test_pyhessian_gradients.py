@@ -1,4 +1,4 @@
-"""What the drop-in's constructor leaves in .grad, and who drops it."""
+"""What the drop-in's constructor leaves in .grad, and what clears it."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_graph_that_only_grad_holds_dies_with_it(last):
 
 
 @pytest.mark.parametrize("asked", [False, True])
-def test_the_graph_of_the_constructor_is_shared_and_makes_room_for_the_operator(asked):
+def test_the_graph_of_the_constructor_is_shared_and_freed_for_the_operator(asked):
     model, (data,) = MarkedModel(), batches()
     Marked.tokens.clear()
     h = hessian(model, cross_entropy, data=data, cuda=False)
@@ -154,7 +154,7 @@ def test_the_graph_of_the_constructor_is_shared_and_makes_room_for_the_operator(
     assert alive() == 1 + asked
 
 
-def test_a_list_of_gradients_that_was_handed_out_stays_live():
+def test_a_list_of_gradients_that_the_caller_has_stays_live():
     model, (data,) = mlp(), batches()
     h = hessian(model, cross_entropy, data=data, cuda=False)
     held = h.gradsH
@@ -208,7 +208,7 @@ def test_a_loss_without_second_derivatives_has_gradients_and_the_advice_of_its_e
 
 @pytest.mark.parametrize("culprit", ["model", "criterion"])
 @pytest.mark.parametrize("kind", [KeyError, ValueError, RuntimeError, TypeError])
-def test_errors_of_the_users_code_arrive_as_they_were_raised(kind, culprit):
+def test_errors_of_the_users_code_are_not_changed(kind, culprit):
     def fail(*_):
         raise kind("mode= is mine")
 
@@ -222,7 +222,7 @@ def test_errors_of_the_users_code_arrive_as_they_were_raised(kind, culprit):
 
 
 @pytest.mark.parametrize("kind", [ValueError, RuntimeError])
-def test_errors_of_an_override_arrive_as_they_were_raised(kind):
+def test_errors_of_an_override_are_not_changed(kind):
     def fail(v):
         raise kind("mode= is mine")
 

@@ -132,7 +132,7 @@ def test_density_takes_complex_weights_and_unsorted_nodes():
 @pytest.mark.parametrize(
     ("nodes", "weights", "options", "words"),
     [
-        ([[1.0]], [[0.5, 0.5]], {}, "one weight a node"),
+        ([[1.0]], [[0.5, 0.5]], {}, "one weight per node"),
         ([[np.nan]], [[1.0]], {}, "eigenvalues holds NaN"),
         ([[1.0]], [[np.inf]], {}, "weights holds NaN or inf"),
         ([], [], {}, "eigenvalues has shape"),

@@ -1,4 +1,4 @@
-"""install(): old import lines find the drop-in, and a script for PyHessian runs unchanged."""
+"""install(): old imports find the drop-in, and scripts for PyHessian run unchanged."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def no_aliases():
 
 
 @pytest.mark.usefixtures("no_aliases")
-def test_install_answers_every_import_in_use():
+def test_install_serves_every_import_in_use():
     pyhessian.install()
-    pyhessian.install()  # once more changes nothing and says nothing
+    pyhessian.install()  # a second call changes nothing and gives no warning
     import density_plot as plot_module
     import pyhessian as module
     import pyhessian.density_plot as inner
@@ -57,7 +57,7 @@ def test_install_answers_every_import_in_use():
 
 
 @pytest.mark.usefixtures("no_aliases")
-def test_install_over_the_real_one_warns_once():
+def test_install_over_the_real_package_warns_once():
     sys.modules["pyhessian"] = types.ModuleType("pyhessian")
     sys.modules["density_plot"] = types.ModuleType("density_plot")
     with pytest.warns(UserWarning, match=r"pyhessian, density_plot.*install\(\) first") as caught:
@@ -117,7 +117,7 @@ def test_star_import_of_the_plots_with_matplotlib_and_without(tmp_path, there):
     assert result.stdout == f"True True {there} {there}\n", result.stderr
 
 
-def test_the_class_is_at_hand_in_the_package():
+def test_the_package_exports_the_class():
     assert fh.hessian is hessian
 
 

@@ -1,4 +1,4 @@
-"""Loaders that yield other batches at each pass: the drop-in holds one pass and says so."""
+"""Loaders that yield different batches at each pass: one pass is kept, with a warning."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ KINDS = ["augmenting", "augmenting and shuffled", "own generator", "subset", "dr
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_pass_is_held_and_said_once(kind):
+def test_one_pass_is_kept_with_one_warning(kind):
     model, loader = mlp(), changing(kind)
     h = hessian(model, cross_entropy, dataloader=loader, cuda=False)
     with pytest.warns(UserWarning, match=CHANGES) as caught:
@@ -74,7 +74,7 @@ def test_one_pass_is_held_and_said_once(kind):
 
 
 @pytest.mark.parametrize("first", ["eigenvalues", "trace", "density", "product", "gradsH"])
-def test_the_answers_are_those_of_the_pass_that_is_held(first):
+def test_the_results_are_those_of_the_pass_that_is_kept(first):
     model, dataset = mlp(), Noisy()
     loader = DataLoader(dataset, batch_size=5)
     h = hessian(model, cross_entropy, dataloader=loader, cuda=False)
@@ -109,7 +109,7 @@ def test_an_override_that_builds_on_the_product_of_the_base():
     assert_top(h, H + 0.25 * torch.eye(len(H), dtype=H.dtype))
 
 
-def test_another_loader_is_read_anew():
+def test_another_loader_is_read_again():
     model, data = mlp(), batches((6, 6))
     h = hessian(model, cross_entropy, dataloader=changing("augmenting"), cuda=False)
     with pytest.warns(UserWarning, match=CHANGES):
@@ -119,7 +119,7 @@ def test_another_loader_is_read_anew():
 
 
 @pytest.mark.parametrize("kind", ["shuffled", "plain", "list"])
-def test_loaders_that_yield_the_same_samples_are_not_held(kind):
+def test_loaders_that_yield_the_same_samples_are_not_kept(kind):
     model, (data,) = mlp(), batches()
     loader = DataLoader(TensorDataset(*data), batch_size=5, shuffle=kind == "shuffled")
     given = list(loader) if kind == "list" else loader
@@ -172,7 +172,7 @@ def test_a_loader_that_changes_after_products_is_refused_and_the_advice_works(mo
     )
 
 
-def test_the_operators_go_on_refusing():
+def test_the_operators_still_refuse_such_loaders():
     A = fh.Hessian(mlp(), cross_entropy, changing("augmenting"))
     with pytest.raises(RuntimeError, match=CHANGES):
         fh.eigsh(A)

@@ -66,7 +66,7 @@ def test_lists_changed_in_place_are_honoured():
     assert h.eigenvalues(tol=1e-5)[0][0] == pytest.approx(float(top), rel=1e-4)
 
 
-def test_gradients_of_a_loss_of_ones_own():
+def test_gradients_of_the_users_own_loss():
     model, data = mlp(), batches()
     h = made("data", model, data)
     decay = 0.5
@@ -104,7 +104,7 @@ def test_criterion_and_data_are_live_too():
 @pytest.mark.filterwarnings("ignore:Using backward")
 def test_an_overridden_product_serves_all_methods():
     model, data = mlp(), batches((8, 4))
-    # a stale .grad must not enter, nor one with a graph
+    # an old .grad must not enter, with or without a graph
     cross_entropy(model(data[0][0]), data[0][1]).backward(create_graph=True)
     H = mean_loss_hessian(model, data)
     h = ByHand(model, cross_entropy, dataloader=data, cuda=False)
@@ -120,7 +120,7 @@ def test_an_override_may_build_on_the_products_of_the_base():
         def dataloader_hv_product(self, v):
             _, Hv = super().dataloader_hv_product(v)
             group_add(Hv, v, alpha=0.25)
-            group_add(v, v)  # v may be overwritten: it is the callee's
+            group_add(v, v)  # v may be overwritten: it belongs to the callee
             return group_product(Hv, v).item(), Hv
 
     model, data = mlp(), batches((8, 4))

@@ -1,4 +1,4 @@
-"""Uses of PyHessian in public scripts, rebuilt small: models, data and what they compute.
+"""Small versions of public scripts that use PyHessian: models, data and what they compute.
 
 They import the names of PyHessian, as the scripts do.
 """
@@ -91,7 +91,7 @@ def test_whole_loader_with_shuffling():
 
 
 class Flipped(torch.utils.data.Dataset):
-    """Images of which every access may give the mirrored one, as the CIFAR loader does."""
+    """Images that each access may return mirrored, as the CIFAR loader does."""
 
     def __init__(self, x, y):
         self.x, self.y = x, y
@@ -227,7 +227,7 @@ def test_binary_targets():
     near(np.sqrt(comp.eigenvalues(top_n=3, maxIter=500)[0][0]), by_magnitude(H)[0].sqrt())
 
 
-def test_criterion_of_ones_own():
+def test_the_users_own_criterion():
     from pyhessian import hessian
 
     class Clipped(nn.Module):

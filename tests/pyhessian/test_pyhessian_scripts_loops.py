@@ -1,4 +1,4 @@
-"""Uses of PyHessian in public scripts, rebuilt small: layers, gradients and loops of their own.
+"""Small versions of public scripts that use PyHessian: layers, gradients and their own loops.
 
 They import the names of PyHessian, as the scripts do.
 """
@@ -206,7 +206,7 @@ def test_exact_trace_with_unit_vectors():
     near(total, H.trace())
 
 
-def test_hutchinson_of_ones_own():
+def test_the_users_own_hutchinson_loop():
     from pyhessian import group_product, hessian, hessian_vector_product
 
     model, (data,), H = problem()
@@ -267,7 +267,7 @@ def test_step_taken_and_taken_back():
     torch.testing.assert_close(flat(Hv), H.sum(1), rtol=1e-3, atol=1e-5)
 
 
-def test_deflated_power_iteration_of_ones_own():
+def test_the_users_own_deflated_power_iteration():
     from pyhessian.utils import (
         get_params_grad,
         group_product,

@@ -1,4 +1,4 @@
-"""Uses of PyHessian in public scripts, rebuilt small: what they do with results and names.
+"""Small versions of public scripts that use PyHessian: what they do with results and names.
 
 They import the names of PyHessian, as the scripts do.
 """

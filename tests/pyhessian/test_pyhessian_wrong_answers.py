@@ -1,4 +1,4 @@
-"""PyHessian's silent wrong answers S1..S13: ours are right, or say why not."""
+"""PyHessian's silent wrong answers S1..S13: the drop-in is right, or its error says why not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.support.pyhessian_cases import (
 )
 
 
-def test_S1_gradients_of_the_past_do_not_enter():
+def test_S1_old_gradients_do_not_enter():
     model, data = mlp(), batches()
     H = mean_loss_hessian(model, data)
     cross_entropy(model(data[0][0]), data[0][1]).backward()
@@ -87,7 +87,7 @@ def test_S5_scaling_the_loss_scales_the_answers(scale: float):
 
 
 class TwoAdded(nn.Module):
-    """Layer with the weight a + b: autograd hands out one product tensor for both."""
+    """Layer with the weight a + b: autograd returns one product tensor for both."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def test_S6_parameters_that_share_their_product():
     torch.testing.assert_close(products[1], expected + v[1])
 
 
-def test_S6_the_product_never_is_the_vector_itself():
+def test_S6_the_product_is_never_the_vector_itself():
     h = hessian(Quadratic(torch.eye(5)), output, data=quadratic_data(), cuda=False)
     v = [torch.ones(5)]
     group_add(hessian_vector_product(h.gradsH, h.params, v), v, alpha=-1)
@@ -153,7 +153,7 @@ def test_S9_more_steps_than_parameters_invents_no_nodes():
         assert max(min(abs(x - value) for value in values) for x in row) < 1e-4
 
 
-def test_S10_trace_is_as_good_as_it_was_asked_to_be():
+def test_S10_trace_reaches_the_requested_tolerance():
     generator = torch.Generator().manual_seed(3)
     B = torch.randn(40, 40, generator=generator)
     A = B + B.T + 4 * torch.eye(40)
@@ -164,7 +164,7 @@ def test_S10_trace_is_as_good_as_it_was_asked_to_be():
     assert np.mean(np.array(errors) <= tol) >= 0.85
 
 
-def test_S10_trace_says_when_it_missed_the_tolerance():
+def test_S10_trace_warns_if_it_misses_the_tolerance():
     A = symmetric(np.linspace(-1, 1.5, 40))
     h = hessian(Quadratic(A), output, data=quadratic_data(), cuda=False)
     with pytest.warns(UserWarning, match="trace"):
@@ -226,7 +226,7 @@ def test_S13_randomly_augmenting_loader_is_noticed():
     assert h.eigenvalues(tol=1e-6)[0] == pytest.approx(first, rel=1e-4)  # of one matrix
 
 
-def test_S13_a_shuffled_loader_is_no_random_one():
+def test_S13_a_shuffled_loader_is_not_a_random_one():
     torch.manual_seed(0)
     model, data = mlp(), batches((12,))
     pairs = torch.utils.data.TensorDataset(*data[0])

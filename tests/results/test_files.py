@@ -1,4 +1,4 @@
-"""Files that are no records or results are refused in one line, before they fill the memory."""
+"""Files that are not records are refused in one line, before they fill the memory."""
 
 import io
 import json
@@ -13,13 +13,13 @@ import torch
 
 import fasthessian as fh
 from fasthessian.operators.checks import Check
+from fasthessian.results.record import Record
 from fasthessian.results.records import (
     BlockSpectra,
     Density,
     Eigenpairs,
     Estimate,
     Landscape,
-    Record,
 )
 from tests.support.result_files import BLOCKS, MEAN, refused_file
 
@@ -162,7 +162,7 @@ def member(shape, descr="<f8"):
 
 
 def zipped(path, members, how=zipfile.ZIP_DEFLATED):
-    """A zip of members, each given as pieces of bytes."""
+    """A zip file of members, each given as pieces of bytes."""
     text = io.BytesIO()
     np.save(text, np.array(json.dumps({"record": "Eigenpairs", "scalars": PAIRS})))
     with zipfile.ZipFile(path, "w", how) as archive:
@@ -214,7 +214,7 @@ def test_a_member_that_declares_what_it_does_not_have(tmp_path):
         refused_file(Eigenpairs.load, path, f"values, float64 of shape {shape}", "its member has")
 
 
-def test_other_ways_in_which_a_zip_is_none_of_ours(tmp_path):
+def test_other_zip_files_are_refused(tmp_path):
     path = tmp_path / "a"
     refused_file(Eigenpairs.load, zipped(path, {"values.npy": [b"text"]}), "magic string")
     refused_file(Eigenpairs.load, zipped(path, {}, zipfile.ZIP_LZMA), "must be stored or deflated")
@@ -238,6 +238,3 @@ def test_every_field_of_every_record_has_a_declaration_that_is_understood():
             assert bool(field.axes) or field.kind is not torch.Tensor, (kind, name)
             assert set(field.items) - {Ellipsis} <= set(WORDS), (kind, name)
     assert {Check, Density, Landscape} < set(Record.__subclasses__())
-
-
-# result.json

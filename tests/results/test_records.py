@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from fasthessian.results.records import (
-    Density,
-    Eigenpairs,
-    Estimate,
-    Landscape,
-    Record,
-    Spectrum,
-    write_whole,
-)
+from fasthessian.results.record import Record, empty_axes, write_whole
+from fasthessian.results.records import Density, Eigenpairs, Estimate, Landscape, Spectrum
 
 
 def doubles(*shape):
@@ -54,6 +47,57 @@ def test_save_and_load_give_the_same_bits(tmp_path, record):
     record.save(path)
     same_bits(record, type(record).load(path))
     assert os.listdir(tmp_path) == ["result.npz"]
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda r: type(r).__name__)
+def test_json_gives_the_fields_back_except_vectors_and_infinities(record):
+    text = json.dumps(record.to_json(), allow_nan=False)
+    back = type(record).from_json(json.loads(text))
+    same_fields(record, back)
+    assert "vectors" not in text
+
+
+def same_fields(record, back):
+    for field in dataclasses.fields(record):
+        a, b = getattr(record, field.name), getattr(back, field.name)
+        assert type(a) is type(b), field.name
+        if field.name == "vectors":
+            assert b.shape == (0, 0)
+        elif isinstance(a, Record):
+            same_fields(a, b)
+        elif isinstance(a, (bool, int, str)):
+            assert a == b, field.name
+        else:
+            a, b = np.asarray(a), np.asarray(b)
+            np.testing.assert_equal(b, np.where(np.isfinite(a), a, np.nan))
+
+
+def test_json_within_a_record_is_read_strictly():
+    given = RECORDS[-1].to_json()
+    given["trace"]["confidence"] = 2
+    with pytest.raises(ValueError, match="trace: confidence must be between 0 and 1"):
+        Spectrum.from_json(given)
+    del given["trace"]
+    with pytest.raises(ValueError, match="trace is missing"):
+        Spectrum.from_json(given)
+    with pytest.raises(ValueError, match="expected an object of JSON, got a list"):
+        Spectrum.from_json([])
+
+
+def test_axes_without_entries_are_named():
+    assert empty_axes(RECORDS[2]) == ["s"]
+    assert empty_axes(RECORDS[5]) == []  # a landscape along one direction has no betas
+
+
+@pytest.mark.parametrize("name", ["nodes", "weights", "grid", "values", "lower", "upper"])
+def test_a_density_with_infinite_values_is_loaded_and_drawn(tmp_path, name):
+    pytest.importorskip("matplotlib")
+    odd = getattr(RECORDS[3], name).clone()
+    odd.view(-1)[-1] = math.inf
+    dataclasses.replace(RECORDS[3], **{name: odd}).save(tmp_path / "a")
+    axes = Density.load(tmp_path / "a").plot()
+    axes.figure.canvas.draw()
+    assert np.isfinite(axes.get_ylim()).all()
 
 
 def same_bits(record, back):
@@ -138,7 +182,7 @@ def test_stray_arrays_are_a_value_error(tmp_path, stray):
             type(record).load(tmp_path / "b.npz")
 
 
-def test_a_file_of_before_a_field_had_a_default_is_read(tmp_path):
+def test_a_file_without_a_field_that_has_a_default_is_read(tmp_path):
     header = json.dumps({"record": "Eigenpairs", "scalars": {"converged": True, "matvecs": 1}})
     arrays = {"values": np.zeros(1), "vectors": np.zeros((1, 1)), "residuals": np.zeros(1)}
     np.savez(tmp_path / "a.npz", __record__=np.array(header), **arrays)

@@ -101,7 +101,7 @@ def test_python_hundred(tmp_path):
 
 
 def test_python_two_pickle_of_the_official_archive(tmp_path):
-    """Python 2's cPickle, protocol 2: raw byte strings and the old place of _reconstruct."""
+    """Python 2's cPickle, protocol 2: raw byte strings and the old module of _reconstruct."""
     python10(tmp_path, 2)
     pixels = images(1, 5).tobytes()
     stream = (

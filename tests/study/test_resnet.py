@@ -41,7 +41,7 @@ def test_a_part_left_out_of_a_stage_changes_that_stage_alone():
     assert not torch.allclose(a.eval()(x), b.eval()(x))
 
 
-def test_all_stages_together_are_the_whole_but_for_the_stem():
+def test_all_stages_together_are_the_whole_except_the_stem():
     assert count(resnet(no_res_stages=(1, 2, 3))) == count(resnet(residual=False))
     stem_norm = 2 * 16
     assert count(resnet(no_bn_stages=(1, 2, 3)))[0] == 270_906 + stem_norm

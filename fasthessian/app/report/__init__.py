@@ -1,1 +1,1 @@
-"""The report of an analysis: result.json, figures and report.html."""
+"""The report of an analysis: ``result.json``, the figures as PNG files and ``report.html``."""
