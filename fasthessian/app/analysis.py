@@ -123,7 +123,7 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
         loss = A.loss()
         gradient_norm = float(A.gradient().norm())
         timed.seconds["operator"] = time.perf_counter() - start
-        check = timed.run("check", "self-checks", lambda _: checked(A)) if plan.check else None
+        check = timed.run("check", "self-checks", lambda _: self_check(A)) if plan.check else None
         found = spectra(A, plan, timed)
         surface = None
         if plan.landscape and found.top is not None:
@@ -184,7 +184,7 @@ def operator(problem: Problem, plan: Plan) -> Curvature:
     return MATRICES[plan.matrix](problem.model, problem.criterion, problem.data, **options)
 
 
-def checked(A: Curvature) -> Check:
+def self_check(A: Curvature) -> Check:
     """The self-checks of A, with their advice in options of the command line."""
     check = A.check()
     return dataclasses.replace(check, report=as_options(check.report))

@@ -186,7 +186,7 @@ class Hessian(Curvature):
         options = Options(engine, memory_budget=memory_budget, weight_decay=weight_decay)
         Curvature.__init__(self, of_closure(closure, params), options)
         detector = self._kept.detector
-        detector.ignore_own_changes(trusted=False)  # versions do not show all writes
+        detector.ignore_own_changes(by_version=False)  # versions do not show all writes
         if detector.written:
             warnings.warn(
                 f"closure writes into {min(detector.written)} each time it is called, which is "

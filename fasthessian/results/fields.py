@@ -144,21 +144,21 @@ def obey(name: str, field: Field, values: Array) -> None:
             raise InputError(f"{name} must be {rule}, got {_short(values.tolist())}")
 
 
-def plain(value: Any) -> Any:
+def json_types(value: Any) -> Any:
     """Tensors, dataclasses and containers as JSON types; a number that is not finite is null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = fields_of(type(value))
         return {
-            name: plain(getattr(value, name))
+            name: json_types(getattr(value, name))
             for name, field in fields.items()
             if OMITTED not in field.rules
         }
     if isinstance(value, Tensor):
-        return plain(value.tolist())
+        return json_types(value.tolist())
     if isinstance(value, Mapping):
-        return {str(name): plain(item) for name, item in value.items()}
+        return {str(name): json_types(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [json_types(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

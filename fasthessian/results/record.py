@@ -21,10 +21,10 @@ from fasthessian.results.fields import (
     OMITTED,
     fields_of,
     fits,
+    json_types,
     numbers,
     obey,
     parse,
-    plain,
     scalar,
 )
 
@@ -71,7 +71,7 @@ class Record:
 
         Fields that are declared ``OMITTED``, such as eigenvectors, are left out.
         """
-        return cast("dict[str, Any]", plain(self))
+        return cast("dict[str, Any]", json_types(self))
 
     @classmethod
     def from_json(cls: type[R], given: Any) -> R:

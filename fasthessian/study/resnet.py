@@ -135,8 +135,8 @@ def resnet(
     for name, size in (("num_classes", num_classes), ("width", width)):
         if isinstance(size, bool) or not isinstance(size, int) or size < 1:
             raise InputError(f"{name}={size!r} is not a positive integer")
-    bn_stages = [s for s in STAGES if s not in checked("no_bn_stages", no_bn_stages)]
-    res_stages = [s for s in STAGES if s not in checked("no_res_stages", no_res_stages)]
+    bn_stages = [s for s in STAGES if s not in valid_stages("no_bn_stages", no_bn_stages)]
+    res_stages = [s for s in STAGES if s not in valid_stages("no_res_stages", no_res_stages)]
     return ResNet(
         (depth - 2) // 6,
         width,
@@ -147,7 +147,7 @@ def resnet(
     )
 
 
-def checked(name: str, stages: Collection[int]) -> set[int]:
+def valid_stages(name: str, stages: Collection[int]) -> set[int]:
     """The stages as a set, or a ValueError that names the argument."""
     if not isinstance(stages, Collection) or not set(stages) <= set(STAGES):
         raise InputError(f"{name}={stages!r} is not a collection of stages among 1, 2, 3")

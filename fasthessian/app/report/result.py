@@ -21,7 +21,7 @@ from fasthessian.app.plan import Plan
 from fasthessian.app.problems import Problem
 from fasthessian.errors import InputError
 from fasthessian.operators.checks import Check
-from fasthessian.results.fields import WORDS, Field, fields_of, parse, plain, scalar
+from fasthessian.results.fields import WORDS, Field, fields_of, json_types, parse, scalar
 from fasthessian.results.record import Record, empty_axes
 from fasthessian.results.records import BlockSpectra, Density, Eigenpairs, Estimate, Landscape
 
@@ -59,14 +59,14 @@ class Result:
         parts = {name: getattr(found, name) for name in PARTS}
         return {
             "format": FORMAT,
-            "problem": problem | plain(self.info),
-            "settings": plain(self.plan),
-            "loss": plain(found.loss),
-            "gradient_norm": plain(found.gradient_norm),
+            "problem": problem | json_types(self.info),
+            "settings": json_types(self.plan),
+            "loss": json_types(found.loss),
+            "gradient_norm": json_types(found.gradient_norm),
             **{name: None if part is None else part.to_json() for name, part in parts.items()},
             "matvecs": found.matvecs,
             "notes": list(found.notes),
-            "environment": plain(self.environment),
+            "environment": json_types(self.environment),
             "timing": {name: round(seconds, 3) for name, seconds in self.timing.items()},
         }
 

@@ -50,10 +50,10 @@ class ChangeDetector:
         self._own: set[str] = set()  # what the loss itself changes: counters, caches
         self.written: set[str] = set()  # the tensors among these that it writes into
 
-    def poll(self, trusted: bool = False, whole: bool = True, data: bool = True) -> Change:
+    def poll(self, by_version: bool = False, whole: bool = True, data: bool = True) -> Change:
         """Compare everything with the last poll, and remember how it is now.
 
-        If ``trusted``, a value is compared only if the tensor's version counter shows a write. If
+        If ``by_version``, a value is compared only if the tensor's version counter shows a write. If
         not ``data``, the same holds for all except parameters and buffers. If not ``whole``, only
         parameters, buffers and batches are compared.
         """
@@ -65,8 +65,8 @@ class ChangeDetector:
             return Change()
         stale, names, recount = False, [], False
         for kind in (POINT, DATA, OTHER) if whole else (POINT, DATA):
-            by_version = trusted or not (data or kind == POINT)
-            written, changed = self._snapshots[kind].compare(tensors[kind], by_version)
+            cheap = by_version or not (data or kind == POINT)
+            written, changed = self._snapshots[kind].compare(tensors[kind], cheap)
             self._snapshots[kind].update(tensors[kind], [*written, *changed])
             stale |= bool(written or changed)
             names += [cast(str, name) for name in changed]
@@ -77,19 +77,19 @@ class ChangeDetector:
             names += differing
             recount |= bool(differing)
         elif stale or names:  # graphs are built anew: all that they depend on must be known
-            rest = self.poll(trusted, data=data)
+            rest = self.poll(by_version, data=data)
             names += [] if rest.name is None else [rest.name]
             recount |= rest.recount
         return Change(stale or bool(names), names[0] if names else None, recount)
 
-    def ignore_own_changes(self, trusted: bool = True) -> None:
+    def ignore_own_changes(self, by_version: bool = True) -> None:
         """After an evaluation of the loss: ignore from now on whatever changed during it.
 
-        If ``trusted``, a value is compared only if the tensor's version counter shows a write.
+        If ``by_version``, a value is compared only if the tensor's version counter shows a write.
         """
         tensors, others = self._read(True)
         before, now = self._snapshots[OTHER], tensors[OTHER]
-        written, changed = before.compare(now, trusted)
+        written, changed = before.compare(now, by_version)
         inside = [cast(str, name) for name in written + changed if name in now]
         self.written.update(name for name in inside if before.same_object(name, now[name]))
         own = [*_differing(self._others, others), *(cast(str, name) for name in written + changed)]

@@ -59,11 +59,11 @@ class Snapshot:
             self._seen[name] = _Seen(tensor, version(tensor), _form(tensor), copied, value)
 
     def compare(
-        self, named: Mapping[Hashable, Tensor], trusted: bool = False
+        self, named: Mapping[Hashable, Tensor], by_version: bool = False
     ) -> tuple[list[Hashable], list[Hashable]]:
         """Names of tensors that were written or replaced, and of those whose values changed.
 
-        If ``trusted``, a value is compared only if the version counter shows a write: a comparison
+        If ``by_version``, a value is compared only if the version counter shows a write: a comparison
         has to wait for an accelerator.
         """
         written: list[Hashable] = []
@@ -77,7 +77,7 @@ class Snapshot:
             same = version(tensor) == seen.version
             if not same:
                 written.append(name)
-            elif trusted:
+            elif by_version:
                 continue
             if seen.copied and tensor.device.type == "cpu" and torch.equal(tensor, seen.value):
                 continue
