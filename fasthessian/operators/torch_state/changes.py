@@ -53,9 +53,9 @@ class ChangeDetector:
     def poll(self, by_version: bool = False, whole: bool = True, data: bool = True) -> Change:
         """Compare everything with the last poll, and remember how it is now.
 
-        If ``by_version``, a value is compared only if the tensor's version counter shows a write. If
-        not ``data``, the same holds for all except parameters and buffers. If not ``whole``, only
-        parameters, buffers and batches are compared.
+        If ``by_version``, a value is compared only if the tensor's version counter shows a write.
+        If not ``data``, the same holds for all except parameters and buffers. If not ``whole``,
+        only parameters, buffers and batches are compared.
         """
         first = not self._snapshots
         tensors, others = self._read(whole or first)

@@ -63,8 +63,8 @@ class Snapshot:
     ) -> tuple[list[Hashable], list[Hashable]]:
         """Names of tensors that were written or replaced, and of those whose values changed.
 
-        If ``by_version``, a value is compared only if the version counter shows a write: a comparison
-        has to wait for an accelerator.
+        If ``by_version``, a value is compared only if the version counter shows a write: a
+        comparison has to wait for an accelerator.
         """
         written: list[Hashable] = []
         changed: list[Hashable] = [name for name in self._seen if name not in named]
