@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, TypeVar
 
-from fasthessian.arguments import Progress
+from fasthessian.arguments import ProgressCallback
 from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.base import SymmetricOperator, multiply, operator
 from fasthessian.operators.request import Request
@@ -22,7 +22,7 @@ from fasthessian.results.records import Record
 R = TypeVar("R", bound=Record)
 Asking = Generator[Request, None, None]
 Run = Generator[Request, None, tuple[R, list[Warning]]]  # the record, and where it falls short
-Start = Callable[[SymmetricOperator, "Progress | None"], Run[R]]
+Start = Callable[[SymmetricOperator, "ProgressCallback | None"], Run[R]]
 
 
 class Guard:
@@ -36,21 +36,21 @@ class Guard:
         self._runs = contextlib.ExitStack()
 
     def __enter__(self) -> Guard:
-        self._counts = [kept.changes(look=True)[0] for kept in self._kept]
+        self._counts = [kept.changes(poll=True)[0] for kept in self._kept]
         for kept in self._kept:
             self._runs.enter_context(kept.run())
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
-        """Look once more: at the end, and where a change may be the cause of an error."""
+        """Poll once more: at the end, and if a change may be the cause of an error."""
         self._runs.close()
         if kind is None or issubclass(kind, (ValueError, RuntimeError)):
-            self.check(look=True)
+            self.check(poll=True)
 
-    def check(self, look: bool = False) -> None:
-        """Raise RuntimeError if a product found a change, or if a ``look`` finds one."""
+    def check(self, poll: bool = False) -> None:
+        """Raise RuntimeError if a product found a change, or if a ``poll`` finds one."""
         for kept, count in zip(self._kept, self._counts, strict=True):
-            now, name = kept.changes(look)
+            now, name = kept.changes(poll)
             if now != count:
                 owner = name.partition(".")[0].partition("[")[0]
                 owner = owner if owner in ("criterion", "data") else "model"
@@ -67,7 +67,7 @@ def answer(requests: Asking) -> None:
 
 
 @restored
-def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R]:
+def solve(A: Any, start: Start[R], progress: ProgressCallback | None) -> R | dict[str, R]:
     """The record of one run over an operator, or one a name over a dictionary of operators."""
     if not isinstance(A, Mapping):
         with Guard([operator(A)]) as guard:
@@ -88,7 +88,7 @@ def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R
 
 
 def _together(
-    operators: Mapping[str, SymmetricOperator], start: Start[R], progress: Progress | None
+    operators: Mapping[str, SymmetricOperator], start: Start[R], progress: ProgressCallback | None
 ) -> dict[str, R]:
     """All runs in rounds: one request of each, answered in one pass where they share a matrix."""
     if not operators:
@@ -97,7 +97,7 @@ def _together(
         raise InputError("A holds one operator under two names; name each once")
     done: dict[str, tuple[int, int | None]] = {}
 
-    def told(name: str) -> Progress | None:
+    def told(name: str) -> ProgressCallback | None:
         if progress is None:
             return None
 

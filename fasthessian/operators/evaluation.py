@@ -49,7 +49,7 @@ class Evaluation:
         layout: of the parameters.
         dtypes: of the parameters, by name.
         options: of the user.
-        kept: the graphs that passes follow or drop.
+        kept: the kept graphs, and what they depend on.
         always_twice: every engine differentiates custom functions twice.
 
     Attributes:
@@ -89,15 +89,15 @@ class Evaluation:
         mode: str | None = None,
         evaluates: bool = True,
     ) -> Scope[list[Tensor]]:
-        """One pass: the parameters as they are now, inside the conditions of a product.
+        """The scope of one pass, which protects the model and torch's state; the parameters now.
 
         The caller holds the lock of the process.
 
         Args:
-            curved: second derivatives are taken; else the loss or its gradient alone is needed.
-                The layers are rewritten while the derivatives are made too, because checkpointed
-                layers run again there.
-            deferred: compare only values whose version tells of a write.
+            curved: second derivatives are taken; otherwise only the loss or its gradient is. The
+                layers stay patched while derivatives are made, because checkpointed layers run
+                again then.
+            deferred: compare only values whose version counter shows a write.
             exact: ignore the option ``precision``.
             mode: of the modules, instead of ``self.mode``.
             evaluates: the loss may be evaluated; False where only kept graphs are read.
@@ -109,21 +109,21 @@ class Evaluation:
             params = list(kept.follow(deferred, evaluates or not deferred).values())
             copies = kept.copies if kept.capacity else None
             if evaluates or not kept.complete or not loss.counted:
-                undo.after.append(kept.watch.ignore_own_changes)
+                undo.after.append(kept.detector.ignore_own_changes)
             undo.enter(product_state(loss.roots, mode, self.layout.device, copies, precision))
             undo.enter(loss.protected())
             undo.enter(gradient_hooks.suspended(self.hooks, params))
             if not loss.counted:
-                with Scope(self._rewrite):
+                with Scope(self._patch):
                     loss.count_terms(params, self.repeated())
             if curved:
-                self._rewrite(undo)
+                self._patch(undo)
             return params
 
         return Scope(begin)
 
-    def _rewrite(self, undo: UndoLog) -> None:
-        """From now on layers and custom functions have derivatives that serve twice."""
+    def _patch(self, undo: UndoLog) -> None:
+        """From now on layers and custom functions can be differentiated twice."""
         undo.enter(patched())
         if self.twice:
             undo.enter(self.functions.watching())

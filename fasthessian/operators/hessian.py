@@ -185,11 +185,11 @@ class Hessian(Curvature):
         self = cls.__new__(cls)
         options = Options(engine, memory_budget=memory_budget, weight_decay=weight_decay)
         Curvature.__init__(self, of_closure(closure, params), options)
-        watch = self._kept.watch
-        watch.ignore_own_changes(trusted=False)  # versions do not show all writes
-        if watch.written:
+        detector = self._kept.detector
+        detector.ignore_own_changes(trusted=False)  # versions do not show all writes
+        if detector.written:
             warnings.warn(
-                f"closure writes into {min(watch.written)} each time it is called, which is "
+                f"closure writes into {min(detector.written)} each time it is called, which is "
                 f"not put back after products: let it write into a copy (.clone()), or call the "
                 f"module that owns it",
                 stacklevel=outside_of_package(),

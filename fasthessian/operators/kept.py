@@ -9,11 +9,11 @@ from typing import Any
 class Kept:
     """What an operator keeps between its products; here nothing, as of a plain callable."""
 
-    def changes(self, look: bool = False) -> tuple[int, str]:
+    def changes(self, poll: bool = False) -> tuple[int, str]:
         """How often something that products depend on was found changed, and what changed last.
 
-        Each product looks for changes; a deferred one, or one in a ``run``, compares only a part
-        of the values. With ``look`` all of them are compared now.
+        Each product compares what it depends on with the product before. A deferred product, or
+        one inside ``run``, compares only a part of the values; ``poll`` compares all of them now.
         """
         return 0, ""
 

@@ -54,7 +54,7 @@ def switches() -> dict[str, Any]:
         "global hooks": len(nn.modules.module._global_forward_pre_hooks),
         "warnings": list(warnings.filters),
         "scopes": list(getattr(scopes._thread, "steps", [])),
-        "patches": [set(Patches._users), list(watched.Functions._open), functions.is_alone(),
+        "patches": [set(Patches._users), list(watched.Functions._open), functions.is_unwatched(),
                     gradient_hooks._switch(), getattr(layer_rewrites._thread, "separate", False)],
     }  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Graphs kept from product to product, as long as what they stand for does not change."""
+"""Graphs that are kept from product to product, until something that they depend on changes."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from fasthessian.operators.torch_state.scopes import Scope, UndoLog, scope
 
 
 class KeptGraphs(Kept):
-    """The graphs of the parts of a loss that are kept, and the state of the loss that they show.
+    """The kept graphs of a loss, and the detector of changes that make them stale.
 
     Args:
-        loss: the loss; ``follow`` counts its terms anew where that is due.
+        loss: the loss; ``follow`` surveys it anew after its data or its criterion changed.
         parameters: returns the parameters by name as they are now, checked.
 
     Attributes:
@@ -30,7 +30,7 @@ class KeptGraphs(Kept):
         graphs: those of the first parts.
         complete: every part has its graph, so that the data need not be read.
         copies: of buffers, as long as nothing changes.
-        watch: what the loss depends on, as of the last look.
+        detector: compares what the loss depends on with the product before.
         surveys: how often the data or the criterion changed, so that the loss was surveyed anew.
     """
 
@@ -40,11 +40,11 @@ class KeptGraphs(Kept):
         self.graphs: list[Graph] = []
         self.complete = False
         self.copies: Copies = {}
-        self.watch = ChangeDetector(loss.entries)
+        self.detector = ChangeDetector(loss.entries)
         self.surveys = 0
         self._changes = 0, ""  # changes found so far, and what changed last
         self._runs: dict[object, int] = {}  # the threads of runs, see ``run``
-        self._looking = False  # whether a look at what the loss depends on did not end
+        self._polling = False  # whether a poll was interrupted
 
     @property
     def every_part(self) -> bool:
@@ -52,14 +52,14 @@ class KeptGraphs(Kept):
         return self.capacity >= self._loss.count and self._loss.fixed_order
 
     def follow(self, deferred: bool, whole: bool = True, data: bool = False) -> dict[str, Tensor]:
-        """The parameters now; graphs are dropped where they no longer stand for the loss.
+        """The parameters as they are now; stale graphs are dropped.
 
         See ``ChangeDetector.poll`` for the arguments.
         """
         now = self._parameters()
         data |= threading.get_ident() not in self._runs.values()
-        interrupted, self._looking = self._looking, True  # then what it found is not known
-        change = self.watch.poll(deferred, whole, data)
+        interrupted, self._polling = self._polling, True  # what an interrupted poll found is lost
+        change = self.detector.poll(deferred, whole, data)
         if change.stale or interrupted:
             self.forget()
         if change.name is not None:
@@ -67,7 +67,7 @@ class KeptGraphs(Kept):
         if change.recount or interrupted or (change.stale and self._loss.terms_vary):
             self._loss.survey()
             self.surveys += 1
-        self._looking = False
+        self._polling = False
         return now
 
     def forget(self) -> None:
@@ -76,9 +76,9 @@ class KeptGraphs(Kept):
         self.copies.clear()
         self.complete = False
 
-    def changes(self, look: bool = False) -> tuple[int, str]:
+    def changes(self, poll: bool = False) -> tuple[int, str]:
         """See ``Kept``."""
-        if look:
+        if poll:
             exclusive(self.follow)(deferred=False, data=True)
         return self._changes
 

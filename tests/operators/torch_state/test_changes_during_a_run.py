@@ -93,11 +93,11 @@ def test_the_last_poll_finds_what_deferred_products_do_not_compare() -> None:
     A = fh.Hessian(p.model, p.criterion, (p.x, p.y))
     V = torch.ones(1, A.n, dtype=F64)
     out = torch.empty_like(V)
-    count, _ = A._kept.changes(look=True)
+    count, _ = A._kept.changes(poll=True)
     p.model.b.weight.data.mul_(1.01)
     multiply([Request(A, V, out, deferred=True)])
     assert A._kept.changes()[0] == count
-    assert A._kept.changes(look=True) == (count + 1, "parameter 'b.weight'")
+    assert A._kept.changes(poll=True) == (count + 1, "parameter 'b.weight'")
     _step(p)
     multiply([Request(A, V, out, deferred=True)])  # autograd's version counter shows this one
     assert A._kept.changes() == (count + 2, "parameter 'b.weight'")
