@@ -6,7 +6,7 @@ from typing import get_overloads
 import pytest
 
 import fasthessian as fh
-from tests.support import house
+from tests.support.house import imports
 
 OVERLOADED = (fh.eigsh, fh.density, fh.trace, fh.spectrum)
 
@@ -30,6 +30,6 @@ def test_overloads_name_every_option(function):
 
 def test_algorithms_import_nothing_from_each_other():
     """What two of them share is a part of the engine."""
-    for name, imported in house.imports().items():
+    for name, imported in imports().items():
         if name.startswith("algorithms."):
             assert not [other for other in imported if other.startswith("algorithms")], name

@@ -108,6 +108,7 @@ def test_density_is_that_of_density_to_the_bit(name, options):
      ("both signs", 5, 10, {"probes": 2}), ("degenerate top", (2, 0), 20, {}),
      ("three values", 4, 8, {"basis": "compressed"})],
 )  # fmt: skip
+@pytest.mark.slow
 def test_the_trace_is_unbiased_and_its_interval_covers(name, k, steps, extra):
     """With an rtol that is out of reach the number of samples is fixed: theory holds exactly."""
     M, A = rotated(EDGES[name])

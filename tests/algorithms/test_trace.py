@@ -46,6 +46,7 @@ def hits(M, seeds, **options):
 
 
 @pytest.mark.parametrize("rtol", [0.2, 0.8])
+@pytest.mark.slow
 def test_the_interval_covers_where_samples_are_skewed_and_where_it_stops_early(rtol):
     """The sample variance covers 89 to 93 % on the skewed ones, 92 % together."""
     found = {name: hits(M, SEEDS, rtol=rtol) for name, M in MATRICES.items()}
@@ -57,6 +58,7 @@ def test_the_interval_covers_where_samples_are_skewed_and_where_it_stops_early(r
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.99])
+@pytest.mark.slow
 def test_other_confidences_cover_too(confidence):
     seeds = 80
     found = sum(hits(M, seeds, rtol=0.3, confidence=confidence) for M in MATRICES.values())
@@ -66,6 +68,7 @@ def test_other_confidences_cover_too(confidence):
 
 
 @pytest.mark.parametrize("limit", [4, 9, 13])
+@pytest.mark.slow
 def test_the_interval_covers_where_products_run_out(limit):
     """With 9 products the last block is a single sample, which has no variance."""
     found = sum(hits(M, 80, rtol=1e-6, max_matvecs=limit) for M in MATRICES.values())
@@ -74,6 +77,7 @@ def test_the_interval_covers_where_products_run_out(limit):
 
 
 @pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.slow
 def test_deflated_and_from_spectrum_it_covers(k):
     found = whole = 0
     for M in MATRICES.values():
@@ -87,6 +91,7 @@ def test_deflated_and_from_spectrum_it_covers(k):
     assert whole / (20 * len(MATRICES)) >= 0.95 - OFF / math.sqrt(20 * len(MATRICES))
 
 
+@pytest.mark.slow
 def test_a_trace_of_zero_is_not_mistaken_for_another_one_at_one_of_many_checks():
     """Half-width over |mean| falls below 0.95 sooner or later by chance, at 1.96 / 0.95 errors."""
     assert hits(rotated(ONES), 200, rtol=0.95, max_matvecs=300) >= 200 * 0.95 - OFF * math.sqrt(200)
@@ -106,6 +111,7 @@ def test_the_spread_is_the_variance_of_the_theory():
         assert abs(float(y.sum(1).var()) / 4000 / true - 1) <= 3.5 * math.sqrt(14 / 4000)
 
 
+@pytest.mark.slow
 def test_products_that_differ_from_call_to_call_widen_the_interval():
     """The theory cannot see that each product is of another matrix; the sample variance can."""
     drawn = torch.Generator().manual_seed(0)

@@ -23,6 +23,8 @@ from fasthessian.results import plots
 from fasthessian.results.records import BlockSpectra
 from tests.support.command_line import working_folder
 
+pytestmark = pytest.mark.slow
+
 for extra in ("click", "rich", "matplotlib"):
     pytest.importorskip(extra)
 ROOT = Path(cli.__file__).parents[2]

@@ -56,6 +56,7 @@ EXAMPLES = sorted((ROOT.parent / "examples").glob("*.py"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=[path.stem for path in EXAMPLES])
+@pytest.mark.slow
 def test_example_scripts_run(path, tmp_path):
     if path.stem == "language_model":
         pytest.importorskip("transformers")

@@ -92,6 +92,7 @@ def test_the_copy_holds_every_module(tmp_path):
 
 
 @without_gpu
+@pytest.mark.slow
 def test_rehearsal():
     before = sorted((ROOT / "bench" / "results").glob("*"))
     env = {key: value for key, value in os.environ.items() if key != "OUT"}
@@ -107,6 +108,7 @@ def test_rehearsal():
     assert sorted((ROOT / "bench" / "results").glob("*")) == before
 
 
+@pytest.mark.slow
 def test_tuning_checks_and_times_every_candidate(tmp_path):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "bench.gpu.tune", "--device", "cpu", "--n", "300", "--k", "3"]

@@ -133,6 +133,7 @@ def test_infinity_and_nan_reach_their_columns_and_sums_only(vtype):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 @pytest.mark.parametrize("suite", ["kernels", "vector_kernels", "softmax_curvature", "native"])
+@pytest.mark.slow
 def test_every_instruction_set_passes(suite, isa):
     """The kernels' suites and this one in a process where FASTHESSIAN_ISA forces the level."""
     if MISSING is not None:

@@ -27,6 +27,7 @@ def test_orthogonal_at_100_steps_with_outliers(schedule, backend, dtype, bound):
     assert orthogonality <= bound and projection <= bound
 
 
+@pytest.mark.slow
 def test_orthogonal_at_100_steps_on_a_resnet20():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

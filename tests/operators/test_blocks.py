@@ -188,6 +188,7 @@ ALGORITHMS: dict[str, Any] = {
         ("density without a basis", "difference", F64),
     ],
 )
+@pytest.mark.slow
 def test_together_they_give_the_bits_of_separate_runs(
     name: str, engine: str, dtype: torch.dtype
 ) -> None:

@@ -15,6 +15,8 @@ from fasthessian.app import main as cli
 from tests.support.huggingface import bert, gpt2, llama, made
 from tests.support.models import columns, error, refused
 
+pytestmark = pytest.mark.slow
+
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 HALF_SINGLE = 1e-6  # their language models compute the loss in float32, whatever the model
 

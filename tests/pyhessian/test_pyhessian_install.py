@@ -17,6 +17,8 @@ from fasthessian.pyhessian import (
 )
 from fasthessian.pyhessian.density_plot import get_esd_plot
 
+pytestmark = pytest.mark.slow
+
 ALIASES = (
     "pyhessian",
     "pyhessian.hessian",

@@ -20,6 +20,8 @@ import fasthessian as fh
 from fasthessian.operators.torch_state.scopes import Scope, UndoLog, restored, scope
 from tests.support.interrupts import interrupted, left_changed, of_modules, switches
 
+pytestmark = pytest.mark.slow
+
 Call = Callable[[], object]
 
 
