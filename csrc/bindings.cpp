@@ -1,4 +1,4 @@
-// Python bindings: nothing of torch and no mathematics.
+// Python bindings: no torch, no mathematics.
 #include "bindings.h"
 
 #include <omp.h>
@@ -50,7 +50,7 @@ void run(const FhBlock& block) {
 }
 
 void bind_cpu(py::module_ m) {
-  // a CPU tensor's count is known here: its address is never given
+  // on a CPU the count is passed by value, never by address
   m.def("workspace", [](Address, int64_t, int, int64_t, int64_t, Address, int64_t, int, int,
                         Address, Address, int64_t, int) { return 0; });
   m.def("project", [](Address v, int64_t ldv, int vtype, int64_t k, int64_t n, Address w,

@@ -1,5 +1,5 @@
-// One calling convention for CPU and CUDA: addresses, sizes, strides and types; the last arguments
-// say where: a number of threads, or a device and a stream.
+// One calling convention for CPU and CUDA: addresses, sizes, strides and types. The last arguments
+// say where to work: a number of threads, or a device and a stream.
 #pragma once
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,7 +7,7 @@
 #include <vector>
 
 namespace py = pybind11;
-using Address = uintptr_t;  // 0: none
+using Address = uintptr_t;  // 0 for none
 using Pieces = std::vector<Address>;
 using Sizes = std::vector<int64_t>;
 

@@ -1,4 +1,4 @@
-// The CUDA half of the bindings: the tensors' device is made current, every error is named.
+// The bindings of the CUDA kernels. They make the tensors' device current and check every error.
 #include <stdexcept>
 #include <string>
 
@@ -7,7 +7,7 @@
 #include "cuda/kernels.h"
 
 namespace {
-// Throws what went wrong; asked() says in what.
+// Throws if there was an error; asked() describes the call.
 template <class Asked>
 void check(int error, Asked&& asked, int device) {
   if (error == 0) return;

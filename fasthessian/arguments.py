@@ -8,7 +8,7 @@ from typing import Any
 
 from fasthessian.errors import InputError, InputTypeError
 
-Progress = Callable[[int, "int | None"], None]  # (products done, total if known)
+ProgressCallback = Callable[[int, "int | None"], None]  # (products done, total if known)
 
 
 def integer(name: str, value: Any, low: int, high: int | None = None) -> int:

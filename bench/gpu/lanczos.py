@@ -18,8 +18,8 @@ import fasthessian as fh
 from bench.gpu.meter import Rows, milliseconds, no_waiting, per_step
 from bench.peers import eigenthings, pyhessian
 from fasthessian import kernels
-from fasthessian.algorithms.eigsh import LOOK
 from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.krylov.ritz import POLL_EVERY
 from fasthessian.operators.base import multiply
 from fasthessian.operators.request import Request
 from fasthessian.study.resnet import resnet
@@ -44,7 +44,7 @@ def steps_of(krylov, every=None):
         for _ in range(count):
             krylov.step()
             if every is not None and krylov.size % every == 0:
-                krylov.look(wait=False)
+                krylov.poll(wait=False)
 
     return steps
 
@@ -84,8 +84,8 @@ def step_costs(rows, device, n):
 
     for name in serving(device):
         with rows.section(f"step by {name}"):
-            looking = steps_of(started(A, backend=name), LOOK)
-            step = per_step(looking, device, FEW, MANY)
+            polling = steps_of(started(A, backend=name), POLL_EVERY)
+            step = per_step(polling, device, FEW, MANY)
             own = per_step(products, device, FEW, MANY)
             outside = {kind: step[kind] - own[kind] for kind in step}
             steps = steps_of(started(A, backend=name))
@@ -128,7 +128,7 @@ def densities(rows, device, net, steps, repeats):
         with rows.section(f"ESD {words}"):
             krylov = started(A, graph=graph)
             cost = per_step(steps_of(krylov), device, FEW, MANY)
-            waits, replay = first_wait(steps_of(krylov), device), krylov.replay
+            waits, replay = first_wait(steps_of(krylov), device), krylov.graph
             krylov.close()
             del krylov  # it holds graphs of A, which would prevent the capture of the next run
             found = fh.density(A, steps=steps, graph=graph)

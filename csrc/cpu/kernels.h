@@ -1,5 +1,5 @@
-// The table of CPU kernels that one ISA unit exports. Only plain data crosses between the units:
-// the linker keeps one copy of an inline function, and it may be the AVX-512 one.
+// The table of CPU kernels that one ISA unit exports. The units share only plain data: of an inline
+// function the linker keeps one copy, which might be the AVX-512 one.
 #pragma once
 #include <cstdint>
 
@@ -8,9 +8,9 @@ enum FhType : int { FH_F32 = 0, FH_F64 = 1, FH_F16 = 2 };
 // One pass over the rows of V (k, n), ld in elements, together with the block W (b, n).
 //   h (k, b) or null: W -= h^T V first;  s (b, b) or null: then W = s W;
 //   g (b, b) and c (k, b): dots of the new W, summed in float64; none are taken if g is null
-//   (c of no rows is null too);
-//   slot (n) or null: a row of V's type that receives scale * the first row of W; then the first
-//   row of W receives the last, and the others keep what they held.
+//   (c without rows is null, too);
+//   slot (n) or null: a row of V's type that becomes scale * the first row of W; then the first
+//   row of W becomes the last, and the others do not change.
 // Only rows of V may be FH_F16.
 struct FhBlock {
   const void* v;
@@ -37,8 +37,8 @@ struct FhCpuKernels {
   void (*normal)(void* out, FhType type, int64_t n, uint64_t seed, int64_t offset, int threads);
   void (*pack)(void* out, FhType type, const void* const* pieces, const int64_t* sizes,
                int64_t count, double alpha, double beta, int threads);
-  // Of each row over the classes of u and z (outer, classes, inner): with p = softmax(z),
-  // u = scale (p u - p (p . u)); scale (outer, inner), where it is 0 u becomes 0.
+  // u = scale (p u - p (p . u)), p = softmax(z), for each row over the classes of u and z (outer,
+  // classes, inner); scale (outer, inner). Where scale is 0, u becomes 0.
   void (*softmax_curvature)(void* u, const void* z, FhType type, int64_t outer, int64_t classes,
                             int64_t inner, const double* scale, int threads);
 };

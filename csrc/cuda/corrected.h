@@ -1,5 +1,5 @@
-// W -= H^T V, then the dots with what was stored, in one stream of V: the values of a tile stay in
-// the registers of the warps that loaded them until the tile of W is final.
+// W -= H^T V, then the dots with the stored W, in one pass over V: the values of a tile stay in the
+// registers of the warps that loaded them until the tile of W is final.
 //
 // A CTA has all rows, so there may be at most 16 DEPTH of them; for more, see rows.cu.
 #pragma once
@@ -20,15 +20,15 @@ constexpr int64_t corrected_most() {
 template <int B>
 Plan corrected_plan(int64_t k, int multiprocessors) {
   constexpr int depth = CorrectedShape<B>::depth;
-  int warps = B > 2 ? 8 : 4;  // a warp takes one row of W W^T at most
+  int warps = B > 2 ? 8 : 4;  // a warp takes at most one row of W W^T
   while (warps < CORRECTED_WARPS && warps * depth < k) warps *= 2;
   return {B, depth, warps, multiprocessors * (CORRECTED_WARPS / warps), true, true};
 }
 
 template <class TV, int B>
 struct CorrectedTile {
-  // columns of a lane; with 8 a block of 2 and more takes 70 KB of shared memory, over the 48 that
-  // any kernel may have, and one of 2 has too few registers for its sums
+  // columns per lane; with 8, a block of 2 or more needs 70 KB of shared memory, above the default
+  // limit of 48, and a block of 2 has too few registers for its sums
   static constexpr int lane = sizeof(TV) == 2 && B > 1 ? 4 : 16 / sizeof(TV);
   static constexpr int columns = WARP * lane;
 };
@@ -39,7 +39,7 @@ size_t corrected_shared(const Plan& plan) {
          sizeof(double);
 }
 
-// Column `column` of row q of W less `part`, rounded and stored; the number stored.
+// Subtracts `part` from column `column` of row q of W, stores the rounded number and returns it.
 template <class TV>
 __device__ __forceinline__ double correct(const Rows<TV>& a, int q, int64_t column, double part) {
   if (a.w64) {

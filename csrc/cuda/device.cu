@@ -12,7 +12,7 @@ FhCudaState fh_cuda_state() {
   if (error != cudaSuccess) {
     state.devices = 0;
     state.reason = cudaGetErrorString(error);
-    cudaGetLastError();  // the runtime keeps the error otherwise
+    cudaGetLastError();  // clears the error, which the runtime would keep
   }
   cudaRuntimeGetVersion(&state.runtime);
   cudaDriverGetVersion(&state.driver);

@@ -1,4 +1,4 @@
-// What the CUDA runtime says of this machine and of its calls.
+// The devices, versions and errors that the CUDA runtime reports.
 #pragma once
 
 struct FhCudaState {
@@ -7,14 +7,14 @@ struct FhCudaState {
   const char* reason;   // null when devices could be counted
 };
 
-// Answers without a driver too.
+// Also works without a driver.
 FhCudaState fh_cuda_state();
 
-// 10 * major + minor of a device's chip; a negative error code if it cannot be asked, or 0 if
-// this build has no code for it.
+// 10 * major + minor of a device's chip; 0 if this build has no code for it; a negative error
+// code if the query fails.
 int fh_cuda_chip(int device);
 
-// Makes a device current for the calling thread. The way back is the caller's: cudaSetDevice makes
-// a context on the device that it is given, torch's guard only where there is one.
+// Makes a device current for the calling thread. The caller restores the previous one:
+// cudaSetDevice would create a context on it, torch's guard does not.
 int fh_cuda_enter(int device);
 const char* fh_cuda_error(int error);

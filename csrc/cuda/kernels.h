@@ -1,5 +1,5 @@
-// The CUDA kernels: addresses on the device, sizes, strides in elements, the current device's
-// stream. Any C++ compiler can include this. Every function returns a cudaError_t as an int.
+// The CUDA kernels: device addresses, sizes, strides in elements, and a stream of the current
+// device. Any C++ compiler can include this. Every function returns a cudaError_t as an int.
 #pragma once
 #include "cpu/kernels.h"  // FhType
 
@@ -26,29 +26,29 @@ struct FhCudaRecurrence {
   double *t, *gauges;  // (m + 1, m + 1) and (m + 1, 3)
   int64_t ldt, ldgauges;
   int64_t k, m;
-  int64_t* count_at;  // two numbers, advanced; or null: count
+  int64_t* count_at;  // two numbers, which are advanced; null to use count
   int64_t count;
   double scale;
   double *h, *s;  // (k, 2) and (2, 2) contiguous, written
 };
 
-// Numbers that the workspace of fh_cuda_project must hold; 0 if the device cannot be asked.
+// The size of the workspace of fh_cuda_project in numbers; 0 if the query of the device fails.
 int64_t fh_cuda_workspace(const FhCudaBlock& block);
 
 // W -= H^T V if h is given, then c = V W^T (k, b) and g = W W^T (b, b), contiguous.
 int fh_cuda_project(const FhCudaBlock& block, double* workspace, double* c, double* g,
                     void* stream);
-// W = S (W - H^T V), s (b, b) or null; with append row count of V becomes scale * the first row
-// of that, the first row of W the last, and the others stay.
+// W = S (W - H^T V), s (b, b) or null. With append, row count of V becomes scale * the first row of
+// the result, the first row of W becomes its last row, and the other rows of W do not change.
 int fh_cuda_update(const FhCudaBlock& block, const double* s, bool append, double scale,
                    void* stream);
 int fh_cuda_recur(const FhCudaRecurrence& step, void* stream);
 int fh_cuda_signs(void* out, FhType type, int64_t n, uint64_t seed, int64_t offset, void* stream);
 int fh_cuda_normal(void* out, FhType type, int64_t n, uint64_t seed, int64_t offset, void* stream);
-// out = beta * out + alpha * the pieces, one after the other; beta = 0 does not read out.
+// out = beta * out + alpha * the concatenated pieces; beta = 0 does not read out.
 int fh_cuda_pack(void* out, FhType type, const void* const* pieces, const int64_t* sizes,
                  int64_t count, double alpha, double beta, void* stream);
 // u = scale (p u - p (p . u)), p = softmax(z), for each row over the classes of u and z (outer,
-// classes, inner), contiguous; scale (outer, inner), where it is 0 u becomes 0.
+// classes, inner), contiguous; scale (outer, inner). Where scale is 0, u becomes 0.
 int fh_cuda_softmax_curvature(void* u, const void* z, FhType type, int64_t outer, int64_t classes,
                               int64_t inner, const double* scale, void* stream);

@@ -16,7 +16,7 @@
 #include <cuda_runtime.h>
 
 #define FH_SHARED(T, name, count) __shared__ T name[count]
-// of any type: the launch says how many bytes
+// of any type; the launch says how many bytes
 #define FH_DYN_SHARED(T, name)                                \
   extern __shared__ __align__(16) unsigned char fh_dynamic[]; \
   T* name = reinterpret_cast<T*>(fh_dynamic)
@@ -25,13 +25,13 @@ namespace fh {
 template <class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared,
                    cudaStream_t stream, Args... args) {
-  // clang-format off: it takes the brackets apart in a header
+  // clang-format off: it separates the brackets in a header
   kernel<<<grid, block, shared, stream>>>(static_cast<Params>(args)...);
   // clang-format on
   return cudaGetLastError();
 }
 
-// Of the current device; 0 if it cannot be told.
+// The number of multiprocessors of the current device; 0 if the query fails.
 inline int multiprocessors() {
   int device = 0, count = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||

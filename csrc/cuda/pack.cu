@@ -1,12 +1,12 @@
-// Many tensors into one flat vector. The table of pieces travels as a kernel argument: no copy, no
-// synchronisation, and a graph keeps it.
+// Copies many tensors into one flat vector. The table of pieces is a kernel argument: it needs no
+// copy and no synchronisation, and a captured graph keeps it.
 #include "cuda/kernels.h"
 #include "cuda/tile.h"
 
 namespace {
 constexpr int THREADS = 256, PER_MULTIPROCESSOR = 8;
-constexpr int64_t CHUNK = THREADS * 16;  // numbers that a CTA takes at a time
-constexpr int PIECES = 240;              // 16 bytes each, of the 4 KB that arguments may take
+constexpr int64_t CHUNK = THREADS * 16;  // numbers per CTA and round
+constexpr int PIECES = 240;              // of 16 bytes each; kernel arguments may take 4 KB
 
 struct Table {
   const void* piece[PIECES];
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(THREADS)
       const T* in = (const T*)table.piece[p] + (at - table.start[p]);
       T* const to = out + at;
       const int64_t n = stop - at;
-      int64_t head = n, wide = 0;  // one by one: up to `head`, and behind the wide ones
+      int64_t head = n, wide = 0;  // one by one up to `head` and after the wide ones
       if (((uintptr_t)in - (uintptr_t)to) % 16 == 0) {
         head = (16 - (uintptr_t)to % 16) % 16 / sizeof(T);
         head = head < n ? head : n;

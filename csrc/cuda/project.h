@@ -1,9 +1,9 @@
-// C = V W^T and G = W W^T, first stage: one stream of V, sums in registers over all tiles of a
+// C = V W^T and G = W W^T, first stage: one pass over V, with sums in registers over all tiles of a
 // warp.
 //
-// A tile is 32 lanes x 16 bytes of a row of V. A warp holds up to DEPTH rows: all loads of a tile
-// are issued before the first is used, 16 warps of a multiprocessor keep up to 64 KB in flight.
-// The tile of W is read by every warp of the CTA, from L1 but for the first.
+// A tile is 32 lanes x 16 bytes of a row of V. A warp holds up to DEPTH rows. All loads of a tile
+// are issued before the first is used; the 16 warps of a multiprocessor keep up to 64 KB in flight.
+// Every warp of the CTA reads the tile of W, all but the first from L1.
 #pragma once
 #include "cuda/deal.h"
 #include "cuda/tile.h"
@@ -21,11 +21,11 @@ Plan project_plan(int64_t k, int multiprocessors) {
   using Shape = ProjectShape<B>;
   const int64_t groups = (k + PROJECT_WARPS * Shape::depth - 1) / (PROJECT_WARPS * Shape::depth);
   const int64_t ctas = (int64_t)multiprocessors * Shape::per_multiprocessor;
-  // a block of 3 and more shares out the rows of W W^T, one to a warp
+  // in a block of 3 or more, each warp takes one row of W W^T
   return {B, Shape::depth, PROJECT_WARPS, (int)(ctas > groups ? ctas : groups), false, B > 2};
 }
 
-// Sums of a warp: rows of V by rows of W, and rows of W by rows of W.
+// The sums of a warp: rows of V times rows of W, and rows of W times rows of W.
 template <int B, int DEPTH, int GRAM>
 struct Sums {
   double v[DEPTH][B];
@@ -42,7 +42,7 @@ struct Sums {
       for (int q = 0; q < B; ++q) v[r][q] = fma(number, x[q][j], v[r][q]);
     }
   }
-  // Columns of W with themselves: in a block of 3 and more `mine` is one of its rows.
+  // Columns of W with each other: in a block of 3 or more, `mine` is one of its rows.
   template <int ROWS, int N>
   __device__ __forceinline__ void gram(const double (&mine)[ROWS][N], const double (&x)[B][N]) {
 #pragma unroll
@@ -71,7 +71,7 @@ __device__ __forceinline__ void project_tile(const Rows<TV>& a, const TV* first,
                                              int mine, bool gram, bool whole, int64_t column,
                                              S& sums) {
   constexpr int DEPTH = ProjectShape<B>::depth, LANE = 16 / sizeof(TV);
-  constexpr int N = B > 2 || LANE < 4 ? 2 : 4;  // columns widened at a time
+  constexpr int N = B > 2 || LANE < 4 ? 2 : 4;  // columns converted at a time
   const int left = a.left(column);
   Pack<TV, LANE> v[DEPTH] = {};
   load_rows<LANE>(first + column, step, mine, whole, left, v);
@@ -87,7 +87,7 @@ __device__ __forceinline__ void project_tile(const Rows<TV>& a, const TV* first,
     }
 #pragma unroll
     for (int r = 0; r < DEPTH; ++r)
-      if (r < mine) sums.dot(r, v[r], i, w);  // widening is the scarcest unit
+      if (r < mine) sums.dot(r, v[r], i, w);  // conversions limit the speed
   }
 }
 
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(PROJECT_WARPS* WARP, ProjectShape<B>::per_mult
   const int row = group * d.rows + warp % d.ways;
   const int mine = row < end ? (end - row + d.ways - 1) / d.ways : 0;
   const bool gram = group == 0 && (B > 2 ? warp < a.b : warp % d.ways == 0);
-  const int columns = PROJECT_WARPS / d.ways;  // warps side by side
+  const int columns = PROJECT_WARPS / d.ways;  // warps on adjacent columns
 
   Sums<B, Shape::depth, Shape::gram_rows> sums = {};
   const TV* first = a.v + row * a.ldv;

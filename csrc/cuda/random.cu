@@ -1,10 +1,10 @@
-// Counter-based random vectors: the bits of csrc/cpu/random.inc.
+// Counter-based random vectors, with the same bits as csrc/cpu/random.inc.
 #include "cuda/kernels.h"
 #include "cuda/tile.h"
 
 namespace {
 constexpr int THREADS = 256, PER_MULTIPROCESSOR = 8;
-constexpr uint32_t SIGNS = 0, NORMAL = 1;  // third counter word: the streams never meet
+constexpr uint32_t SIGNS = 0, NORMAL = 1;  // third counter word: two separate streams
 
 struct Words {
   uint32_t x[4];
@@ -23,8 +23,8 @@ __device__ __forceinline__ Words philox(uint64_t counter, uint32_t kind, uint64_
   return w;
 }
 
-// 128 elements a counter. Each lane makes the words of one counter; the warp writes them counter by
-// counter, each word's 32 elements side by side.
+// 128 elements per counter. Each lane computes the words of one counter. The warp writes one
+// counter after the other, the 32 elements of each word by adjacent lanes.
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     signs_kernel(T* out, int64_t n, uint64_t seed, int64_t offset) {
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// Four elements a counter, by Box-Muller in float64.
+// Four elements per counter, by Box-Muller in float64.
 template <class T>
 __global__ void __launch_bounds__(THREADS)
     normal_kernel(T* out, int64_t n, uint64_t seed, int64_t offset) {

@@ -1,4 +1,4 @@
-// The scalars of one delayed Gram-Schmidt step of Lanczos, by one CTA: nothing leaves the device.
+// The scalars of one delayed Gram-Schmidt step of Lanczos, by one CTA. Nothing is read back.
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 
@@ -6,7 +6,7 @@ namespace {
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr double CANCELLED = 1e-4;  // as in fasthessian/kernels/contract.py
 
-// Sums over the CTA, in a fixed order, of one number a thread; the same for all threads.
+// The sum of one number per thread over the CTA, in a fixed order; all threads get it.
 __device__ __forceinline__ double block_sum(double x, double* shared) {
   for (int step = 16; step; step /= 2) x += __shfl_xor_sync(~0u, x, step);
   __syncthreads();  // the last sum has been read
@@ -16,15 +16,15 @@ __device__ __forceinline__ double block_sum(double x, double* shared) {
   for (int warp = 0; warp < WARPS; ++warp) sum += shared[warp];
   return sum;
 }
-// The larger; NaN if either is.
+// The maximum; NaN if either is NaN.
 __device__ __forceinline__ double larger(double a, double b) { return a > b || a != a ? a : b; }
 
 __global__ void __launch_bounds__(THREADS) recur_kernel(FhCudaRecurrence a) {
   FH_SHARED(double, sums, WARPS);
   const int64_t j = a.count_at ? a.count_at[0] : a.count;
-  const bool room = j >= 0 && j < a.m && j <= a.k;  // a graph replayed too often writes no row
+  const bool room = j >= 0 && j < a.m && j <= a.k;  // no row if a graph is replayed too often
   const int64_t rows = room ? j : 0;
-  const double unit = 1 / a.scale;  // of the dots of a stored row
+  const double unit = 1 / a.scale;  // scales the dots with a stored row
   double* const last = a.t + rows * a.ldt;
   double ss = 0, sz = 0, link_s = 0;
   for (int64_t i = threadIdx.x; i < rows; i += THREADS) {
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(THREADS) recur_kernel(FhCudaRecurrence a) {
   const bool fresh = room && nu2 > CANCELLED * uu;
   const double nu = sqrt(nu2), inverse = 1 / nu, t = (uw - sz) / nu2;
 
-  // a warp takes a row i of T: what q_i'Aq_j should be, against what row j says
+  // each warp takes a row i of T and compares q_i'Aq_j with the value in row j
   double asymmetry = 0;
   for (int64_t i = threadIdx.x / 32; i < rows; i += WARPS) {
     double ts = 0;

@@ -1,12 +1,12 @@
-// The streams of V by type, and the second stage of their sums.
+// Passes over V: the dispatch by type and size, and the second stage of the sums.
 #include "cuda/corrected.h"
 #include "cuda/rows.h"
 
 namespace {
 constexpr int REDUCE_THREADS = 128;
 
-// One CTA adds one row: of C, and beyond k of G. Thread i takes column i % block, so that a slot's
-// row is read at once; the order of the sum depends on the plan and the count alone.
+// One CTA adds up one row of C or, beyond k, of G. Thread i takes column i % block, so that the row
+// of a slot is read at once. The order of the sum depends only on the plan and the count.
 __global__ void __launch_bounds__(REDUCE_THREADS)
     reduce_kernel(Rows<float> a, Plan plan, const double* partial, double* c, double* g) {
   FH_SHARED(double, sums, REDUCE_THREADS);
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(REDUCE_THREADS)
   if (threadIdx.x < a.b) (gram ? g + p * a.b : c + row * a.b)[threadIdx.x] = sums[threadIdx.x];
 }
 
-// The row counts of a block, whatever its types: what the plan and the reduction read.
+// The most rows that may take part, which the plan is made for.
 int64_t bound(const FhCudaBlock& a) { return a.count_at ? a.k : a.count; }
 
 bool fits_one_stream(const FhCudaBlock& a) {
@@ -82,7 +82,7 @@ int fh_cuda_project(const FhCudaBlock& block, double* workspace, double* c, doub
   if (multiprocessors == 0) return cudaErrorInvalidValue;
   const Plan plan = plan_of(block, multiprocessors);
   const bool corrected = block.h && plan.one_group;
-  if (block.h && !corrected) {  // more rows than registers hold: a second stream of V
+  if (block.h && !corrected) {  // more rows than registers hold: a second pass over V
     const cudaError_t error = update(block, nullptr, false, 1, on);
     if (error != cudaSuccess) return error;
   }

@@ -1,8 +1,8 @@
-// The Hessian of a cross-entropy at its logits, applied: u = scale (p u - p (p . u)).
+// The product with the Hessian of a cross-entropy at its logits: u = scale (p u - p (p . u)).
 //
-// A team of threads takes up to a warp's width of rows that lie side by side: a lane for each row,
-// and ways among which the classes are dealt. Each thread keeps sums of its own, measured from the
-// largest logit it has met, and reads again, and writes, what it has read.
+// A team of threads takes up to 32 adjacent rows: one lane per row, and `ways` threads per lane
+// that share the classes. Each thread keeps its own sums, relative to the largest logit it has
+// read. In the second pass it reads the same classes again and writes them.
 #include "cuda/kernels.h"
 #include "cuda/tile.h"
 
@@ -17,7 +17,7 @@ struct Logits {
 __device__ __forceinline__ float exponential(float x) { return expf(x); }
 __device__ __forceinline__ double exponential(double x) { return exp(x); }
 
-// What logits are measured from: their maximum; 0 while all are -inf, whose exponentials are 0.
+// What is subtracted from logits: their maximum, or 0 while all are -inf (exponentials 0).
 template <class T>
 __device__ __forceinline__ T origin(T top) {
   return top == -(T)INFINITY ? 0 : top;
@@ -35,7 +35,7 @@ struct Sums {
   }
 };
 
-// N classes of one row, of a thread: `gap` numbers apart, or side by side and aligned if `whole`.
+// N classes of one row per thread: `gap` numbers apart, or adjacent and aligned if `whole`.
 template <int N, class T>
 __device__ __forceinline__ Pack<T, N> gather(const T* p, int64_t gap, int left, bool whole,
                                              T missing) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(THREADS)
   FH_SHARED(T, tops, THREADS);
   FH_SHARED(double, totals, THREADS);
   FH_SHARED(double, dots, THREADS);
-  const int size = a.lanes * a.ways;  // of a team
+  const int size = a.lanes * a.ways;  // threads per team
   const int lane = threadIdx.x % a.lanes, way = threadIdx.x % size / a.lanes;
   const int64_t tiles = (a.inner + a.lanes - 1) / a.lanes;
   const int64_t tile = (int64_t)blockIdx.x * (THREADS / size) + threadIdx.x / size;

@@ -1,17 +1,17 @@
-// What the streaming kernels share: wide loads, rows of W in float64, and who sums what.
+// What the kernels on rows of V share: wide loads, rows of W in float64, their arguments.
 #pragma once
 #include "cuda/kernels.h"
 #include "cuda/launch.h"
 
 constexpr int WARP = 32;
 
-// N numbers that move in one access where they are aligned to their size.
+// N numbers that are loaded or stored in one access if they are aligned to their size.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Pack {
   T x[N];
 };
 
-// N numbers from p, of which `left` exist: the others read as 0 and are not written.
+// N numbers at p, of which `left` exist: the others are read as 0 and not written.
 template <bool WHOLE, int N, class T>
 __device__ __forceinline__ Pack<T, N> load(const T* p, int left) {
   if constexpr (WHOLE) {
@@ -43,7 +43,7 @@ __device__ __forceinline__ void narrow(double x, double& y) { y = x; }
 __device__ __forceinline__ void narrow(double x, float& y) { y = (float)x; }
 __device__ __forceinline__ void narrow(double x, __half& y) { y = __float2half_rn((float)x); }
 
-// The arguments of a streaming kernel; the type of W is a branch that all threads take alike.
+// The arguments of a kernel on rows of V. All threads take the same branch on the type of W.
 template <class TV>
 struct Rows {
   TV* v;
@@ -52,7 +52,7 @@ struct Rows {
   int64_t ldw;
   int b;
   bool w64;
-  bool aligned;  // every row of V and W to 16 bytes
+  bool aligned;  // every row of V and W starts at a multiple of 16 bytes
   const double* h;
   const int64_t* count_at;
   int64_t count;
@@ -61,7 +61,7 @@ struct Rows {
     const int64_t rows = count_at ? *count_at : count;
     return rows < 0 ? 0 : rows < k ? rows : k;
   }
-  // Columns from this one on, as far as a lane is concerned; negative when there are none.
+  // The number of columns from this one on, capped for a lane; negative when there are none.
   __device__ int left(int64_t column) const { return n - column < WARP ? (int)(n - column) : WARP; }
 };
 
@@ -75,8 +75,8 @@ Rows<TV> rows_of(const FhCudaBlock& a) {
   return {(TV*)a.v, a.ldv, a.k, a.n, a.w, a.ldw, a.b, w64, both, a.h, a.count_at, a.count};
 }
 
-// Hides from the compiler what x holds, as 32-bit words: it widens x again after a barrier rather
-// than carry 64-bit copies across, and keeps two halves in one register.
+// Hides the value of x from the compiler, as 32-bit words. It then converts x again after a barrier
+// instead of keeping 64-bit copies across it, and keeps two halves in one register.
 template <class T, int N>
 __device__ __forceinline__ void forget(Pack<T, N>& x) {
 #ifdef __CUDA_ARCH__
@@ -87,14 +87,14 @@ __device__ __forceinline__ void forget(Pack<T, N>& x) {
 #endif
 }
 
-// Hides a stride, so that its multiples are computed at each use and not held in registers.
+// Hides a stride, so that its multiples are computed at each use and take no registers.
 __device__ __forceinline__ void forget(int64_t& stride) {
 #ifdef __CUDA_ARCH__
   asm volatile("" : "+l"(stride));
 #endif
 }
 
-// Row r of `rows` at v + r step; the others up to DEPTH stay as they are. All loads are issued
+// Row r of `rows` at v + r step; the others up to DEPTH are not changed. All loads are issued
 // before the first is used.
 template <int N, class T, int DEPTH>
 __device__ __forceinline__ void load_rows(const T* v, int64_t step, int rows, bool whole, int left,
@@ -114,7 +114,7 @@ __device__ __forceinline__ void load_rows(const T* v, int64_t step, int rows, bo
     for (int r = 0; r < DEPTH; ++r) forget(x[r]);
 }
 
-// N columns from w on, of b rows, as float64; the rows up to B are 0.
+// N columns from w on, of b rows, as float64; the other rows up to B are 0.
 template <bool WHOLE, class TW, int B, int N>
 __device__ __forceinline__ void widen_rows(const TW* w, int64_t ldw, int b, int left,
                                            double (&x)[B][N]) {

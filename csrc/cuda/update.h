@@ -1,5 +1,5 @@
-// W = S (W - H^T V), one stream of V: a thread owns the columns of one wide load and loops over all
-// rows, AHEAD loads in flight.
+// W = S (W - H^T V) in one pass over V: a thread owns the columns of one wide load and loops over
+// all rows, with AHEAD loads in flight.
 #pragma once
 #include "cuda/tile.h"
 
@@ -7,7 +7,7 @@ constexpr int UPDATE_THREADS = 256, AHEAD = 8;
 
 template <class TV, int B>
 struct UpdateShape {
-  // columns of a thread; 8 in a block of 4 take 150 to 170 registers: one CTA instead of two
+  // columns per thread; 8 in a block of 4 need 150 to 170 registers: one CTA instead of two
   static constexpr int lane = sizeof(TV) == 2 && B == 4 ? 4 : 16 / sizeof(TV);
   static constexpr int per_multiprocessor = B == 8 ? 1 : 2;
   static constexpr int columns = UPDATE_THREADS * lane;
@@ -20,7 +20,7 @@ size_t update_shared(int64_t count) {
   return (rows < held ? rows : held) * B * sizeof(double);
 }
 
-// w -= h^T v over `rows` rows, from the first of V's; h is 0 up to a multiple of AHEAD.
+// w -= h^T v over the first `rows` rows; h is padded with 0 to a multiple of AHEAD.
 template <class TV, int B, int N>
 __device__ __forceinline__ void subtract(const TV* v, int64_t ldv, int rows, bool whole, int left,
                                          const double* h, double (&w)[B][N]) {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fasthessian.arguments import Progress, integer, positive
+from fasthessian.arguments import ProgressCallback, integer, positive
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.krylov.lockstep import Guard
 from fasthessian.operators.base import SymmetricOperator
@@ -23,7 +23,7 @@ def landscape(
     span: float = 1.0,
     points: int = 21,
     *,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Landscape:
     r"""``L(theta + alpha d0 + beta d1)`` on a grid, the loss that A is the Hessian of.
 

@@ -7,28 +7,61 @@ from typing import Any, overload
 
 import torch
 
-from fasthessian.algorithms.density import grow, smoothed
-from fasthessian.algorithms.eigsh import converge, default_limit, default_rows, largest_of
-from fasthessian.algorithms.trace import FIRST_LOOK, MOST, estimate, known_trace
-from fasthessian.arguments import Progress, integer, positive, seed_of
+from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
 from fasthessian.errors import InputError
+from fasthessian.krylov.hutchinson import DEFAULT_SAMPLES, FIRST_CHECK, estimate, known_trace
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
+from fasthessian.krylov.quadrature import grow
+from fasthessian.krylov.ritz import converge, default_limit, default_rows, largest_size
+from fasthessian.krylov.smoothing import smoothed
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.results.records import Spectrum
 
-PAIRS = 5  # at each end, unless told
+PAIRS = 5  # at each end by default
 
 
 @overload
-def spectrum(A: SymmetricOperator, **options: Any) -> Spectrum: ...
+def spectrum(
+    A: SymmetricOperator,
+    k: int | tuple[int, int] | None = None,
+    *,
+    tol: float = 1e-3,
+    steps: int = 100,
+    probes: int = 1,
+    sigma: float | None = None,
+    rtol: float = 0.05,
+    confidence: float = 0.95,
+    max_matvecs: int | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+    basis: str = "full",
+    graph: bool = True,
+    progress: ProgressCallback | None = None,
+) -> Spectrum: ...
 
 
 @overload
-def spectrum(A: Mapping[str, SymmetricOperator], **options: Any) -> dict[str, Spectrum]: ...
+def spectrum(
+    A: Mapping[str, SymmetricOperator],
+    k: int | tuple[int, int] | None = None,
+    *,
+    tol: float = 1e-3,
+    steps: int = 100,
+    probes: int = 1,
+    sigma: float | None = None,
+    rtol: float = 0.05,
+    confidence: float = 0.95,
+    max_matvecs: int | None = None,
+    seed: int = 0,
+    backend: str | None = None,
+    basis: str = "full",
+    graph: bool = True,
+    progress: ProgressCallback | None = None,
+) -> dict[str, Spectrum]: ...
 
 
-def spectrum(  # type: ignore[misc]  # the overloads leave the options to this one
+def spectrum(
     A: SymmetricOperator | Mapping[str, SymmetricOperator],
     k: int | tuple[int, int] | None = None,
     *,
@@ -43,7 +76,7 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> Spectrum | dict[str, Spectrum]:
     r"""Largest and smallest eigenvalues, trace and density of A, by fewer products than apart.
 
@@ -99,33 +132,34 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
     steps, probes = integer("steps", steps, 1), integer("probes", probes, 1)
     sigma = None if sigma is None else positive("sigma", sigma)
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
-    ends = _ends(k, largest_of(A))
+    ends = _ends(k, largest_size(A))
 
-    def run(B: SymmetricOperator, told: Progress | None) -> Run[Spectrum]:
+    def start(B: SymmetricOperator, progress: ProgressCallback | None) -> Run[Spectrum]:
         top, bottom = (min(count, B.n) for count in ends)
-        pairs, long, start = min(top + bottom, B.n), min(steps, B.n), B.matvecs
+        pairs, long, before = min(top + bottom, B.n), min(steps, B.n), B.matvecs
         rows = max(long, default_rows(pairs, B.n))
-        others = long * (probes - 1) + FIRST_LOOK  # products of the further probes and the trace
+        others = long * (probes - 1) + FIRST_CHECK  # products of the further probes and the trace
         limit = default_limit(rows) + others
         if max_matvecs is not None:
             least = max(long, pairs) + others + pairs * (basis == "compressed")
             limit = integer("max_matvecs", max_matvecs, least)
 
-        def begin(probe: int, rows: int, **more: Any) -> Lanczos:
-            options: dict[str, Any] = {"backend": backend, "basis": basis, "graph": graph}
-            options |= {"seed": seed, "offset": probe * B.n, "signs": True}
-            return Lanczos(B, rows, **options, **more)
+        def begin(probe: int, rows: int, *, beside: int = 0, refill: bool = True) -> Lanczos:
+            return Lanczos(
+                B, rows, seed=seed, offset=probe * B.n, signs=True, refill=refill, backend=backend,
+                basis=basis, beside=beside, graph=graph,
+            )  # fmt: skip
 
-        def tell(*_: Any) -> None:
-            if told is not None:
-                told(B.matvecs - start, None)
+        def callback(*_: int | None) -> None:  # without the total that the trace would pass
+            if progress is not None:
+                progress(B.matvecs - before, None)
 
         krylov = begin(0, rows, beside=pairs)
-        measured = [(yield from grow(krylov, long, tell))]
-        made = B.matvecs - start
-        split, until = (top, pairs - top), start + limit - others
-        found = yield from converge(krylov, pairs, split, tol, until, tell)
-        shared = B.matvecs - start
+        measured = [(yield from grow(krylov, long, callback))]
+        made = B.matvecs - before
+        split, until = (top, pairs - top), before + limit - others
+        found = yield from converge(krylov, pairs, split, tol, until, callback)
+        shared = B.matvecs - before
         # rows of float16 are orthogonal to 1e-3, so that their T does not have the trace of A
         whole = krylov.ritz()[0] if krylov.size == B.n and not krylov.compressed else None
         shortfalls = found.shortfalls(tol, shared, krylov.compressed, "steps")
@@ -133,18 +167,26 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
 
         for probe in range(1, probes):
             krylov = begin(probe, long, refill=False)
-            measured.append((yield from grow(krylov, long, tell)))
+            measured.append((yield from grow(krylov, long, callback)))
             krylov.close()
-        made += B.matvecs - start - shared
+        made += B.matvecs - before - shared
         shape, warned = smoothed(measured, B.n, steps, sigma, made)
         shortfalls += warned
 
-        samples = MOST
+        samples = DEFAULT_SAMPLES
         if max_matvecs is not None:  # breakdowns may have taken more than their share
-            samples = max(FIRST_LOOK, limit - (B.matvecs - start))
+            samples = max(FIRST_CHECK, limit - (B.matvecs - before))
         if whole is None:
             total, warned = yield from estimate(
-                B, rtol, confidence, samples, seed, backend, tell, found.record(shared), skip=probes
+                B,
+                rtol,
+                confidence,
+                samples,
+                seed,
+                backend,
+                callback,
+                found.record(shared),
+                skip=probes,
             )
             shortfalls += warned
         else:
@@ -154,11 +196,11 @@ def spectrum(  # type: ignore[misc]  # the overloads leave the options to this o
             bottom=found.take(lowest).record(shared),
             trace=total,
             density=shape,
-            matvecs=B.matvecs - start,
+            matvecs=B.matvecs - before,
         )
         return result, shortfalls
 
-    return solve(A, run, progress)
+    return solve(A, start, progress)
 
 
 def _ends(k: Any, n: int) -> tuple[int, int]:

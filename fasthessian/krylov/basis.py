@@ -35,7 +35,7 @@ class Basis:
     """Rows of a basis in one tensor ``stored`` (rows, n), V = stored / scale.
 
     ``dots`` and ``update_`` are those of the kernel contract on the stored rows: dots come
-    out, and coefficients go in, in the units of the stored rows (see ``coefficients``).
+    out, and coefficients go in, in the units of the stored rows (see ``components``).
     """
 
     def __init__(self, stored: Tensor, scale: float, kernels: ModuleType) -> None:
@@ -51,8 +51,8 @@ class Basis:
         V = self.stored[:count]
         return V if self.scale == 1.0 else V.double() / self.scale
 
-    def coefficients(self, C: Tensor) -> Tensor:
-        """From dots as ``dots`` gives them to the H that subtracts those parts of V."""
+    def components(self, C: Tensor) -> Tensor:
+        """From dots C to the H with which ``update_`` subtracts ``V^T V w``."""
         return C / self.scale**2
 
     def dots(self, W: Tensor, H: Tensor | None = None, *, count: Count) -> tuple[Tensor, Tensor]:
@@ -71,6 +71,11 @@ class Basis:
         """``kernels.update_`` over the first ``count`` rows; ``append`` makes row ``count``."""
         scale = self.scale if append else None
         self.kernels.update_(self.stored, W, H, S, count=count, append=scale)
+
+    def project_out_(self, w: Tensor, *, count: int) -> None:
+        """Subtract from w (1, n) its parts along the first ``count`` rows."""
+        C, _ = self.dots(w, count=count)
+        self.update_(w, self.components(C), count=count)
 
     def store(self, row: int, v: Tensor) -> None:
         """Make v (n,) the row ``row``."""

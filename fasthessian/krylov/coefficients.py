@@ -1,20 +1,23 @@
-"""What a Lanczos run writes down on its device, and its way to the host without a stop."""
+"""The numbers that a Lanczos run computes on its device, and their copies on the host."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
 
-class Ledger:
-    """T, the gauges and the counter of a run of at most m rows, on the operator's device.
+class Coefficients:
+    """T, the gauges and the row counter of a run of at most m rows, on the operator's device.
 
     Attributes:
-        T: (m + 1, m + 1) float64; rows and columns up to the last final row are V H V^T, the row
-            behind them holds the couplings of the candidate (over its norm in dcgs2).
-        gauges: (m + 1, 3) float64; per row the candidate's |u|^2, its part outside the basis, and
-            how far q_i'H q_j and q_j'H q_i differ at most.
+        T: (m + 1, m + 1) float64. Rows and columns of final basis rows hold V A V^T; the row after
+            them holds the couplings of the candidate (over its norm in dcgs2).
+        gauges: (m + 1, 3) float64. Per row: the candidate's |u|^2, its part nu^2 outside the basis,
+            and the largest difference of q_i'A q_j and q_j'A q_i.
         counter: (2,) int64, advanced on the device: [rows made, the row being made].
+        cells: (m + 1, m + 4), T and the gauges side by side.
     """
 
     def __init__(self, m: int, device: torch.device) -> None:
@@ -22,7 +25,7 @@ class Ledger:
         self.T, self.gauges = self.cells[:, : m + 1], self.cells[:, m + 1 :]
         self.counter = torch.zeros(2, dtype=torch.int64, device=device)
 
-    def write(self, j: int, column: Tensor, nu2: Tensor) -> None:
+    def set_row(self, j: int, column: Tensor, nu2: Tensor) -> None:
         """Row j of cgs2: its dots with rows 0..j, and the squared norm of the next candidate."""
         T, gauges = self.T, self.gauges
         if j:
@@ -34,27 +37,28 @@ class Ledger:
         gauges[j + 1, :2] = nu2
         gauges[j + 1, 2] = 0.0
 
-    def candidate(self, size: int, norm2: Tensor | float) -> None:
-        """Note the squared norm of the candidate behind ``size`` rows."""
+    def set_candidate(self, size: int, norm2: Tensor | float) -> None:
+        """The squared norm of the candidate after ``size`` rows."""
         self.gauges[size, :2] = norm2
         self.gauges[size, 2] = 0.0
 
-    def rewrite(self, T: Tensor) -> None:
-        """Start again from T (size + 1, size + 1), candidate's row included."""
+    def reset(self, T: Tensor) -> None:
+        """Replace everything by T (size + 1, size + 1), the candidate's row included."""
         self.cells.zero_()
         self.T[: len(T), : len(T)] = T.to(self.T.device)
         self.counter.fill_(len(T) - 1)
 
 
-class State:
-    """The ledger up to the row behind ``size`` rows, copied behind the work enqueued so far.
+class Snapshot:
+    """A copy on the host of the coefficients of ``size`` rows and of the row after them.
 
-    That row is the candidate's, or with ``final`` that of a candidate that was made a row since.
+    That row is the candidate's. With ``final``, the candidate has become a row since. On a GPU the
+    copy is enqueued: it waits for the work enqueued before it, and the host waits in ``wait``.
     """
 
-    def __init__(self, ledger: Ledger, size: int, final: bool = False) -> None:
+    def __init__(self, cells: Tensor, size: int, final: bool = False) -> None:
         self.size, self.final = size, final
-        cells = ledger.cells[: size + 1]
+        cells = cells[: size + 1]
         self._event: torch.cuda.Event | None = None
         if cells.device.type == "cuda":
             self._cells = torch.empty(cells.shape, dtype=cells.dtype, device="cpu", pin_memory=True)
@@ -63,18 +67,28 @@ class State:
         else:
             self._cells = cells.clone()
 
-    def wait(self) -> State:
-        """Wait for the copy - for nothing that was enqueued after it."""
+    def wait(self) -> Snapshot:
+        """Wait for the copy, but not for work that was enqueued after it."""
         if self._event is not None:
             self._event.synchronize()
         return self
 
     @property
+    def cells(self) -> Tensor:
+        """(size + 1, m + 4): T's columns, then the gauges; the candidate's row is last."""
+        return self._cells
+
+    @property
+    def beta(self) -> float:
+        """The candidate's norm."""
+        return math.sqrt(max(float(self.gauges[-1, 0]), 0.0))
+
+    @property
     def T(self) -> Tensor:
-        """(size + 1, size + 1), candidate's row last."""
+        """(size + 1, size + 1); the candidate's row is last."""
         return self._cells[:, : self.size + 1]
 
     @property
     def gauges(self) -> Tensor:
-        """(size + 1, 3), candidate's row last."""
+        """(size + 1, 3); the candidate's row is last."""
         return self._cells[:, -3:]

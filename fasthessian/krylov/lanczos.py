@@ -1,72 +1,78 @@
-"""The Krylov engine that eigsh, density and the drop-in share.
+r"""The Lanczos iteration with full reorthogonalisation.
 
-One basis V of orthonormal rows, grown by one product a step, with full reorthogonalisation by one
-of two schedules over the kernel contract:
+From a random unit vector q_0 it builds an orthonormal basis q_0, q_1, ... of the Krylov space of A,
+the rows of V, and the projection T = V A V^T, by one product of A per row (Lanczos 1950). In exact
+arithmetic T is tridiagonal; after a thick restart it is an arrow followed by a tridiagonal matrix.
+The rows are orthogonalised against all earlier ones by classical Gram-Schmidt, twice, in one of two
+schedules.
 
-* ``dcgs2`` (default): delayed classical Gram-Schmidt, two streams of V and one reduction a step.
-  The candidate u is orthogonalised a second time together with the first time of w = H u
-  (Bielich, Langou, Thomas, Swirydowicz, Yamazaki, Boman 2022, arXiv:2104.01253, for Arnoldi; here
-  with the symmetric recurrence).
-* ``cgs2``: classical Gram-Schmidt twice, three streams.
+``dcgs2`` (default) delays the second orthogonalisation of a row to the step after it, where it
+shares its passes over V with the first one of the next row: two passes and one reduction per step
+(Bielich, Langou, Thomas, Swirydowicz, Yamazaki, Boman 2022, arXiv:2104.01253, there for Arnoldi;
+here with the symmetric recurrence). Step j starts from the final rows q_0 .. q_(j-1) of V and a
+candidate u for row j that was orthogonalised once::
 
-All numbers of a step stay on the device. On a CPU each step is looked at when it is made; on a GPU
-steps are only enqueued, and a look (``look``) reads the state of some steps ago while the device
-works on. A candidate that turns out to have held nothing new takes the later rows back with it.
+    w = A u
+    s = V u,  z = V w,  u'u,  u'w                          pass 1: dots
+    nu = sqrt(u'u - s's),  t = (u'w - s'z) / nu^2
+    q_j = (u - V's) / nu                                   pass 2: update_
+    u_next = (w - V'z) / nu - t q_j
+    beta_(j-1) = nu,  alpha_j = t - (T s)_j / nu           entries of T: recur_
+
+``cgs2`` orthogonalises w = A q_j twice within step j, in three passes and two reductions::
+
+    h = V w,  w -= V'h,  g = V w,  w -= V'g,  column j of T = h + g,  q_(j+1) = w / |w|
+
+A norm nu within rounding of 0 is a breakdown: V spans an invariant subspace. The run then ends, or
+goes on from a random vector orthogonal to V. All numbers of a step stay on the device. On a CPU
+each step is checked when it is made. On a GPU steps are only enqueued, and a poll checks the
+coefficients of earlier steps while the device goes on; rows after a breakdown are discarded.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.errors import InputError
-from fasthessian.kernels.contract import CANCELLED
 from fasthessian.krylov import basis as bases
-from fasthessian.krylov.coefficients import Ledger, State
-from fasthessian.krylov.cuda_graph import Replay
-from fasthessian.krylov.dots import gram
+from fasthessian.krylov.breakdown import NOISE, Tolerances, judged
+from fasthessian.krylov.candidate import draw_
+from fasthessian.krylov.coefficients import Coefficients, Snapshot
+from fasthessian.krylov.cuda_graph import CapturedStep, obstacle
 from fasthessian.krylov.lockstep import Asking, answer
-from fasthessian.krylov.rows import Rows
-from fasthessian.operators.base import ASYMMETRY, SymmetricOperator, multiply
+from fasthessian.krylov.scale import factor_for
+from fasthessian.krylov.state import Item, RunState, configuration
+from fasthessian.operators.base import SymmetricOperator, multiply
 from fasthessian.operators.request import Request
 from fasthessian.vectors import empty_rows
 
 SCHEDULES = ("dcgs2", "cgs2")
-NOISE = 16  # times eps ||T||: what rounding leaves of an exact zero, here and in residuals
-HALF_NOISE = 1e-3  # of ||T||: the same for rows rounded to float16, relative error 2^-12 each
+SKEWED = 8  # times eps ||T||: measured 0.1 to 0.5 where products err by rounding, 25 at 1e-5
 
 
-class Lanczos(Rows):
-    """A growing orthonormal basis V of a Krylov space and the projection T = V H V^T.
+class Lanczos:
+    """A run: a fixed configuration, and all that changes in one ``state``.
 
     Args:
         A: the operator.
         capacity: rows at most.
         seed, offset: of the stream that the start vector is drawn from.
         signs: start from random signs, else from normals.
-        refill: go on from a fresh random direction where an invariant subspace is met.
+        refill: after a breakdown go on from a random vector orthogonal to V, else end.
         schedule: "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
         basis: where the rows are kept: "full", "compressed" or "offload" (see ``basis``).
         beside: vectors that the caller will make beside the basis, which have to fit too.
         graph: on a GPU, replay the step as a CUDA graph where it can be captured.
-        deferred: enqueue steps without looking at them, until a breakdown; default on GPUs.
+        deferred: enqueue steps without checking them, until a breakdown; default on GPUs.
 
     Attributes:
-        seed: of the random vectors.
-        basis: the rows; the first ``size`` are final.
-        compressed: whether they are float16.
-        W: (2, n) working rows: the candidate and its product.
-        size: final rows, as far as is known.
-        T: (size + 1, size + 1) float64 on the CPU, as of the last look: V H V^T and, in its last
-            row, the candidate's couplings.
-        beta: norm of the candidate at the last look.
-        exhausted: the rows span the whole space, or an invariant subspace was met and
-            ``refill`` is False.
-        replay: "captured", or why steps are not replayed as a CUDA graph.
+        A, refill, schedule, kernels: as given or chosen.
+        capacity: rows at most, not above A.n.
+        compressed: whether the rows are float16.
+        state: all that changes, see ``RunState``.
     """
 
     def __init__(
@@ -87,67 +93,28 @@ class Lanczos(Rows):
     ) -> None:
         if schedule not in SCHEDULES:
             raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
-        self.A, self.capacity, self.refill = A, min(capacity, A.n), refill
-        self.deferred = A.device.type == "cuda" if deferred is None else deferred
-        self.delayed = schedule == "dcgs2"
+        self.A, self.capacity, self.refill, self.schedule = A, min(capacity, A.n), refill, schedule
         self.kernels = kernels.select(A.device, backend)
-        # cgs2 appends its candidate before the product
-        rows = self.capacity + (not self.delayed)
-        self.basis = bases.allocate(basis, rows, A.n, A.dtype, A.device, self.kernels, beside)
-        self.W = empty_rows(2, A.n, A.dtype, A.device)
-        self._u = 0  # the row of W that holds the candidate
-        self.ledger = Ledger(self.capacity, A.device)
-        self._pending: State | None = None
         self.compressed = basis == "compressed"
-        self._rounding = HALF_NOISE if self.compressed else NOISE * torch.finfo(A.dtype).eps
-        self._asymmetry = 10 * ASYMMETRY[torch.float32 if self.compressed else A.dtype]
-        self.seed, self._drawn = seed, offset
-        self._factor: float | None = None  # of products, known after the first one
-        self._skew = 0.0  # how far q_i'Aq_j and q_j'Aq_i differ at most, in units of T
-        self._dropped = 0.0  # couplings given up by ``renew``, in units of T
-        self.T = torch.zeros(1, 1, dtype=torch.float64, device="cpu")
-        self.beta = 1.0
-        self.size = self._judged = 0
-        self._begun = 0  # rows kept by the last restart
-        self.exhausted = self.broke_down = False
-        self._own: int | None = None  # rows before the first breakdown, once there was one
-        self._left = 0.0  # norm of the candidate that was last taken for rounding of the rows
-        self._draw(signs)
-        self._accept(self._state().wait())
-        self._replay = Replay(self, graph)
+        self._delayed = schedule == "dcgs2"
+        self._deferred = A.device.type == "cuda" if deferred is None else deferred
+        self._tolerances = Tolerances.of(A.dtype, self.compressed)
+        # cgs2 appends its candidate before the product
+        rows = self.capacity + (not self._delayed)
+        V = bases.allocate(basis, rows, A.n, A.dtype, A.device, self.kernels, beside)
+        self.state = RunState(
+            basis=V,
+            W=empty_rows(2, A.n, A.dtype, A.device),
+            coefficients=Coefficients(self.capacity, A.device),
+            seed=seed,
+            drawn=offset,
+        )
+        draw_(self.state, self.kernels, signs=signs, append=not self._delayed)
+        self._accept(self.state.snapshot(self._delayed).wait())
+        why = obstacle(A, V, self.capacity, wanted=graph, delayed=self._delayed)
+        self._captured = CapturedStep(why)
 
-    @property
-    def replay(self) -> str:
-        """Whether steps are replayed as a CUDA graph, or why not."""
-        return self._replay.words
-
-    @property
-    def noise(self) -> float:
-        """The size under which a residual is rounding of A's dtype: NOISE eps ||T||."""
-        size = len(self.T) - 1
-        rounding = NOISE * torch.finfo(self.A.dtype).eps
-        return self._unscaled(rounding / self._rounding * self._noise_of(size)) if size else 0.0
-
-    @property
-    def dropped(self) -> float:
-        """Bound on what ``renew`` left out of A, in the Euclidean norm."""
-        return self._unscaled(self._dropped)
-
-    @property
-    def blur(self) -> float:
-        """The size under which what was left of A was lost to float16's rounding; 0 if nothing."""
-        left = self._unscaled(self._left)
-        return self._unscaled(self._noise_of(self.size)) if left > self.noise else 0.0
-
-    @property
-    def ended(self) -> bool:
-        """Whether the Krylov space of the start vector ended, so that ``jacobi`` is all of it."""
-        return self.exhausted or self._own is not None
-
-    def jacobi(self) -> Tensor:
-        """The Jacobi matrix of the start vector: T (j, j), j final rows or those of its space."""
-        j = len(self.T) - 1 if self._own is None else self._own
-        return self._unscaled(self.T[:j, :j])
+    # the iteration
 
     def step(self) -> None:
         """One more final row by a product of the operator; see ``advance``."""
@@ -155,66 +122,79 @@ class Lanczos(Rows):
 
     def advance(self) -> Asking:
         """Ask for one product and make one more final row, unless the space is exhausted."""
-        if self.size >= self.capacity:
+        state = self.state
+        if state.size >= self.capacity:
             raise InputError(f"the basis is full at {self.capacity} rows; restart it")
-        goal = self.size + 1
-        while self.size < goal and not self.exhausted:
+        goal = state.size + 1
+        while state.size < goal and not state.exhausted:  # a breakdown takes rows away
             # the first product tells how large A is, before steps are captured
-            if self._factor is None or not self._replay.step(self):
-                u, w = (self.W[i][None] for i in (self._u, 1 - self._u))
-                yield Request(self.A, u, w, self.deferred)
-                if self._factor is None:
-                    self._factor = self._chosen_factor(w)
-                self._scale_(w)
-                self._absorb()
-            self.size += 1
-            self.exhausted = self.size == self.A.n
+            if state.factor is None or not self._captured.make(
+                self.A, state.coefficients.counter, state.size, self.delayed_step
+            ):
+                w = state.product
+                yield Request(self.A, state.u, w, self.deferred)
+                if state.factor is None:
+                    state.factor = factor_for(self.kernels, w)
+                state.scaled_(w)
+                if self._delayed:
+                    self._orthogonalise_delayed(state.size, state.size, state.size)
+                else:
+                    self._orthogonalise_twice(state.size)
+            state.size += 1
+            state.exhausted = state.size == self.A.n
             if not self.deferred:
-                self._accept(self._state().wait())
+                self._accept(state.snapshot(self._delayed).wait())
 
-    def look(self, wait: bool) -> bool:
-        """Refresh ``T``, ``beta`` and ``size``; False if nothing new is known.
+    def delayed_step(self, made: Tensor, both: Tensor, making: Tensor) -> None:
+        """One dcgs2 step, product included, that reads its row from cells of the row counter."""
+        u, w = self.state.W[:1], self.state.W[1:]
+        multiply([Request(self.A, u, w, self.deferred)])
+        self.state.scaled_(w)
+        self._orthogonalise_delayed(made, both, making)
 
-        Without ``wait`` the state of the last but one look is read, which the device has left
-        behind, and the steps since then go on undisturbed: no kernel is launched for it.
-        """
-        if not self.deferred:
-            return True
-        if wait:
-            self._pending = None
-            self._accept(self._state().wait())
-            return True
-        earlier, self._pending = self._pending, self._passed_state()
-        if earlier is None:
-            return False
-        self._accept(earlier.wait())
-        return True
+    def _orthogonalise_delayed(
+        self, made: int | Tensor, both: int | Tensor, making: int | Tensor
+    ) -> None:
+        """q_j from u, and the next u from w = A u: pass 1, the scalars, pass 2 of ``dcgs2``."""
+        V, T = self.state.basis, self.state.coefficients
+        C, G = V.dots(self.state.W, count=made)
+        H, S = self.kernels.recur_(C, G, T.T, T.gauges, count=both, scale=V.scale)
+        V.update_(self.state.W, H, S, count=making, append=True)
 
-    def close(self) -> None:
-        """Give back the rows, and what a captured run holds: A's graphs belong to its stream."""
-        if self.replay == "captured":
-            self.A._kept.rebuild()
-        del self.basis, self.W, self._replay
+    def _orthogonalise_twice(self, j: int) -> None:
+        """q_(j+1) from w = A q_j, in the three passes of ``cgs2``."""
+        state, V = self.state, self.state.basis
+        w = state.product
+        h, _ = V.dots(w, count=j + 1)
+        g, G = V.dots(w, V.components(h), count=j + 1)
+        nu2 = G[0, 0] - (g / V.scale).square().sum()
+        S = torch.where(nu2 > 0, nu2, torch.inf).rsqrt().reshape(1, 1)
+        V.update_(w, V.components(g), S, count=j + 1, append=True)
+        state.candidate = 1 - state.candidate
+        state.coefficients.set_row(j, (h + g)[: j + 1, 0] / V.scale, nu2)
+
+    # Ritz pairs and restarts
 
     def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
         """Ritz values ascending (j,), T's eigenvectors (j, j) in columns, residual norms (j,)."""
-        j = len(self.T) - 1
-        values, S = torch.linalg.eigh(self.T[:j, :j])
-        return self._unscaled(values), S, self._unscaled((self._couplings() @ S).abs())
+        T = self.state.T
+        values, S = torch.linalg.eigh(T[:-1, :-1])
+        unscaled = self.state.unscaled
+        return unscaled(values), S, unscaled((self._couplings() @ S).abs())
 
     def restart(self, keep: Tensor) -> None:
         """Thick restart (Wu, Simon 2000): keep the Ritz vectors of the indices ``keep`` (p,)."""
-        j, p = len(self.T) - 1, len(keep)
-        values, S = torch.linalg.eigh(self.T[:j, :j])
-        self.basis.rotate(S[:, keep])
-        if not self.delayed:
-            self.basis.store(p, self.W[self._u])
+        state, p = self.state, len(keep)
+        values, S = torch.linalg.eigh(state.T[:-1, :-1])
+        state.basis.rotate(S[:, keep])
+        if not self._delayed:
+            state.basis.store(p, state.u[0])
         T = torch.diag(torch.nn.functional.pad(values[keep], (0, 1)))
-        T[p, :p] = self.T[-1, :-1] @ S[:, keep]
-        self.size = self._judged = self._begun = p
-        self.T = T
-        self.ledger.rewrite(T)
-        self.ledger.candidate(p, self.beta**2)
+        T[p, :p] = state.T[-1, :-1] @ S[:, keep]
+        state.size = state.judged = state.kept = p
+        state.T = T
+        state.coefficients.reset(T)
+        state.coefficients.set_candidate(p, state.beta**2)
 
     def renew(self, keep: Tensor) -> None:
         """Restart with Ritz vectors that have converged, and go on from a random direction.
@@ -222,108 +202,129 @@ class Lanczos(Rows):
         Their couplings to the candidate are given up, which adds at most ``dropped`` to residuals.
         """
         self.restart(keep)
-        self._dropped += float(self._couplings().norm())
+        self.state.dropped += float(self._couplings().norm())
         self._start_anew()
-
-    def delayed_step(self, made: int | Tensor, both: int | Tensor, making: int | Tensor) -> None:
-        """One dcgs2 step; the counts are numbers, or cells of the ledger's counter."""
-        multiply([Request(self.A, self.W[:1], self.W[1:], self.deferred)])
-        self._scale_(self.W[1:])
-        self._absorb_delayed(made, both, making)
-
-    def _absorb(self) -> None:
-        """Orthogonalise the product of the candidate, and make the candidate a final row."""
-        if self.delayed:
-            self._absorb_delayed(self.size, self.size, self.size)
-        else:
-            self._absorb_classical()
-
-    def _absorb_delayed(self, made: int | Tensor, both: int | Tensor, making: int | Tensor) -> None:
-        C, G = self.basis.dots(self.W, count=made)
-        H, S = self.kernels.recur_(
-            C, G, self.ledger.T, self.ledger.gauges, count=both, scale=self.basis.scale
-        )
-        self.basis.update_(self.W, H, S, count=making, append=True)
-
-    def _absorb_classical(self) -> None:
-        j, scale, basis = self.size, self.basis.scale, self.basis
-        w = self.W[1 - self._u][None]
-        first, _ = basis.dots(w, count=j + 1)
-        second, G = basis.dots(w, basis.coefficients(first), count=j + 1)
-        nu2 = G[0, 0] - (second / scale).square().sum()
-        S = torch.where(nu2 > 0, nu2, torch.inf).rsqrt().reshape(1, 1)
-        basis.update_(w, basis.coefficients(second), S, count=j + 1, append=True)
-        self._u = 1 - self._u
-        self.ledger.write(j, (first + second)[: j + 1, 0] / scale, nu2)
 
     def _couplings(self) -> Tensor:
-        """q_i'H u for the candidate u; T's last row has it but for the norm of a delayed one."""
-        return self.T[-1, :-1] * (self.beta if self.delayed else 1.0)
+        """q_i'A u for the candidate u; for dcgs2 T's last row holds it over the norm of u."""
+        return self.state.T[-1, :-1] * (self.state.beta if self._delayed else 1.0)
 
-    def _state(self) -> State:
-        """The ledger with the candidate's norm, on its way to the host."""
-        if self.delayed:
-            self.ledger.candidate(self.size, gram(self.kernels, self.W[:1])[0, 0])
-        return State(self.ledger, self.size)
+    # what is known of the steps made
 
-    def _passed_state(self) -> State | None:
-        """The same without a kernel: of the last row but one where only a step knows the norm."""
-        if not self.delayed:
-            return State(self.ledger, self.size)
-        return State(self.ledger, self.size - 1, final=True) if self.size > self._begun else None
+    @property
+    def size(self) -> int:
+        """Rows made; as of the last poll they are final."""
+        return self.state.size
 
-    def _accept(self, state: State) -> None:
-        """Take a state over; look for a breakdown and for asymmetry in its new rows."""
-        self.T, gauges = state.T, state.gauges
-        self.beta = math.sqrt(max(float(gauges[-1, 0]), 0.0))
-        if state.final:  # its norm is in the row already
-            self.T[-1, :-1] /= self.beta or 1.0
-        broken, left = state.size, self.beta
-        for j in range(self._judged, state.size):
-            uu, nu2, asymmetry = gauges[j].tolist()
-            scale = float(self.T[: j + 1, : j + 1].abs().max())
-            if not all(map(math.isfinite, (uu, nu2, asymmetry, scale))):
-                raise InputError(f"{self.A} returned NaN or Inf for a finite vector")
-            if not nu2 > CANCELLED * uu:
-                broken, left = j, 0.0
-                break
-            if self._is_noise(j, math.sqrt(uu)):
-                broken, left = j, math.sqrt(uu)
-                break
-            self._skew = max(self._skew, asymmetry)
-            if asymmetry > self._asymmetry * scale + self._dropped:
-                raise InputError(
-                    f"A is not symmetric: q_i'Aq_j and q_j'Aq_i differ by {asymmetry:.3g} "
-                    f"at a scale of {scale:.3g}; pass a symmetric operator"
-                )
-        self._judged = broken
-        if broken == self.A.n:
-            self.beta = 0.0
-        elif broken < state.size or self._is_noise(broken, self.beta):
-            self._left = left
-            self._take_back(broken)
+    @property
+    def ended(self) -> bool:
+        """Whether the Krylov space of the start vector ended, so that ``jacobi`` is all of it."""
+        return self.state.exhausted or self.state.own is not None
 
-    def _is_noise(self, j: int, norm: float) -> bool:
-        """Whether a candidate behind j rows is what rounding left; a fresh one never is."""
-        return bool(self.T[j, :j].any()) and norm <= self._noise_of(j)
+    @property
+    def deferred(self) -> bool:
+        """Whether steps are enqueued without being checked; not after a breakdown."""
+        return self._deferred and self.state.checked_since is None
 
-    def _noise_of(self, j: int) -> float:
-        return self._rounding * float(self.T[:j, :j].abs().sum(1).max())
+    @property
+    def graph(self) -> str:
+        """Whether steps are replayed as a CUDA graph, or why not; and whether a run fell back."""
+        row = self.state.checked_since
+        fell_back = "" if row is None else f", every step checked since a breakdown at row {row}"
+        return self._captured.words + fell_back
 
-    def _take_back(self, size: int) -> None:
-        """Drop the rows from ``size`` on; the run ends or goes on from a fresh direction."""
-        self._pending = None
-        self.broke_down, self.deferred = True, False  # what ended once may end soon again
-        self._own = size if self._own is None else self._own
-        self.size = self._judged = size
-        self.beta = 0.0
-        self.T = self.T[: size + 1, : size + 1].clone()
-        self.exhausted = not self.refill
-        self._start_anew()
+    @property
+    def noise(self) -> float:
+        """The size under which a residual is rounding of A's dtype: NOISE eps ||T||."""
+        T = self.state.T
+        if len(T) == 1:
+            return 0.0
+        rounding = NOISE * torch.finfo(self.A.dtype).eps
+        noise = self._tolerances.noise(T, len(T) - 1)
+        return self.state.unscaled(rounding / self._tolerances.rounding * noise)
+
+    @property
+    def dropped(self) -> float:
+        """Bound on what ``renew`` left out of A, in the Euclidean norm."""
+        return self.state.unscaled(self.state.dropped)
+
+    @property
+    def resolution(self) -> float:
+        """Eigenvalues closer than this may share a node, lost to float16's rounding; 0 if none."""
+        state = self.state
+        if state.unscaled(state.lost) <= self.noise:
+            return 0.0
+        return state.unscaled(self._tolerances.noise(state.T, state.size))
+
+    @property
+    def exact(self) -> bool:
+        """Whether products err by rounding alone, as far as is known or shows in T.
+
+        Errors that are spread over n numbers show in the asymmetry of T as their n^(-1/2)th part.
+        """
+        eps, state = torch.finfo(self.A.dtype).eps, self.state
+        shown = SKEWED * eps * float(state.T.abs().max()) + state.dropped
+        return self.A._relative_error() <= eps and state.skew <= shown
+
+    def jacobi(self) -> Tensor:
+        """The Jacobi matrix of the start vector: T (j, j), j final rows or those of its space."""
+        j = len(self.state.T) - 1 if self.state.own is None else self.state.own
+        return self.state.unscaled(self.state.T[:j, :j])
+
+    def configuration(self) -> dict[str, Item]:
+        """What a run must have in common with this one to take over its state."""
+        common = configuration("Lanczos", self.A, self.capacity, self._deferred)
+        rows = str(self.state.basis.stored.dtype).removeprefix("torch.")
+        return common | {"schedule": self.schedule, "rows": rows, "refill": self.refill}
+
+    # how it becomes known
+
+    def poll(self, wait: bool) -> bool:
+        """Refresh what is known of the steps made; False if nothing new is known.
+
+        Without ``wait`` a GPU works on: the copy that the poll before the last one began is read,
+        and the next one begun, without a kernel.
+        """
+        state = self.state
+        if not self.deferred:
+            return True
+        if wait:
+            state.pending = None
+            self._accept(state.snapshot(self._delayed).wait())
+            return True
+        earlier, state.pending = state.pending, state.passed_snapshot(self._delayed)
+        if earlier is None:
+            return False
+        self._accept(earlier.wait())
+        return True
+
+    def _accept(self, snapshot: Snapshot) -> None:
+        """Take over a snapshot and judge its new rows; after a breakdown end or start anew."""
+        state = self.state
+        state.T, state.beta = snapshot.T, snapshot.beta
+        if snapshot.final:  # the row holds its norm already
+            state.T[-1, :-1] /= state.beta or 1.0
+        verdict = judged(self.A, snapshot, self._tolerances, state)
+        state.judged, state.skew = verdict.rows, verdict.skew
+        if verdict.rows == self.A.n:
+            state.beta = 0.0
+        elif verdict.broken:
+            if self.deferred:
+                state.checked_since = verdict.rows  # a second breakdown may follow soon
+            state.discard(verdict.rows, verdict.lost)
+            state.exhausted = not self.refill
+            self._start_anew()
 
     def _start_anew(self) -> None:
         """Replace the candidate by a random direction without couplings, unless exhausted."""
-        self.T[-1] = self.T[:, -1] = 0.0
-        self.ledger.rewrite(self.T)
-        if not self.exhausted:
-            self._draw(signs=False)
+        state = self.state
+        state.T[-1] = state.T[:, -1] = 0.0
+        state.coefficients.reset(state.T)
+        if not state.exhausted:
+            draw_(state, self.kernels, signs=False, append=not self._delayed)
+
+    def close(self) -> None:
+        """Free the rows and what a captured run holds; the state is unusable afterwards."""
+        if self._captured.captured:
+            self.A._kept.rebuild()  # A's graphs belong to the capturing stream
+        del self.state.basis, self.state.W, self._captured

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, TypeVar
 
-from fasthessian.arguments import Progress
+from fasthessian.arguments import ProgressCallback
 from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.base import SymmetricOperator, multiply, operator
 from fasthessian.operators.request import Request
@@ -22,7 +22,7 @@ from fasthessian.results.records import Record
 R = TypeVar("R", bound=Record)
 Asking = Generator[Request, None, None]
 Run = Generator[Request, None, tuple[R, list[Warning]]]  # the record, and where it falls short
-Start = Callable[[SymmetricOperator, "Progress | None"], Run[R]]
+Start = Callable[[SymmetricOperator, "ProgressCallback | None"], Run[R]]
 
 
 class Guard:
@@ -67,7 +67,7 @@ def answer(requests: Asking) -> None:
 
 
 @restored
-def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R]:
+def solve(A: Any, start: Start[R], progress: ProgressCallback | None) -> R | dict[str, R]:
     """The record of one run over an operator, or one a name over a dictionary of operators."""
     if not isinstance(A, Mapping):
         with Guard([operator(A)]) as guard:
@@ -88,7 +88,7 @@ def solve(A: Any, start: Start[R], progress: Progress | None) -> R | dict[str, R
 
 
 def _together(
-    operators: Mapping[str, SymmetricOperator], start: Start[R], progress: Progress | None
+    operators: Mapping[str, SymmetricOperator], start: Start[R], progress: ProgressCallback | None
 ) -> dict[str, R]:
     """All runs in rounds: one request of each, answered in one pass where they share a matrix."""
     if not operators:
@@ -97,7 +97,7 @@ def _together(
         raise InputError("A holds one operator under two names; name each once")
     done: dict[str, tuple[int, int | None]] = {}
 
-    def told(name: str) -> Progress | None:
+    def told(name: str) -> ProgressCallback | None:
         if progress is None:
             return None
 

@@ -29,13 +29,14 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
+from fasthessian.krylov.candidate import add_part_
 from fasthessian.krylov.dots import dots
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.three_term import ThreeTerm
 from fasthessian.operators.request import Request
 
 MISS = 1e-3  # chance that a search overlooks an eigenvalue; of two missing ones it is 1e-6
-LOOK = 4  # steps between two looks at a GPU's run
+POLL_EVERY = 4  # steps between two polls of a GPU's run
 
 
 class Side:
@@ -95,31 +96,41 @@ def search(
     wanted: Tensor,
     points: list[tuple[float, int]],
     until: int,
-    told: Callable[[], None],
+    callback: Callable[[], None],
 ) -> Generator[Request, None, bool | None]:
     """Whether an eigenvalue beyond one of the points is missing from the rows of ``krylov``.
 
-    ``wanted`` (k,) are the indices of the Ritz values that are no further than the points. None if
-    the operator has made ``until`` products before the answer was known.
+    Args:
+        krylov: the run that is to be judged.
+        wanted: (k,) indices of the Ritz values that are no further than the points.
+        points: one or two, as ``limits`` gives them.
+        until: products of the operator at which the search gives up.
+        callback: called after each product.
+
+    Returns:
+        None if the search gave up before the answer was known.
     """
     values, S, couplings = krylov.ritz()
     rest = torch.ones(len(values), dtype=torch.bool, device="cpu").index_fill(0, wanted, False)
-    coupled = rest & (couplings != 0)  # of an operator that is 0 the points are its values
+    coupled = rest & (couplings != 0)  # if A = 0, the points are Ritz values
     ratios = [couplings[coupled] / (x - values[coupled]) for x, _ in points]
     enough = 2 * krylov.A.n / (math.pi * MISS**2)  # P(|g| < d) <= d sqrt(2 / pi), g of N(0, 1)
     if len(points) == 1:
         shift = float((ratios[0] * couplings[coupled]).sum())
 
-        def shifted(q: Tensor, w: Tensor) -> None:
-            krylov.project_out_(w)
+        def project_(w: Tensor) -> None:
+            krylov.state.basis.project_out_(w, count=krylov.size)
+
+        def restrict_(q: Tensor, w: Tensor) -> None:
+            project_(w)
             if shift:
-                krylov.add_candidate_(w, shift, q)
+                add_part_(krylov.state, krylov.kernels, w, shift, q)
 
         side = Side(*points[0], enough)
-        return (yield from _search(krylov, [side], shifted, krylov.project_out_, until, told))
+        return (yield from _search(krylov, [side], restrict_, project_, until, callback))
     # one run for both sides, of A without the wanted pairs alone
     Q = torch.empty(len(wanted), krylov.A.n, dtype=krylov.A.dtype, device=krylov.A.device)
-    krylov.combine(S[:, wanted], Q)
+    krylov.state.basis.rotate(S[:, wanted], Q)
 
     def deflate_(w: Tensor) -> None:
         C, _ = dots(krylov.kernels, Q, w)
@@ -129,7 +140,7 @@ def search(
         Side(*point, enough * (1 + float(ratio.square().sum())))
         for point, ratio in zip(points, ratios, strict=True)
     ]
-    return (yield from _search(krylov, sides, lambda q, w: deflate_(w), deflate_, until, told))
+    return (yield from _search(krylov, sides, lambda q, w: deflate_(w), deflate_, until, callback))
 
 
 def _search(
@@ -138,28 +149,28 @@ def _search(
     restrict: Callable[[Tensor, Tensor], None],
     project: Callable[[Tensor], None],
     until: int,
-    told: Callable[[], None],
+    callback: Callable[[], None],
 ) -> Generator[Request, None, bool | None]:
-    A = krylov.A
-    rest = A.n - krylov.size  # dimensions in which something may be missing
-    if rest < 1:
+    """Run ``v -> restrict(A v)`` until a side is passed, or nothing lies beyond any."""
+    A, state = krylov.A, krylov.state
+    if state.size >= A.n:  # no dimension is left in which something may be missing
         return False
 
     def prepare(start: Tensor) -> None:
         for _ in range(2):
-            krylov.project_out_(start)
+            state.basis.project_out_(start, count=state.size)
 
     run = ThreeTerm(
-        A, max(until - A.matvecs, 1), seed=krylov.seed, offset=krylov.next_offset(), signs=False,
+        A, max(until - A.matvecs, 1), seed=state.seed, offset=state.next_offset(), signs=False,
         prepare=prepare, restrict=restrict, project=project, floor=krylov.noise,
         backend=krylov.kernels.NAME, deferred=krylov.deferred,
     )  # fmt: skip
     seen = 0
-    while not run.exhausted and run.size < run.capacity and A.matvecs < until:
+    while not run.ended and run.size < run.capacity and A.matvecs < until:
         yield from run.advance()
-        told()
+        callback()
         last = run.size == run.capacity or A.matvecs >= until
-        if not run.look(wait=last or run.size % LOOK == 0):
+        if not run.poll(wait=last or run.size % POLL_EVERY == 0):
             continue
         for row in run.entries(seen):
             for side in sides:
@@ -169,4 +180,4 @@ def _search(
             return True
         if all(side.total >= side.enough for side in sides):
             return False
-    return False if run.exhausted or run.size == A.n else None
+    return False if run.ended or run.size == A.n else None

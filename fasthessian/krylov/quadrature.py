@@ -1,24 +1,53 @@
-r"""What a Gauss rule of m nodes does not tell about the measure it was made from.
+r"""Gauss quadrature from a Krylov run, and what its m nodes do not tell about the measure.
 
-Two measures of the same first 2 m - 1 moments have distribution functions F that differ at x by at
-most the Christoffel function (Chebyshev, Markov, Stieltjes; Szego, Orthogonal polynomials, 3.41)::
+The spectral measure of the start vector has the Jacobi matrix of the run. Its Gauss rule of m nodes
+is exact for polynomials of degree up to 2 m - 1 (Golub, Welsch 1969). Two measures with the same
+moments up to that degree have distribution functions F that differ at x by at most the Christoffel
+function (Chebyshev, Markov, Stieltjes; Szego, Orthogonal polynomials, 3.41)::
 
     |F(x) - F_Gauss(x)| <= c(x) = 1 / sum_j p_j(x)^2,    p_0 .. p_(m-1) orthonormal
 
-c is about density times node spacing in a bulk, the weight at a node, and 0 in the gaps around a
-converged node and everywhere once the Krylov space has ended.
+c is about density times node spacing in a bulk and the weight at a node. It is 0 in the gaps around
+a converged node, and everywhere once the Krylov space has ended.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Generator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-REACH = 8  # kernel widths: the mass outside is below 1e-15
+from fasthessian.krylov.protocol import KrylovRun
+from fasthessian.operators.request import Request
+
+POLL_EVERY = 16  # steps between two polls of a GPU's run
+REACH = 8  # kernel widths; the mass of a Gaussian outside of it is below 1e-15
 SAMPLES = 8  # of the Christoffel function between two nodes
+
+
+class Measured(NamedTuple):
+    """What quadrature takes from a run that has ended; see ``KrylovRun``."""
+
+    jacobi: Tensor
+    resolution: float
+    graph: str
+    ended: bool = False
+
+
+def grow(
+    krylov: KrylovRun, steps: int, callback: Callable[[], None]
+) -> Generator[Request, None, Measured]:
+    """Make ``steps`` steps, or fewer if the space of the start vector ends before."""
+    while krylov.size < min(steps, krylov.capacity) and not krylov.ended:
+        yield from krylov.advance()
+        last = krylov.size >= min(steps, krylov.capacity) or krylov.ended
+        if last or krylov.size % POLL_EVERY == 0:
+            krylov.poll(wait=last)
+        callback()
+    return Measured(krylov.jacobi(), krylov.resolution, krylov.graph, krylov.ended)
 
 
 class Rule(NamedTuple):
@@ -41,8 +70,8 @@ def quadrature(T: Tensor, exact: bool) -> Rule:
 def christoffel(rule: Rule, x: Tensor) -> Tensor:
     """The bound c at the points x (g,); 0 for an exact rule.
 
-    With p(x) = (p_0 .. p_(m-1)), (T - x) p is a multiple of the last unit vector, so that p is one
-    of ``sum_k S_k last_k / (node_k - x)``, scaled to p_0 = 1.
+    For p(x) = (p_0 .. p_(m-1)) the vector (T - x) p is a multiple of the last unit vector. So p is
+    a multiple of ``sum_k S_k last_k / (node_k - x)``, scaled to p_0 = 1.
     """
     if rule.exact:
         return torch.zeros_like(x)
@@ -70,10 +99,10 @@ def width(rule: Rule) -> float:
 def unresolved(rule: Rule, grid: Tensor, sigma: float) -> Tensor:
     r"""How far a density smoothed by a Gaussian of width sigma may be from the Gauss rule's (g,).
 
-    By parts, ``|int g(x - t) d(F - F_Gauss)(t)| <= int c(t) |g'(x - t)| dt`` for any measure. Where
-    the density is smooth over a node spacing d, the nodes act as a trapezoidal rule, whose error is
-    less by about ``exp(-2 pi^2 (sigma / d)^2)``: c is taken times that. It is near 1, and the bound
-    rigorous, for a kernel finer than d / 10.
+    Integration by parts bounds ``|int g(x - t) d(F - F_Gauss)(t)|`` by ``int c(t) |g'(x - t)| dt``
+    for any measure. Where the density is smooth over a node spacing d, the nodes act as a
+    trapezoidal rule, whose error is smaller by about ``exp(-2 pi^2 (sigma / d)^2)``, and c is
+    multiplied by that factor. It is near 1, and the bound rigorous, for kernels finer than d / 10.
     """
     if rule.exact:
         return torch.zeros_like(grid)

@@ -1,28 +1,61 @@
-"""Lanczos without a basis: three vectors, for quadrature alone.
+r"""Lanczos without a basis: three vectors, for quadrature alone.
 
-Without reorthogonalisation converged Ritz values come back as copies ("ghosts"), which share the
-weight of their eigenvalue: the quadrature stays right (Greenbaum 1989; Chen, Trogdon, Ubaru 2021,
-arXiv:2105.06595), the Ritz vectors are gone.
+The three-term recurrence, from a unit vector q_0 and with q_(-1) = 0::
+
+    w = A q_j - beta_(j-1) q_(j-1),  alpha_j = q_j'w,  w -= alpha_j q_j
+    beta_j = |w|,  q_(j+1) = w / beta_j
+
+Without reorthogonalisation converged Ritz values come back as copies ("ghosts") that share the
+weight of their eigenvalue. The quadrature stays right (Greenbaum 1989; Chen, Trogdon, Ubaru 2021,
+arXiv:2105.06595), but there are no Ritz vectors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
 from fasthessian import kernels
+from fasthessian.arguments import integer
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import check_room
+from fasthessian.krylov.breakdown import NOISE
 from fasthessian.krylov.dots import dots, gram
-from fasthessian.krylov.lanczos import NOISE
 from fasthessian.krylov.lockstep import Asking, answer
+from fasthessian.krylov.state import Item, Shapes, State, configuration
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.request import Request
 from fasthessian.vectors import empty_rows
 
 ROWS = 3
+
+
+@dataclasses.dataclass
+class ThreeTermState(State):
+    """The state of a ``ThreeTerm`` run."""
+
+    rows: Tensor  # (3, n), the operator's dtype: q_j in row j mod 3
+    entries: Tensor  # (capacity, 2) float64 on the device: alpha_j and beta_j
+    size: int = 0  # steps made
+    judged: int = 0  # steps whose entries were checked
+    norm: float = 0.0  # largest |alpha_j| + |beta_j| so far
+    exhausted: bool = False  # an invariant subspace was met
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors."""
+        return {"rows": self.rows, "entries": self.entries}
+
+    def _shapes(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Shapes:
+        size = integer("size", numbers["size"], 0, len(self.entries))
+        integer("judged", numbers["judged"], 0, size)
+        return {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors().items()}
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])
 
 
 class ThreeTerm:
@@ -31,27 +64,25 @@ class ThreeTerm:
     Args:
         A: the operator.
         capacity: steps at most.
-        seed: of the stream that the start vector is read from.
-        offset: where in the stream.
+        seed, offset: of the stream that the start vector is drawn from.
         signs: start from random signs, else from normals.
-        prepare: changes the start vector (1, n), before it is normalised.
-        restrict: changes the product w (1, n) of a vector q (1, n): T is then that of the operator
-            ``v -> restrict(A v)``.
-        project: projects a row (1, n) into the subspace that this operator acts in.
-        floor: norm of a product's new part under which it is rounding, if more than T tells.
+        prepare: changes the start vector (1, n) in place, before it is normalised.
+        restrict: changes the product w (1, n) of a vector q (1, n) in place: T is then that of the
+            operator ``v -> restrict(A v)``.
+        project: projects a row (1, n) in place into the subspace that this operator acts in.
+        floor: norm of w up to which it is rounding, if more than T tells.
         backend: kernels by name; default the best that serves.
-        deferred: enqueue steps without looking at them; default on GPUs.
+        deferred: enqueue steps without checking them; default on GPUs.
 
     Attributes:
-        T: (size, size) float64 on the CPU.
-        size, capacity: steps made, and at most.
-        exhausted: an invariant subspace was met.
-        blur: nothing is lost to rows of less precision.
-        replay: why steps are not replayed as a CUDA graph.
+        A, capacity: as given, capacity not above A.n.
+        state: all that changes, see ``ThreeTermState``.
+        resolution: nothing is lost to rows of less precision.
+        graph: why steps are not replayed as a CUDA graph.
     """
 
-    blur = 0.0
-    replay = "eager: steps without a basis are not captured"
+    resolution = 0.0
+    graph = "eager: steps without a basis are not captured"
 
     def __init__(
         self,
@@ -68,18 +99,17 @@ class ThreeTerm:
         backend: str | None = None,
         deferred: bool | None = None,
     ) -> None:
-        self.A, self.capacity, self.size = A, min(capacity, A.n), 0
-        self.exhausted = False
-        self._seen, self._largest = 0, 0.0
+        self.A, self.capacity = A, min(capacity, A.n)
         self._deferred = A.device.type == "cuda" if deferred is None else deferred
         self._kernels = kernels.select(A.device, backend)
-        check_room("none", ROWS, A.n, A.dtype, A.dtype, A.device, A.device, 0)
-        self._rows = empty_rows(ROWS, A.n, A.dtype, A.device)  # q_j in row j mod 3
-        # row j: the diagonal entry, and the coupling to row j + 1
-        self._entries = torch.zeros(self.capacity, 2, dtype=torch.float64, device=A.device)
         self._restrict, self._project, self._floor = restrict, project, floor
+        check_room("none", ROWS, A.n, A.dtype, A.dtype, A.device, A.device, 0)
+        self.state = ThreeTermState(
+            rows=empty_rows(ROWS, A.n, A.dtype, A.device),
+            entries=torch.zeros(self.capacity, 2, dtype=torch.float64, device=A.device),
+        )
         fill = self._kernels.signs_ if signs else self._kernels.normal_
-        start = self._rows[:1]
+        start = self.state.rows[:1]
         fill(start[0], seed, offset)
         if prepare is not None:
             prepare(start)
@@ -90,62 +120,73 @@ class ThreeTerm:
         answer(self.advance())
 
     def advance(self) -> Asking:
-        """Ask for one product and make one more row of T, unless the space is exhausted."""
-        j, rows, serve = self.size, self._rows, self._kernels
-        q, w = (rows[i % 3][None] for i in (j, j + 1))
+        """Ask for one product and make one more row of T."""
+        state, j = self.state, self.state.size
+        before, q, w = (state.rows[i % 3][None] for i in (j - 1, j, j + 1))
         yield Request(self.A, q, w, self._deferred)
         if self._restrict is not None:
             self._restrict(q, w)
         if j:
-            serve.update_(rows[(j - 1) % 3][None], w, self._entries[j - 1, 1:, None])
-        C, _ = dots(serve, q, w)
-        _, G = dots(serve, q, w, C)
-        self._entries[j] = torch.cat((C[0], G[0].sqrt()))
-        self._rescale(w, G)
-        if self._project is not None:  # the less is left, the more of it is rounding
+            self._kernels.update_(before, w, state.entries[j - 1, 1:, None])
+        alpha, _ = dots(self._kernels, q, w)
+        _, beta2 = dots(self._kernels, q, w, alpha)
+        state.entries[j] = torch.cat((alpha[0], beta2[0].sqrt()))
+        self._rescale(w, beta2)
+        if self._project is not None:  # the less is left of w, the more of it is rounding
             self._project(w)
-        self.size += 1
+        state.size += 1
         if not self._deferred:
-            self._read()
+            self._check()
 
-    def look(self, wait: bool) -> bool:
-        """Refresh T; without ``wait`` a GPU is left alone."""
+    def poll(self, wait: bool) -> bool:
+        """Check the steps made; without ``wait`` a GPU is left alone, and nothing new is known."""
         if self._deferred and wait:
-            self._read()
+            self._check()
         return wait or not self._deferred
 
     def close(self) -> None:
-        """Give back the rows."""
-        del self._rows
+        """Free the rows; the state is unusable afterwards."""
+        del self.state.rows
 
-    def _read(self) -> None:
-        """Look at the entries since the last look: for NaN, and for the end of the space."""
-        fresh = self._entries[self._seen : self.size].cpu()
-        if not bool(torch.isfinite(fresh).all()):
+    def _check(self) -> None:
+        """Read the entries since the last check: for NaN, and for the end of the space."""
+        state = self.state
+        new = state.entries[state.judged : state.size].cpu()
+        if not bool(torch.isfinite(new).all()):
             raise InputError(f"{self.A} returned NaN or Inf for a finite vector")
         eps = torch.finfo(self.A.dtype).eps
-        for i, (diagonal, beside) in enumerate(fresh.abs().tolist()):
-            self._largest = max(self._largest, diagonal + beside)
-            if beside <= max(NOISE * eps * self._largest, self._floor):
-                self.size, self.exhausted = self._seen + i + 1, True
+        for i, (alpha, beta) in enumerate(new.abs().tolist()):
+            state.norm = max(state.norm, alpha + beta)
+            if beta <= max(NOISE * eps * state.norm, self._floor):
+                state.size, state.exhausted = state.judged + i + 1, True
                 break
-        self._seen = self.size
+        state.judged = state.size
+
+    @property
+    def size(self) -> int:
+        """Steps made."""
+        return self.state.size
 
     @property
     def ended(self) -> bool:
         """Whether an invariant subspace was met."""
-        return self.exhausted
+        return self.state.exhausted
 
     def entries(self, first: int) -> list[tuple[float, float]]:
-        """Rows of T from ``first`` on, up to the last look: diagonal, and coupling to the next."""
-        return [(a, b) for a, b in self._entries[first : self.size].tolist()]
+        """Rows of T from ``first`` on: (alpha_j, beta_j)."""
+        return [(a, b) for a, b in self.state.entries[first : self.size].tolist()]
 
     def jacobi(self) -> Tensor:
         """The Jacobi matrix of the start vector: T (size, size) float64 on the CPU."""
-        diagonal, beside = self._entries[: self.size].cpu().unbind(1)
-        return torch.diag(diagonal) + torch.diag(beside[:-1], 1) + torch.diag(beside[:-1], -1)
+        alpha, beta = self.state.entries[: self.size].cpu().unbind(1)
+        return torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1)
+
+    def configuration(self) -> dict[str, Item]:
+        """What a run must have in common with this one to take over its state."""
+        return configuration("ThreeTerm", self.A, self.capacity, self._deferred)
 
     def _rescale(self, row: Tensor, norm2: Tensor) -> None:
+        """Divide a row (1, n) by its norm, unless that is 0."""
         none = torch.zeros(0, 1, dtype=torch.float64, device=row.device)
         S = torch.where(norm2 > 0, norm2, torch.inf).rsqrt()
         self._kernels.update_(row[:0], row, none, S)

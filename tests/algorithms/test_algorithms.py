@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fasthessian as fh
-from fasthessian.algorithms.eigsh import _wanted
-from fasthessian.algorithms.intervals import student_t
+from fasthessian.krylov.intervals import student_t
+from fasthessian.krylov.ritz import wanted
 from tests.support.models import PROBLEMS
 from tests.support.spectra import F32, F64, diagonal, outliers
 
@@ -136,7 +136,7 @@ def test_the_order_in_which_pairs_are_wanted():
         ("LA", [10, 3, 1, 0, -2, -9]), ("SA", [-9, -2, 0, 1, 3, 10]), ("LM", [10, -9, 3, -2, 1, 0]),
         ((2, 2), [10, 3, -2, -9, 1, 0]), ((2, 1), [10, 3, -9, -2, 1, 0]), ((0, 2), [-2, -9, 10, 0]),
     ):  # fmt: skip
-        assert values[_wanted(values, which)][: len(want)].tolist() == want
+        assert values[wanted(values, which)][: len(want)].tolist() == want
 
 
 def test_plus_and_minus_one_are_both_found():

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 import fasthessian as fh
-from fasthessian.algorithms.density import Measured, smoothed
+from fasthessian.krylov.quadrature import Measured
+from fasthessian.krylov.smoothing import smoothed
 from tests.support.models import PROBLEMS, columns, refused
 from tests.support.spectra import diagonal, outliers
 from tests.support.untouched import restless, world

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fasthessian as fh
-from fasthessian.algorithms.intervals import Spread, student_t
+from fasthessian.krylov.intervals import Spread, student_t
 from tests.support.spectra import Dense, joined, normal, rotated
 
 F32, F64 = torch.float32, torch.float64

@@ -60,7 +60,7 @@ def test_every_problem_is_captured(name):
     found = Lanczos(A, 12, seed=0)
     found.step()
     few = f"eager: {A.n} steps are too few to pay for a capture"
-    assert found.replay == ("captured" if A.n >= FEW else few)
+    assert found.graph == ("captured" if A.n >= FEW else few)
 
 
 def planted_error(count):
@@ -88,7 +88,7 @@ def test_class_weights_on_the_gpu_do_not_make_steps_wait():
     krylov.step()
     with no_waiting(CUDA):
         krylov.step()
-    assert krylov.replay == "captured"
+    assert krylov.graph == "captured"
 
 
 def test_an_offloaded_basis_equals_the_full_one():
@@ -109,7 +109,7 @@ def test_the_kept_graph_outlives_a_second_run():
     torch.cuda.empty_cache()
     while krylov.size < 30:
         krylov.step()
-    krylov.look(wait=True)
+    krylov.poll(wait=True)
     same_steps(krylov, grown(mlp(CUDA), graph=False))
 
 

@@ -89,11 +89,11 @@ def test_steps_looked_at_late_tell_of_the_same_loss(schedule):
         krylov = Lanczos(diagonal(d, F32), 20, seed=0, basis="compressed", **options)
         for _ in range(3 if deferred else 0):
             krylov.step()
-        assert krylov.blur == 0
-        while krylov.size < 20 and not krylov.exhausted:
+        assert krylov.resolution == 0
+        while krylov.size < 20 and not krylov.state.exhausted:
             krylov.step()
-        krylov.look(True)
-        lost.append((krylov.size, krylov.blur))
+        krylov.poll(True)
+        lost.append((krylov.size, krylov.resolution))
     assert lost[0] == lost[1] and 2 < lost[0][1] < 10
 
 
@@ -160,7 +160,7 @@ def test_compressed_results_agree_with_the_dense_matrix(name):
 def test_compressed_basis_takes_half_the_memory():
     A = diagonal(torch.arange(1.0, 10001.0), F32)
     sizes = [
-        Lanczos(A, 50, seed=0, basis=basis).basis.stored.untyped_storage().nbytes()
+        Lanczos(A, 50, seed=0, basis=basis).state.basis.stored.untyped_storage().nbytes()
         for basis in ("full", "compressed")
     ]
     assert sizes[1] <= 0.51 * sizes[0]
@@ -212,7 +212,7 @@ def test_density_without_a_basis_ends_at_an_invariant_subspace(deferred, monkeyp
 
 def test_density_without_a_basis_keeps_three_vectors():
     run = ThreeTerm(diagonal(torch.arange(1.0, 10001.0), F32), 50, seed=0)
-    assert run._rows.untyped_storage().nbytes() < 3.1 * 4 * 10_000
+    assert run.state.rows.untyped_storage().nbytes() < 3.1 * 4 * 10_000
     for _ in range(50):
         run.step()
     assert len(run.jacobi()) == 50

@@ -1,5 +1,7 @@
 """Lanczos steps as a GPU makes them: enqueued, counted on the device, looked at late."""
 
+import functools
+import importlib
 from types import SimpleNamespace
 
 import pytest
@@ -18,25 +20,27 @@ def test_deferred_steps_are_the_same_steps(schedule):
     """Looking late changes nothing: the same bits as looking at every step."""
     spectrum = outliers(2000)
     late = Lanczos(diagonal(spectrum), 30, seed=0, schedule=schedule, deferred=True)
-    assert not late.look(wait=False)
+    assert not late.poll(wait=False)
     for _ in range(12):
         late.step()
-    late.look(wait=False)
+    late.poll(wait=False)
     for _ in range(4):
         late.step()
-    assert late.look(wait=False)  # the state of the last look, of dcgs2 without its last row
+    assert late.poll(wait=False)  # the state of the last look, of dcgs2 without its last row
     known = 12 if schedule == "cgs2" else 11
     direct = grown(diagonal(spectrum), known, schedule=schedule)
-    assert torch.equal(late.T[:known, :known], direct.T[:known, :known])
-    torch.testing.assert_close(late.T[known, :known], direct.T[known, :known], rtol=1e-12, atol=0)
-    assert late.beta == pytest.approx(direct.beta, rel=1e-12)
+    assert torch.equal(late.state.T[:known, :known], direct.state.T[:known, :known])
+    torch.testing.assert_close(
+        late.state.T[known, :known], direct.state.T[known, :known], rtol=1e-12, atol=0
+    )
+    assert late.state.beta == pytest.approx(direct.state.beta, rel=1e-12)
     assert all(map(torch.allclose, late.ritz()[::2], direct.ritz()[::2]))
     while late.size < 30:
         late.step()
-    assert late.look(wait=True) and len(late.T) == 31
+    assert late.poll(wait=True) and len(late.state.T) == 31
     direct = grown(diagonal(spectrum), 30, schedule=schedule)
-    assert torch.equal(late.T, direct.T) and late.beta == direct.beta
-    assert torch.equal(late.basis.rows(30), direct.basis.rows(30))
+    assert torch.equal(late.state.T, direct.state.T) and late.state.beta == direct.state.beta
+    assert torch.equal(late.state.basis.rows(30), direct.state.basis.rows(30))
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -44,15 +48,15 @@ def test_deferred_steps_are_the_same_steps(schedule):
 def test_a_breakdown_noticed_late_takes_the_later_rows_back(schedule, refill):
     values = torch.tensor([2.0] * 30 + [5.0] * 10, dtype=F64)
     krylov = Lanczos(diagonal(values), 12, seed=0, schedule=schedule, refill=refill, deferred=True)
-    while krylov.size < 12 and not krylov.exhausted:
+    while krylov.size < 12 and not krylov.state.exhausted:
         krylov.step()
         if krylov.size == 12 or krylov.size % 4 == 0:
-            krylov.look(wait=krylov.size == 12)
-    assert krylov.broke_down
+            krylov.poll(wait=krylov.size == 12)
+    assert krylov.state.broke_down
     if refill:
         assert krylov.size == 12 and max(defects(krylov, values)) < 1e-13
     else:
-        assert krylov.size == 2 and krylov.exhausted
+        assert krylov.size == 2 and krylov.state.exhausted
     ritz = krylov.ritz()[0]
     assert bool((((ritz - 2).abs() < 1e-12) | ((ritz - 5).abs() < 1e-12)).all())
 
@@ -61,10 +65,10 @@ def test_a_candidate_within_the_basis_takes_the_later_rows_back():
     krylov = Lanczos(diagonal(outliers(2000)), 12, seed=0, deferred=True)
     for _ in range(8):
         krylov.step()
-    krylov.ledger.gauges[5, 1] = 0.9e-4 * krylov.ledger.gauges[5, 0]
-    krylov.look(wait=True)
-    assert krylov.broke_down and krylov.size == 5 and not krylov.T[5].any()
-    assert not krylov.deferred and krylov.look(wait=False)  # from here on each step is looked at
+    krylov.state.coefficients.gauges[5, 1] = 0.9e-4 * krylov.state.coefficients.gauges[5, 0]
+    krylov.poll(wait=True)
+    assert krylov.state.broke_down and krylov.size == 5 and not krylov.state.T[5].any()
+    assert not krylov.deferred and krylov.poll(wait=False)  # from here on each step is looked at
 
 
 @pytest.mark.parametrize("kept", [None, 5])
@@ -74,9 +78,9 @@ def test_a_look_without_waiting_launches_no_kernel(kept):
     if kept is not None:
         while krylov.size < 30:
             krylov.step()
-        krylov.look(wait=True)
+        krylov.poll(wait=True)
         krylov.restart(torch.arange(kept))
-        assert not krylov.look(wait=False) and not krylov.look(wait=False)
+        assert not krylov.poll(wait=False) and not krylov.poll(wait=False)
     krylov.step()
 
     class Recorded(TorchDispatchMode):
@@ -87,9 +91,9 @@ def test_a_look_without_waiting_launches_no_kernel(kept):
     module = SimpleNamespace(
         **{name: (lambda *a, n=name, **k: calls.append(n)) for name in ("project_", "update_")}
     )
-    krylov.kernels, krylov.basis.kernels = module, module
+    krylov.kernels, krylov.state.basis.kernels = module, module
     with Recorded():
-        krylov.look(wait=False)
+        krylov.poll(wait=False)
     assert set(calls) <= {"slice", "clone"} and "clone" in calls
 
 
@@ -103,7 +107,7 @@ def test_nan_in_a_deferred_product_is_reported():
     with pytest.raises(ValueError, match="NaN or Inf for a finite vector"):
         for _ in range(10):
             krylov.step()
-        krylov.look(wait=True)
+        krylov.poll(wait=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -112,28 +116,49 @@ def test_a_step_that_counts_for_itself_is_the_same_step(backend, basis):
     """What a CUDA graph would replay: the same call each time, the row counted in a cell."""
     spectrum = outliers(2000)
     krylov = Lanczos(diagonal(spectrum), 20, seed=0, backend=backend, basis=basis)
-    counter = krylov.ledger.counter
+    counter = krylov.state.coefficients.counter
     for _ in range(20):
         krylov.delayed_step(counter[:1], counter, counter[1:])
     direct = grown(diagonal(spectrum), 20, backend=backend, basis=basis)
     assert counter.tolist() == [20, 19]
-    assert torch.equal(krylov.ledger.T[:20, :20], direct.T[:20, :20])
-    assert torch.equal(krylov.basis.stored, direct.basis.stored)
+    assert torch.equal(krylov.state.coefficients.T[:20, :20], direct.state.T[:20, :20])
+    assert torch.equal(krylov.state.basis.stored, direct.state.basis.stored)
     for run in (krylov, direct):
-        run.size = 20
-        run._accept(run._state())
+        run.state.size = 20
+        run._accept(run.state.snapshot(delayed=True))
         run.restart(torch.tensor([19, 18, 0]))
     for _ in range(5):
         krylov.delayed_step(counter[:1], counter, counter[1:])
         direct.step()
     assert counter.tolist() == [8, 7]
-    assert torch.equal(krylov.ledger.T[:8, :8], direct.T[:8, :8])
+    assert torch.equal(krylov.state.coefficients.T[:8, :8], direct.state.T[:8, :8])
 
 
 def test_replay_says_why_steps_are_not_captured():
-    assert grown(diagonal(torch.arange(1.0, 50.0)), 5).replay == "eager: cpu has no CUDA graphs"
+    assert grown(diagonal(torch.arange(1.0, 50.0)), 5).graph == "eager: cpu has no CUDA graphs"
     krylov = grown(diagonal(torch.arange(1.0, 50.0)), 5, graph=False)
-    assert krylov.replay == "eager: graph=False"
+    assert krylov.graph == "eager: graph=False"
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_that_falls_back_to_checking_every_step_says_so(schedule, monkeypatch):
+    values = torch.tensor([2.0] * 30 + [5.0] * 10, dtype=F64)
+    eager, said = "eager: cpu has no CUDA graphs", ", every step checked since a breakdown at row 2"
+    options = {"seed": 0, "schedule": schedule}
+    late, direct = (Lanczos(diagonal(values), 12, deferred=d, **options) for d in (True, False))
+    for run in (late, direct):
+        assert run.graph == eager
+        while run.size < 12:
+            run.step()
+        run.poll(wait=True)
+    assert late.graph == eager + said and not late.deferred
+    assert direct.graph == eager  # it checked every step from the start
+    for name in ("eigsh", "density"):
+        module = importlib.import_module(f"fasthessian.algorithms.{name}")
+        monkeypatch.setattr(module, "Lanczos", functools.partial(Lanczos, deferred=True))
+    A = diagonal(values)
+    assert fh.eigsh(A, 2, "LA", schedule=schedule).graph.startswith(eager + said[:-1])
+    assert fh.density(A, steps=12, schedule=schedule).graph == eager + said
 
 
 def test_results_say_why_steps_were_not_captured():
@@ -158,7 +183,7 @@ def test_a_deferred_step_reads_nothing_back(schedule, basis):
     with NothingReadBack():
         for _ in range(5):
             krylov.step()
-        krylov.look(wait=False)  # the first look only sends the state on its way
+        krylov.poll(wait=False)  # the first look only sends the state on its way
     krylov = Lanczos(A, 10, deferred=False, **options)
     with NothingReadBack(), pytest.raises(AssertionError, match="waits for the device"):
         krylov.step()

@@ -48,7 +48,7 @@ def grown(A, steps=30, **options):
     krylov = Lanczos(A, steps, seed=0, deferred=True, **options)
     while krylov.size < steps:
         krylov.step()
-    krylov.look(wait=True)
+    krylov.poll(wait=True)
     return krylov
 
 
@@ -58,8 +58,8 @@ def expected_words(device):
 
 def same_steps(found, expected):
     """To rounding, which Lanczos amplifies: the first rows of T, and the outermost Ritz values."""
-    scale = float(expected.T.abs().max())
-    assert float((found.T - expected.T)[:8, :8].abs().max()) < 1e-3 * scale
+    scale = float(expected.state.T.abs().max())
+    assert float((found.state.T - expected.state.T)[:8, :8].abs().max()) < 1e-3 * scale
     ends = [krylov.ritz()[0][[0, -3, -2, -1]] for krylov in (found, expected)]
     torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-3 * scale)
 
@@ -96,20 +96,20 @@ def check_quiet_steps(device, graph):
     with quiet:
         for _ in range(10):
             krylov.step()
-        krylov.look(wait=False)
-    assert krylov.replay == (expected_words(device) if graph else "eager: graph=False")
+        krylov.poll(wait=False)
+    assert krylov.graph == (expected_words(device) if graph else "eager: graph=False")
 
 
 def check_captured(device, basis):
     A = mlp(device)
     found = grown(A, basis=basis)
-    assert found.replay == expected_words(device) and A.matvecs == 30
+    assert found.graph == expected_words(device) and A.matvecs == 30
     same_steps(found, grown(mlp(device), basis=basis, graph=False))
     found.restart(torch.arange(5))  # the counter goes back with it
     while found.size < 20:
         found.step()
-    found.look(wait=True)
-    V = found.basis.rows(20).double()
+    found.poll(wait=True)
+    V = found.state.basis.rows(20).double()
     bound = 1e-6 if basis == "full" else 1e-3
     assert float((V @ V.T - torch.eye(20, device=device)).abs().max()) < bound
 
@@ -130,7 +130,7 @@ def check_failed_capture(device, monkeypatch, plant):
     before = torch.cuda.current_stream() if device.type == "cuda" else None
     found = grown(mlp(device))
     if device.type == "cuda":
-        assert found.replay.startswith("eager: the capture failed: ")
+        assert found.graph.startswith("eager: the capture failed: ")
         assert torch.cuda.current_stream() == before
     same_steps(found, expected)
     torch.rand(3, device=device)  # a generator left in a capture would refuse
@@ -166,7 +166,7 @@ def check_launches(device, backend):
         for _ in range(count):
             krylov.step()
             if krylov.size % every == 0:
-                krylov.look(wait=False)
+                krylov.poll(wait=False)
 
     def products(count):
         for _ in range(count):

@@ -13,14 +13,15 @@ SCHEDULES = ["dcgs2", "cgs2"]
 
 def grown(A, steps, **options):
     krylov = Lanczos(A, steps, **{"seed": 0, **options})
-    while krylov.size < krylov.capacity and not krylov.exhausted:
+    while krylov.size < krylov.capacity and not krylov.state.exhausted:
         krylov.step()
     return krylov
 
 
 def defects(krylov, spectrum):
     """max |V V' - I| and max |V H V' - T| / max |T| in float64."""
-    V, T = krylov.basis.rows(krylov.size).double(), krylov.T[: krylov.size, : krylov.size]
+    V = krylov.state.basis.rows(krylov.size).double()
+    T = krylov.state.T[: krylov.size, : krylov.size]
     orthogonality = (V @ V.T - torch.eye(krylov.size)).abs().max()
     projection = (V @ (spectrum[:, None] * V.T) - T).abs().max() / T.abs().max()
     return float(orthogonality), float(projection)

@@ -1,4 +1,4 @@
-// The CUDA half of the extension with its kernels on the simulator: one device, no driver.
+// The CUDA part of the extension, with the kernels on the simulator: one device, no driver.
 #include "bindings.h"
 #include "cuda/device.h"
 #include "cuda/launch.h"

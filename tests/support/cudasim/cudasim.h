@@ -28,7 +28,7 @@ FHSIM_UNWATCHED inline const dim3& grid_size() { return machine.grid; }
 FHSIM_UNWATCHED inline unsigned lane() { return running->lane; }
 FHSIM_UNWATCHED inline size_t dynamic_bytes() { return machine.dynamic; }
 
-// What lane `from` gave; poison when it takes no part, for then CUDA leaves the result undefined.
+// The value of lane `from`; poison if it takes no part, since CUDA leaves the result undefined.
 template <class T>
 T exchange(const char* operation, unsigned mask, T mine, unsigned from, Where where) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle of at most 8 bytes");
@@ -72,7 +72,7 @@ T __shfl_xor_sync(unsigned mask, T x, int by, int width = 32, FHSIM_HERE) {
   return fhsim::exchange("__shfl_xor_sync", mask, x, lane, {file, line});
 }
 
-// Exact where the angle is a multiple of a quarter turn, as CUDA's.
+// Exact at multiples of a quarter turn, like CUDA's.
 inline void sincospi(double x, double* sine, double* cosine) {
   const double turned = remainder(x, 2.0), quarters = rint(2 * turned);
   const double angle = M_PI * (turned - quarters / 2), s = sin(angle), c = cos(angle);
@@ -95,7 +95,7 @@ enum cudaError_t {
   cudaErrorLaunchFailure = 719
 };
 
-// Of a failed launch, what the simulator found.
+// The error of a failed launch: what the simulator found.
 inline const char* cudaGetErrorString(cudaError_t error) {
   if (error == cudaErrorLaunchFailure) return fhsim::machine.failure.c_str();
   return error == cudaErrorInvalidConfiguration ? "invalid configuration argument"

@@ -1,6 +1,6 @@
-// Runs every kernel of csrc/cuda on small matrices and compares with plain loops, for the
-// sanitizers: arrays end where the data end, so one element too far is seen.
-//   driver [SEED [CASE]]     prints what is wrong; the exit code says whether something was
+// Runs every kernel of csrc/cuda on small matrices and compares with plain loops. Arrays end where
+// the data end, so that sanitizers see an access one element too far.
+//   driver [SEED [CASE]]     prints what is wrong, and sets the exit code
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -29,7 +29,7 @@ struct Shape {
   int b;
   int64_t count;  // of live rows; the others hold NaN
   int shift;      // 0: rows aligned to 16 bytes
-  bool tensor;    // the count lies in memory
+  bool tensor;    // the count is read from memory
 };
 
 template <class TV, class TW>
@@ -68,7 +68,7 @@ struct Problem {
             shape.tensor ? -1 : shape.count};
   }
 
-  // (W - H^T V)[q, i] and the sum of the magnitudes, of which rounding errors are a part.
+  // (W - H^T V)[q, i] and the sum of the magnitudes, which bounds the rounding errors.
   double corrected(const Matrix<TW>& W, int q, int64_t i, double* magnitude) const {
     double sum = W.at(q, i);
     *magnitude = fabs(sum);
@@ -141,7 +141,7 @@ bool near(double found, double want) {
   return fabs(found - want) <= 1e-10 * (1 + fabs(want)) || (found != found && want != want);
 }
 
-// The step as reference.py has it, with j live rows of a basis of m.
+// The step as in reference.py, with j live rows of a basis of m.
 void recur(int64_t j, int64_t m, bool tensor, bool fresh) {
   const int64_t k = m, ld = m + 3;
   Matrix<double> C(k, 2, 2, 0), T(m + 1, m + 1, ld, 1), gauges(m + 1, 3, 4, 0);
@@ -181,7 +181,7 @@ void recur(int64_t j, int64_t m, bool tensor, bool fresh) {
 
 using Stream = int (*)(void*, FhType, int64_t, uint64_t, int64_t, void*);
 
-// A piece of a stream is the same numbers as that part of the whole.
+// A piece of a stream equals that part of the whole.
 template <class T>
 void stream(Stream fill, int64_t n, int64_t offset) {
   std::vector<T> whole(n + offset, NAN), piece(n + 1, NAN);
@@ -211,7 +211,7 @@ void pack(std::vector<int64_t> sizes, double beta) {
   require(right, "pack_");
 }
 
-// Rows of logits with a masked class, and with another row of NaN that has no weight.
+// Rows of logits with a masked class, and a row of NaN with weight 0.
 template <class T>
 void softmax(int64_t outer, int64_t classes, int64_t inner, int shift) {
   current = "softmax " + std::to_string(classes) + " inner " + std::to_string(inner);

@@ -1,6 +1,7 @@
-// A fiber: a call stack of its own, entered and left by hand. Every CUDA thread is one, and all of
-// them take turns on one OS thread. The sanitizers are told of each switch; to ThreadSanitizer a
-// fiber is a thread, and a switch orders nothing, so races between CUDA threads are seen.
+// A fiber: a separate call stack, entered and left explicitly. Every CUDA thread is a fiber, and
+// all of them take turns on one OS thread. The sanitizers are notified of each switch. For
+// ThreadSanitizer a fiber is a thread and a switch orders nothing, so it sees races between
+// threads.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -38,14 +39,14 @@ inline void unwatch([[maybe_unused]] bool on) {
 #endif
 }
 
-// While one lives, ThreadSanitizer ignores the accesses: the simulator's own data are shared
-// freely.
+// While an object of this type exists, ThreadSanitizer ignores all accesses: the simulator shares
+// its own data freely.
 struct Unwatched {
   Unwatched() { unwatch(true); }
   ~Unwatched() { unwatch(false); }
 };
 
-// What happened before `publish(tag)` happened before the return of `observe(tag)`.
+// Orders everything before `publish(tag)` before the return of `observe(tag)`.
 inline void publish([[maybe_unused]] void* tag) {
 #ifdef __SANITIZE_THREAD__
   __tsan_release(tag);
@@ -58,8 +59,8 @@ inline void observe([[maybe_unused]] void* tag) {
 }
 
 #ifndef FHSIM_SWAPCONTEXT
-// Stores the callee-saved registers on this stack and takes those that lie on the other.
-// swapcontext would do, at two system calls a switch.
+// Stores the callee-saved registers on this stack and loads those of the other stack. swapcontext
+// would need two system calls per switch.
 __attribute__((naked, noinline, no_sanitize("thread", "address", "undefined"))) inline void
 switch_stacks(void** /*from*/, void* /*to*/) {
   asm("pushq %rbp\n pushq %rbx\n pushq %r12\n pushq %r13\n pushq %r14\n pushq %r15\n"
@@ -73,7 +74,7 @@ struct Context {
 #ifdef FHSIM_SWAPCONTEXT
   ucontext_t registers;
 #else
-  void* top = nullptr;  // of the stack, where the registers lie
+  void* top = nullptr;  // of the stack, where the registers are
 #endif
   void* tsan = nullptr;
   void* asan = nullptr;
@@ -101,7 +102,7 @@ FHSIM_UNWATCHED inline void switch_to(Context& from, Context& to, [[maybe_unused
 
 class Fiber {
  public:
-  // Makes the next `enter` call main, which must not return but leave for the last time.
+  // Makes the next `enter` call main, which must not return; it leaves for the last time instead.
   void prepare(void (*main)()) {
     if (!stack_) stack_.reset(new char[bytes]);
     here_.bottom = stack_.get(), here_.size = bytes;
@@ -138,7 +139,7 @@ class Fiber {
 #endif
   }
 
-  // Called while an Unwatched lives, which a fiber that never comes back must not keep.
+  // Called while an Unwatched exists, which a fiber that never returns must not keep.
   void leave(bool last = false) {
     unwatch(false);
     switch_to(here_, scheduler_, last);

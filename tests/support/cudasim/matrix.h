@@ -1,4 +1,4 @@
-// Matrices of the three types for driver.cpp, and what it takes for equal.
+// Matrices of the three types for driver.cpp, and its tolerances.
 #pragma once
 #include <cmath>
 #include <type_traits>
@@ -45,7 +45,7 @@ double rounding() {
   return std::is_same_v<T, double> ? 0x1p-48 : std::is_same_v<T, float> ? 0x1p-23 : 0x1p-10;
 }
 
-// Whether `found` is the dot of two rows to the rounding of sums in float64.
+// Whether `found` is the dot of two rows, up to the rounding of sums in float64.
 template <class A, class B>
 bool is_dot(double found, const Matrix<A>& a, int64_t p, const Matrix<B>& b, int64_t q) {
   double sum = 0, magnitude = 0;

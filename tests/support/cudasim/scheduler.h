@@ -1,6 +1,6 @@
-// Runs the threads of a grid, as fibers, in an order drawn from a seed. Whole warps race far ahead
-// of others and lanes of a warp run in any order, so that a missing barrier shows as a wrong
-// answer; a barrier or a warp collective that not all threads of its group reach is an error.
+// Runs the threads of a grid, as fibers, in an order drawn from a seed. Some warps run far ahead of
+// others and the lanes of a warp run in any order, so a missing barrier shows as a wrong answer. A
+// barrier or a warp collective that not all threads of its group reach is an error.
 #pragma once
 #include <algorithm>
 #include <cstring>
@@ -35,7 +35,7 @@ struct Where {
 
 struct Thread;
 
-// Threads that came, or are to come, together: a block at a barrier, or the lanes of a mask.
+// Threads that must meet: a block at a barrier, or the lanes of a mask.
 struct Meeting {
   const char* operation;
   Where where;    // of the first to arrive
@@ -92,11 +92,11 @@ inline Machine machine;
 inline Thread* running = nullptr;
 
 constexpr unsigned resident_blocks = 3;            // at a time, their warps interleaved
-constexpr size_t shared_bytes_at_most = 48 << 10;  // more takes an attribute on real hardware
+constexpr size_t shared_bytes_at_most = 48 << 10;  // more needs an attribute on real hardware
 #ifdef __SANITIZE_ADDRESS__
 constexpr size_t guard = 0;  // AddressSanitizer has its own, and names the line
 #else
-constexpr size_t guard = 64;  // bytes behind a shared array
+constexpr size_t guard = 64;  // bytes after a shared array
 #endif
 constexpr char poison = (char)0xff;  // floats and doubles of these bytes are NaN
 
@@ -106,7 +106,7 @@ inline uint64_t draw() {  // xorshift64
   return x;
 }
 
-// Another seed, another order; the same seed, the same order.
+// The seed determines the order of all threads.
 inline void seed(uint64_t number) {
   machine.random = number * 0x9E3779B97F4A7C15 + 0x1234567;
   for (int i = 0; i < 4; ++i) draw();
@@ -137,7 +137,8 @@ auto meet(bool of_warp, uint32_t mask, const char* operation, Where where, bool 
   if (open == meetings.end())
     open = meetings.insert(open, Meeting{operation, where, mask, {}, 0, 0, {}});
   const bool same = open->operation == operation && open->mask == mask;
-  // Two texts of a warp operation may be one after inlining; two barriers of a block may not.
+  // Two source lines of a warp operation may be merged by inlining; two barriers of a block may
+  // not.
   if (!same || (!of_warp && open->where.line != where.line))
     throw Error("threads of one group meet at different places: " + std::string(open->operation) +
                 " of " + open->where.str() + " and " + operation + " of " + where.str());
@@ -209,7 +210,7 @@ inline void finish(std::list<Block>::iterator block) {
   machine.resident.erase(block);
 }
 
-// The threads that wait, a few of them, for the message.
+// Some of the waiting threads, for the message.
 inline std::string who_waits() {
   std::string text = "deadlock: not all threads of the group reached";
   unsigned named = 0;
@@ -227,7 +228,7 @@ inline std::string who_waits() {
   return text;
 }
 
-// The ready warp of highest priority, or null. Redrawn now and then, that one is overtaken.
+// The ready warp of highest priority, or null. Priorities change at times, so warps overtake.
 inline Warp* next_warp() {
   Warp* best = nullptr;
   for (Block& block : machine.resident)

@@ -1,0 +1,190 @@
+"""Ritz pairs: which are wanted, when they have converged, and thick restarts until they have."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Generator, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fasthessian.kernels.contract import MAX_BLOCK
+from fasthessian.krylov.basis import Basis
+from fasthessian.krylov.dots import dots, gram
+from fasthessian.krylov.found import Found
+from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.krylov.missing import limits, outside, search
+from fasthessian.operators.base import SymmetricOperator, operator
+from fasthessian.operators.request import Request
+
+SLACK = 1e-8  # of ||A||: a missing eigenvalue so far beyond the wanted ones is looked for
+LOCKED = 0.01  # of tol: what pairs converge to before their couplings are given up
+POLL_EVERY = 4  # steps between two polls of a GPU's run
+
+
+def largest_size(A: Any) -> int:
+    """Size of an operator, or of the largest in a dictionary; an empty one is refused later."""
+    each = A.values() if isinstance(A, Mapping) else [A]
+    return max((operator(B).n for B in each), default=sys.maxsize)
+
+
+def default_rows(k: int, n: int) -> int:
+    """Rows of the basis for k pairs."""
+    return min(n, max(2 * k + 30, 4 * k))
+
+
+def default_limit(rows: int) -> int:
+    """Products at most on a basis of so many rows."""
+    return max(1000, 20 * rows)
+
+
+def converge(
+    krylov: Lanczos,
+    k: int,
+    which: str | tuple[int, int],
+    tol: float,
+    until: int,
+    callback: Callable[[], None],
+) -> Generator[Request, None, Found]:
+    """Continue a run until k pairs have converged and none is missing; then close it.
+
+    Args:
+        krylov: the run, new or with steps made.
+        k: wanted pairs.
+        which: "LM", "LA" or "SA"; or how many from the top and how many from the bottom, all in
+            descending order.
+        tol: relative residual at which a pair has converged.
+        until: products of the operator at which the run ends in any case.
+        callback: called after each product.
+    """
+    A, state, ncv, compressed = krylov.A, krylov.state, krylov.capacity, krylov.compressed
+    if compressed or not krylov.exact:  # k products are kept for the refinement
+        until = until - k
+    aim = tol / 2 if compressed else tol  # a margin for what the refinement measures
+    entered, locking = state.size, False
+    points: list[tuple[float, int]] = []
+    count = 0  # eigenvalues beyond the points, at least
+    while True:
+        spent, last = A.matvecs >= until, state.size == ncv or state.exhausted
+        # a breakdown may hide further copies of an eigenvalue: then only a full basis is judged
+        every = max(POLL_EVERY if krylov.deferred else 1, state.size // 20)
+        due = state.size >= k + 8 and state.size % every == 0
+        now = last or spent or state.size == entered
+        if state.size >= k and (now or (due and not state.broke_down)):
+            goal = LOCKED * aim if locking else aim
+            converged, order = _judged(krylov, k, which, goal, wait=now, alike=locking)
+            if not now and bool(converged.all()):  # include what was enqueued since
+                converged, order = _judged(krylov, k, which, goal, wait=True, alike=locking)
+            full = state.size == ncv or state.exhausted
+            if full or spent or not state.broke_down:  # this poll may have found a breakdown
+                if len(order) >= k and (spent or state.exhausted):
+                    complete = state.exhausted
+                    break
+                values, done = krylov.ritz()[0], bool(converged.all())
+                known = outside(values, points) >= count  # what the last search found missing
+                if done and known:
+                    least = max(krylov.noise, SLACK * float(values.abs().max()))
+                    points = limits(values[order[:k]], which, tol, least)
+                    missing = yield from search(krylov, order[:k], points, until, callback)
+                    if not missing:
+                        complete = missing is False
+                        break
+                    count, locking = outside(values, points) + 1, True
+                    continue
+                if done and locking:
+                    krylov.renew(order[:k])
+                    locking = state.broke_down = False
+                elif full:
+                    krylov.restart(order[: k + (ncv - k) // 2])
+                    state.broke_down = False
+        yield from krylov.advance()
+        callback()
+
+    values, S, residuals = krylov.ritz()
+    chosen = order[:k]
+    vectors = torch.empty(k, A.n, dtype=A.dtype, device=A.device)
+    state.basis.rotate(S[:, chosen], vectors)
+    graph, noise, exact = krylov.graph, krylov.noise, krylov.exact
+    krylov.close()  # the basis, before the products of the vectors
+    values, residuals = values[chosen], residuals[chosen] + krylov.dropped + noise
+    if compressed or not exact:
+        values, residuals = yield from _refined(A, vectors, values, krylov.kernels)
+        converged = residuals <= torch.clamp(tol * values.abs(), min=2 * noise)
+    return Found(values, vectors, residuals, converged, complete, graph)
+
+
+def _judged(
+    krylov: Lanczos,
+    k: int,
+    which: str | tuple[int, int],
+    tol: float,
+    wait: bool,
+    alike: bool,
+) -> tuple[Tensor, Tensor]:
+    """Whether each of the k wanted pairs has converged, as of a poll, and all in their order.
+
+    With ``alike`` each pair is held to the tolerance of the least value.
+    """
+    none = torch.zeros(1, dtype=torch.bool, device="cpu")
+    if not krylov.poll(wait):
+        return none, torch.arange(0, device="cpu")
+    values, _, residuals = krylov.ritz()
+    if len(values) < k:
+        return none, torch.arange(0, device="cpu")
+    order = wanted(values, which)
+    first = order[:k]
+    sizes = values[first].abs()
+    sizes = sizes.min().expand(k) if alike else sizes
+    return residuals[first] <= torch.clamp(tol * sizes - krylov.dropped, min=krylov.noise), order
+
+
+def wanted(values: Tensor, which: str | tuple[int, int]) -> Tensor:
+    """Indices of the ascending ``values``, most wanted first; ``which`` as in ``converge``."""
+    ascending = torch.arange(len(values), device=values.device)
+    if which == "SA":
+        return ascending
+    if which == "LA":
+        return ascending.flip(0)
+    if isinstance(which, str):
+        return values.abs().argsort(descending=True, stable=True)
+    top, bottom = which
+    best = torch.cat((ascending[:bottom], ascending[len(values) - top :])).flip(0)
+    rest = ascending[bottom : len(values) - top]
+    turns = (rest, rest.flip(0)) if top > bottom else (rest.flip(0), rest)
+    return torch.cat((best, torch.stack(turns, dim=1).reshape(-1)[: len(rest)]))
+
+
+def _refined(
+    A: SymmetricOperator, X: Tensor, values: Tensor, kernels: ModuleType
+) -> Generator[Request, None, tuple[Tensor, Tensor]]:
+    """Rayleigh-Ritz on the rows of X (k, n), in place: values in the order given, residuals.
+
+    The pencil (X A X', X X') is solved through the Cholesky factor of X X', which is I to about
+    1e-3.
+    """
+    k = len(X)
+    Y = torch.empty_like(X)
+    yield Request(A, X, Y)
+    products = [torch.empty(k, k, dtype=torch.float64, device=X.device) for _ in range(2)]
+    for start in range(0, k, MAX_BLOCK):
+        rows = slice(start, start + MAX_BLOCK)
+        for product, right in zip(products, (X, Y), strict=True):
+            product[:, rows], _ = dots(kernels, X, right[rows])
+    overlap, projection = (product.cpu() for product in products)
+    L = torch.linalg.cholesky(overlap)
+    inner = torch.linalg.solve_triangular(L, (projection + projection.T) / 2, upper=False)
+    inner = torch.linalg.solve_triangular(L, inner.T, upper=False)
+    found, Q = torch.linalg.eigh((inner + inner.T) / 2)
+    mix = torch.linalg.solve_triangular(L.T, Q, upper=True)
+    place = values.argsort().argsort()
+    found, mix = found[place], mix[:, place]
+    residuals = torch.empty_like(found)
+    for rows_of in (X, Y):
+        Basis(rows_of, 1.0, kernels).rotate(mix)
+    for i, (x, y) in enumerate(zip(X, Y, strict=True)):
+        y.add_(x, alpha=-float(found[i]))
+        residuals[i] = math.sqrt(float(gram(kernels, y[None])))
+    return found, residuals

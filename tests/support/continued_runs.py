@@ -1,0 +1,117 @@
+"""Krylov runs that are written in one process and continued in another one.
+
+    python -m tests.support.continued_runs FOLDER
+
+reads the states in FOLDER, continues their runs and writes what they give to ``NAME.pt``.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+import fasthessian as fh
+from fasthessian.krylov import state_file
+from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.krylov.lockstep import answer
+from fasthessian.krylov.ritz import converge
+from fasthessian.krylov.three_term import ThreeTerm
+
+F32, F64 = torch.float32, torch.float64
+BULK = torch.linspace(-1, 1, 490, dtype=F64)
+VALUES = torch.cat([torch.tensor([9.0, 7, 5, 4, 3, 2.5, -8, -6, -3.5, -2.2], dtype=F64), BULK])
+FEW = torch.tensor([2.0] * 30 + [5.0] * 10 + [-1.0] * 60, dtype=F64)  # breaks down at row 3
+
+
+def diagonal(values, dtype=F64):
+    d = values.to(dtype)
+    return fh.SymmetricOperator(lambda v: d * v, len(d), dtype=dtype, check=False)
+
+
+def steps(run, count):
+    """Make some steps, with a poll after every fourth one; returns what the polls found."""
+    polls = []
+    for _ in range(count):
+        if run.size == run.capacity or (run.ended and not getattr(run, "refill", False)):
+            break
+        run.step()
+        if run.size % 4 == 0:
+            polls.append([run.poll(wait=False), run.size, len(run.jacobi())])
+    return polls
+
+
+def restarted(run):
+    steps(run, 24)
+    run.poll(wait=True)
+    run.restart(torch.tensor([23, 22, 21, 0, 1]))
+    steps(run, 5)
+
+
+def renewed(run):
+    steps(run, 24)
+    run.poll(wait=True)
+    run.renew(torch.tensor([23, 22, 0]))
+    steps(run, 6)
+
+
+CASES = {}  # name: (a new run, its steps before it is written)
+for schedule in ("dcgs2", "cgs2"):
+    for basis in ("full", "compressed"):
+        for deferred in (False, True):
+            options = {"seed": 3, "schedule": schedule, "basis": basis, "deferred": deferred}
+            where = f"{schedule} {basis}{' deferred' * deferred}"
+            for moment, values, dtype, before in (
+                ("before the first step", VALUES, F64, lambda run: None),
+                ("in the middle", VALUES, F32, lambda run: steps(run, 10)),
+                ("after a restart", VALUES, F64, restarted),
+                ("after a renewal", VALUES, F64, renewed),
+                ("after a breakdown", FEW, F64, lambda run: steps(run, 10)),
+                ("of a large norm", VALUES * 1e25, F32, lambda run: steps(run, 10)),
+            ):
+                CASES[f"{where} {moment}"] = (
+                    lambda values=values, dtype=dtype, options=options: Lanczos(
+                        diagonal(values, dtype), 24, **options
+                    ),
+                    before,
+                )
+for deferred in (False, True):
+    for moment, values, count in (("in the middle", VALUES, 9), ("at its end", FEW, 3)):
+        CASES[f"three terms{' deferred' * deferred} {moment}"] = (
+            lambda values=values, deferred=deferred: ThreeTerm(
+                diagonal(values, F32), 24, seed=3, deferred=deferred
+            ),
+            lambda run, count=count: steps(run, count),
+        )
+
+
+def rest(run):
+    """What the remaining steps give, and then the eigenpairs of the Ritz loop."""
+    polls = steps(run, 24)
+    run.poll(wait=True)
+    found = {
+        "polls": polls,
+        "T": run.jacobi(),
+        "size": run.size,
+        "ended": run.ended,
+        "graph": run.graph,
+    }
+    if isinstance(run, ThreeTerm):
+        return found | {"rows": run.state.rows, "entries": run.state.entries}
+    values, _, residuals = run.ritz()
+    found |= {"V": run.state.basis.stored[: run.size].clone(), "W": run.state.W.clone()}
+    found |= {"ritz": values, "bounds": residuals, "numbers": run.state.numbers()}
+    ends, made = [], run.A.matvecs
+
+    def pairs():
+        ends.append((yield from converge(run, 3, "LA", 1e-3, made + 200, lambda: None)))
+
+    answer(pairs())
+    return found | {"pairs": list(ends[0]), "products": run.A.matvecs - made}
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    for name, (new, _) in CASES.items():
+        continued = new()
+        state_file.read(folder / f"{name}.npz", continued)
+        torch.save(rest(continued), folder / f"{name}.pt")
