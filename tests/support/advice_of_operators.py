@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fasthessian as fh
+from fasthessian.operators.base import multiply
+from fasthessian.operators.request import Request
 from fasthessian.study.resnet import resnet
 from tests.support.advice_models import (
     CE,
@@ -58,8 +60,8 @@ CASES = {
     ".to()": (TypeError, lambda: THREE @ torch.ones(3).double(),
         lambda: THREE @ torch.ones(3).double().to(THREE.dtype)),
     " must have contiguous rows, got strides ": (ValueError,
-        lambda: THREE.apply(torch.ones(3, 2).T, torch.ones(2, 3)),
-        lambda: THREE.apply(torch.ones(3, 2).T.contiguous(), torch.ones(2, 3))),
+        lambda: multiply([Request(THREE, torch.ones(3, 2).T, torch.ones(2, 3))]),
+        lambda: multiply([Request(THREE, torch.ones(3, 2).T.contiguous(), torch.ones(2, 3))])),
     "the tensor for ": (TypeError, lambda: H().flatten([p.double() for p in net().parameters()]),
         lambda: H().flatten([p.double().to(torch.float32) for p in net().parameters()])),
     # operators.batches
