@@ -14,8 +14,8 @@ def dots(
 ) -> tuple[Tensor, Tensor]:
     """``C = V W^T`` (k, b) and ``G = W W^T`` (b, b) in float64, one pass over V and W.
 
-    Vectors that are split over ranks have their partial sums C and G added up here: no other
-    function of the package calls ``project_``, and no caller adds up dots itself.
+    No other function of the engine calls ``project_``, and no caller adds up dots itself. So this
+    is the place where C and G of vectors that are split over ranks can be summed.
 
     Args:
         kernels: the backend that serves the device of V and W.

@@ -1,4 +1,4 @@
-"""Every dot product of the package goes through one function, where ranks can be summed."""
+"""Every dot product of the engine goes through one function, where ranks can be summed."""
 
 import ast
 

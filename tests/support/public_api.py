@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import fasthessian
 import fasthessian.pyhessian
+from fasthessian.operators.blocks import Block
+from fasthessian.operators.checks import Check
 from fasthessian.study.resnet import resnet
 
 
@@ -24,7 +26,10 @@ def lines() -> Iterator[str]:
             yield from described(
                 f"fasthessian.pyhessian.{name}", getattr(fasthessian.pyhessian, name)
             )
+    yield from described("fasthessian.pyhessian.install", fasthessian.pyhessian.install)
     yield from described("fasthessian.study.resnet.resnet", resnet)
+    for returned in (Block, Check):  # by methods of the operators
+        yield from described(f"{returned.__module__}.{returned.__name__}", returned)
 
 
 def described(name: str, thing: object) -> Iterator[str]:
@@ -40,8 +45,11 @@ def described(name: str, thing: object) -> Iterator[str]:
     if dataclasses.is_dataclass(thing):
         for field in dataclasses.fields(thing):
             yield f"{name}.{field.name}: {field.type}"
-    elif thing.__init__ is not object.__init__ and not issubclass(thing, BaseException):
-        yield f"{name}{signature(thing.__init__)}"
+    else:
+        if thing.__init__ is not object.__init__ and not issubclass(thing, BaseException):
+            yield f"{name}{signature(thing.__init__)}"
+        for attribute, annotation in sorted(annotated(thing).items()):
+            yield f"{name}.{attribute}: {annotation}"
     for attribute in sorted(vars_of(thing)):
         value = inspect.getattr_static(thing, attribute)
         value = getattr(value, "__func__", value)
@@ -49,6 +57,15 @@ def described(name: str, thing: object) -> Iterator[str]:
             yield f"{name}.{attribute}: property"
         elif inspect.isfunction(value):
             yield f"{name}.{attribute}{signature(value)}"
+
+
+def annotated(thing: type) -> dict[str, str]:
+    """Public attributes of the instances of a class that is no record, by their annotations."""
+    ours = [base for base in thing.__mro__ if base.__module__.startswith("fasthessian")]
+    found = {
+        k: v for base in reversed(ours) for k, v in vars(base).get("__annotations__", {}).items()
+    }
+    return {k: v for k, v in found.items() if public(k)}
 
 
 def vars_of(thing: type) -> set[str]:
