@@ -29,8 +29,8 @@ from fasthessian.pyhessian.arguments import (
     split_batch,
     tolerance,
 )
+from fasthessian.pyhessian.attributes import Attributes
 from fasthessian.pyhessian.products import leave
-from fasthessian.pyhessian.state import State
 from fasthessian.pyhessian.utils import (
     get_params_grad,
     group_add,
@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 
-class hessian(State):
+class hessian(Attributes):
     """Eigenvalues, trace and spectral density of a loss, with PyHessian's calls and return types.
 
     As in PyHessian, the model is put into eval mode; a subclass that skips this ``__init__`` is

@@ -7,7 +7,7 @@ from tests.support.house import (
     calls,
     chain,
     imports,
-    page,
+    map_lines,
     upward,
     written,
 )
@@ -18,7 +18,7 @@ def pack_():
 
 
 def test_the_map_names_every_room_once_with_a_sentence():
-    text = list(page())
+    text = list(map_lines())
     for name in (name for rooms in FLOORS for name in rooms):
         (at,) = (
             i for i, line in enumerate(text)

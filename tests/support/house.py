@@ -125,7 +125,7 @@ def calls(product: Callable[[], object], last: str) -> list[str]:
     """The calls in the package, ``module: function``, that led to the first call of ``last``."""
     found: list[str] = []
 
-    def look(frame, event, argument):
+    def record_call(frame, event, argument):
         if event == "call" and frame.f_code.co_name == last and not found:
             while frame is not None:
                 module, name = frame.f_globals.get("__name__", ""), frame.f_code.co_name
@@ -134,7 +134,7 @@ def calls(product: Callable[[], object], last: str) -> list[str]:
                 frame = frame.f_back
 
     before = sys.getprofile()
-    sys.setprofile(look)
+    sys.setprofile(record_call)
     try:
         product()
     finally:
@@ -171,7 +171,7 @@ def sentence(path: Path) -> str:
     return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
 
 
-def page(root: Path = ROOT) -> Iterator[str]:
+def map_lines(root: Path = ROOT) -> Iterator[str]:
     """The map: rooms by floor, imports between them, numbers, and the chain of calls."""
     arrows, paths = imports(root), modules(root)
     counts, doors = Counter(map(room, arrows)), between(arrows)
@@ -203,11 +203,11 @@ def written(text: str) -> str:
     before, start, rest = text.partition("<!-- make map -->\n")
     _, end, after = rest.partition("<!-- end -->")
     return "".join(
-        (before, start, "```text\n", *(f"{line}\n" for line in page()), "```\n", end, after)
+        (before, start, "```text\n", *(f"{line}\n" for line in map_lines()), "```\n", end, after)
     )
 
 
 if __name__ == "__main__":
-    print("\n".join(page()))
+    print("\n".join(map_lines()))
     if sys.argv[1:] == ["--write"]:
         CONTRIBUTING.write_text(written(CONTRIBUTING.read_text()))

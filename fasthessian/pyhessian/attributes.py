@@ -23,7 +23,7 @@ from fasthessian.vectors import Layout
 Result = TypeVar("Result")
 
 
-class State:
+class Attributes:
     """The attributes of PyHessian's class, which can be assigned, and the operator made of them."""
 
     model: Any
@@ -136,7 +136,7 @@ class State:
         """The current operator on flat vectors, and their layout."""
         if getattr(self, "full_dataset", True):
             method = getattr(self.dataloader_hv_product, "__func__", None)
-            if method is not State.dataloader_hv_product:
+            if method is not Attributes.dataloader_hv_product:
                 return operator(self._overridden, self.params)
         elif not (self._made_here() and same(self.params, self._trainable())):
             return operator(self._by_gradients, self.params)
