@@ -181,7 +181,7 @@ def operator(problem: Problem, plan: Plan) -> Curvature:
                 f"are {', '.join(list(named)[:4])}{', ...' if len(named) > 4 else ''}"
             )
         options["params"] = chosen
-    return MATRICES[plan.matrix](problem.model, problem.criterion, problem.data, **options)
+    return MATRICES[plan.matrix].make(problem.model, problem.criterion, problem.data, **options)
 
 
 def self_check(A: Curvature) -> Check:

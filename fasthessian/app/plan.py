@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 from fasthessian.errors import InputError
 from fasthessian.operators.curvature import Curvature
@@ -12,10 +13,23 @@ from fasthessian.operators.fisher import Fisher
 from fasthessian.operators.gaussnewton import GaussNewton
 from fasthessian.operators.hessian import Hessian
 
-MATRICES: dict[str, Callable[..., Curvature]] = {
-    "hessian": Hessian,
-    "ggn": GaussNewton,
-    "fisher": Fisher,
+
+class Matrix(NamedTuple):
+    """A matrix that can be analysed."""
+
+    make: Callable[..., Curvature]
+    name: str
+    products: str  # how its exact products are made
+
+
+MATRICES = {
+    "hessian": Matrix(Hessian, "Hessian", "by double backward"),
+    "ggn": Matrix(
+        GaussNewton, "Gauss-Newton matrix", "as J' M J with the Jacobian J of the outputs"
+    ),
+    "fisher": Matrix(
+        Fisher, "Fisher matrix", "as J' M J, M from targets drawn from the model's predictions"
+    ),
 }
 
 

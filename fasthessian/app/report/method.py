@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 from fasthessian.app.analysis import BLOCK_SAMPLES
-from fasthessian.app.plan import Plan
+from fasthessian.app.plan import MATRICES, Plan
 from fasthessian.app.report.result import Result
-from fasthessian.app.report.summary import NAMES, Rows, number, steps
+from fasthessian.app.report.summary import Rows, number, steps
 
-PRODUCTS = {
-    "hessian": "by double backward",
-    "ggn": "as J' M J with the Jacobian J of the outputs",
-    "fisher": "as J' M J, M from targets drawn from the model's predictions",
-}
 BASES = {
     "compressed": "float16 rows; eigenpairs refined, and their residuals measured, by products",
     "offload": "rows in host memory",
@@ -25,7 +20,7 @@ def products(plan: Plan) -> str:
     elif plan.engine == "forward":
         words = "exact, in forward mode over reverse mode"
     else:
-        words = "exact, " + PRODUCTS[plan.matrix]
+        words = "exact, " + MATRICES[plan.matrix].products
     return words.replace("exact, ", f"in {plan.precision}, ") if plan.precision else words
 
 
@@ -34,7 +29,7 @@ def method(result: Result) -> Rows:
     found, plan = result.analysis, result.plan
     engine = result.environment["engine"]
     rows = [
-        ("matrix", f"{NAMES[plan.matrix]} of the loss"),
+        ("matrix", f"{MATRICES[plan.matrix].name} of the loss"),
         ("products", f"{products(plan)}; engine: {engine}"),
     ]
     if plan.params is not None:

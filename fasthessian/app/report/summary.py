@@ -6,12 +6,12 @@ import math
 
 from torch import Tensor
 
+from fasthessian.app.plan import MATRICES
 from fasthessian.app.report.result import Result
 from fasthessian.results.plots import shown
 from fasthessian.results.records import BlockSpectra, Eigenpairs
 
 LISTED = 8  # blocks in the summary, the sharpest first
-NAMES = {"hessian": "Hessian", "ggn": "Gauss-Newton matrix", "fisher": "Fisher matrix"}
 
 Rows = list[tuple[str, str]]
 
@@ -23,7 +23,7 @@ def number(value: float, digits: int = 5) -> str:
 
 def kind(result: Result) -> str:
     """The kind of matrix: Hessian, Gauss-Newton or Fisher."""
-    return NAMES[result.plan.matrix].removesuffix(" matrix")
+    return MATRICES[result.plan.matrix].name.removesuffix(" matrix")
 
 
 def title(result: Result) -> str:
