@@ -51,10 +51,16 @@ def mismatch(A: SymmetricOperator, exact: Tensor) -> float:
 
 
 def refused(call: Callable[[], Any], kind: type[Exception], words: str) -> None:
-    """``call`` raises the package's error of the built-in ``kind``, one line that has ``words``."""
+    """``call`` raises the package's error of the built-in ``kind``, one line that has ``words``.
+
+    Errors of files are the built-in ones.
+    """
     with pytest.raises(kind, match=words) as caught:
         call()
-    assert isinstance(caught.value, Refusal) and kind in type(caught.value).__bases__
+    if issubclass(kind, OSError):
+        assert type(caught.value) is kind
+    else:
+        assert isinstance(caught.value, Refusal) and kind in type(caught.value).__bases__
     message = str(caught.value)
     assert "\n" not in message and 20 < len(message) < 300, message
 
