@@ -2,7 +2,7 @@
 
 * Runs: ``lanczos`` with a basis, ``three_term`` without one; their common ``protocol``.
 * Parts of a run: ``state`` (all that changes), ``basis``, ``coefficients``, ``candidate``,
-  ``breakdown``, ``scale``, ``cuda_graph``; ``state_file`` writes and reads states.
+  ``breakdown``, ``cuda_graph``; ``state_file`` writes and reads states.
 * ``dots``: every dot product of the package.
 * Results: ``ritz``, ``missing`` and ``found`` for eigenpairs; ``quadrature`` and ``smoothing`` for
   densities; ``hutchinson`` and ``intervals`` for traces.
