@@ -42,7 +42,8 @@ from fasthessian.krylov.candidate import draw_, factor_for
 from fasthessian.krylov.coefficients import Coefficients, Snapshot
 from fasthessian.krylov.cuda_graph import CapturedStep, obstacle
 from fasthessian.krylov.lockstep import Asking, answer
-from fasthessian.krylov.state import Item, RunState, configuration
+from fasthessian.krylov.state import RunState
+from fasthessian.krylov.state_file import Item, configuration
 from fasthessian.operators.base import SymmetricOperator, multiply
 from fasthessian.operators.request import Request
 from fasthessian.vectors import empty_rows
