@@ -4,7 +4,7 @@
 * Parts of a run: ``state`` (all that changes), ``basis``, ``coefficients``, ``candidate``,
   ``breakdown``, ``cuda_graph``; ``state_file`` writes and reads states.
 * ``dots``: every dot product of the package.
-* Results: ``ritz``, ``missing`` and ``found`` for eigenpairs; ``quadrature`` and ``smoothing`` for
-  densities; ``hutchinson`` and ``intervals`` for traces.
+* Results: ``ritz`` and ``missing`` for eigenpairs; ``quadrature`` and ``smoothing`` for densities;
+  ``hutchinson`` and ``intervals`` for traces.
 * ``lockstep``: runs as generators of requests for products, so that many advance together.
 """
