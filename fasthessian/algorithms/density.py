@@ -10,10 +10,10 @@ from fasthessian.errors import InputError, InsufficientMemoryError
 from fasthessian.krylov.basis import FORMATS
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
-from fasthessian.krylov.protocol import KrylovRun
-from fasthessian.krylov.quadrature import grow
+from fasthessian.krylov.quadrature import KrylovRun, grow
 from fasthessian.krylov.smoothing import smoothed
-from fasthessian.krylov.three_term import ROWS, ThreeTerm
+from fasthessian.krylov.state import ROWS
+from fasthessian.krylov.three_term import ThreeTerm
 from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.results.records import Density

@@ -156,6 +156,6 @@ def _run(
             progress(A.matvecs - before, None)
 
     wanted = ((k + 1) // 2, k // 2) if which == "BE" else which
-    found = yield from converge(krylov, k, wanted, tol, before + limit, callback)
+    found = yield from converge(krylov, k, wanted, tol, limit, callback)
     made = A.matvecs - before
     return found.record(made), found.shortfalls(tol, made, krylov.compressed)

@@ -159,8 +159,8 @@ def spectrum(
         krylov = begin(0, rows, extra_vectors=pairs)
         measured = [(yield from grow(krylov, long, callback))]
         made = B.matvecs - before
-        split, until = (top, pairs - top), before + limit - others
-        found = yield from converge(krylov, pairs, split, tol, until, callback)
+        split, left = (top, pairs - top), limit - others - made
+        found = yield from converge(krylov, pairs, split, tol, left, callback)
         shared = B.matvecs - before
         # rows of float16 are orthogonal to 1e-3, so that their T does not have the trace of A
         whole = krylov.ritz()[0] if krylov.size == B.n and not krylov.compressed else None

@@ -1,7 +1,11 @@
-"""The candidate for the next row of a Lanczos run: a random one, and its part of other vectors."""
+"""The two vectors of a Lanczos step: the candidate for the next row, and the scale of its product.
+
+The scale is a power of 2 that keeps the squares of A's norm within float32's range.
+"""
 
 from __future__ import annotations
 
+import math
 from types import ModuleType
 
 import torch
@@ -9,6 +13,8 @@ from torch import Tensor
 
 from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.state import RunState
+
+LEAST = 2.0**-40  # norm of A, or its inverse, from which on products are scaled
 
 
 def draw_(state: RunState, kernels: ModuleType, *, signs: bool, append: bool) -> None:
@@ -38,3 +44,10 @@ def add_part_(state: RunState, kernels: ModuleType, w: Tensor, factor: float, v:
     C, _ = dots(kernels, u, v)
     G = gram(kernels, u)
     kernels.update_(u, w, torch.where(G > 0, -factor * C / G, 0.0))
+
+
+def factor_for(kernels: ModuleType, w: Tensor) -> float:
+    """What to multiply the products of A by, as the product w (1, n) of a unit vector tells."""
+    size = math.sqrt(float(gram(kernels, w)))
+    extreme = math.isfinite(size) and size > 0 and not LEAST < size < 1 / LEAST
+    return 2.0 ** -max(-126, min(126, math.floor(math.log2(size)))) if extreme else 1.0

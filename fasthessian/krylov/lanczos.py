@@ -38,12 +38,12 @@ from fasthessian import kernels
 from fasthessian.errors import InputError
 from fasthessian.krylov import basis as bases
 from fasthessian.krylov.breakdown import NOISE, Tolerances, judged
-from fasthessian.krylov.candidate import draw_
+from fasthessian.krylov.candidate import draw_, factor_for
 from fasthessian.krylov.coefficients import Coefficients, Snapshot
 from fasthessian.krylov.cuda_graph import CapturedStep, obstacle
 from fasthessian.krylov.lockstep import Asking, answer
-from fasthessian.krylov.scale import factor_for
-from fasthessian.krylov.state import Item, RunState, configuration
+from fasthessian.krylov.state import RunState
+from fasthessian.krylov.state_file import Item, configuration
 from fasthessian.operators.base import SymmetricOperator, multiply
 from fasthessian.operators.request import Request
 from fasthessian.vectors import empty_rows

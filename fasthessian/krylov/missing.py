@@ -102,6 +102,9 @@ def search(
 ) -> Generator[Request, None, bool | None]:
     """Whether an eigenvalue beyond one of the points is missing from the rows of ``krylov``.
 
+    The state of the search is that of its run, in ``krylov.state.search``: if there is one already,
+    the search continues from it.
+
     Args:
         krylov: the run that is to be judged.
         wanted: (k,) indices of the Ritz values that are no further than the points.
@@ -163,23 +166,24 @@ def _search(
             state.basis.project_out_(start, count=state.size)
 
     run = ThreeTerm(
-        A, max(until - A.matvecs, 1), seed=state.seed, offset=state.next_offset(), signs=False,
-        prepare=prepare, restrict=restrict, project=project, floor=krylov.noise,
-        backend=krylov.kernels.NAME, deferred=krylov.deferred,
+        A, max(until - A.matvecs, 1), seed=state.seed,
+        offset=0 if state.search else state.next_offset(), signs=False, prepare=prepare,
+        restrict=restrict, project=project, floor=krylov.noise, backend=krylov.kernels.NAME,
+        deferred=krylov.deferred, state=state.search,
     )  # fmt: skip
-    seen = 0
-    while not run.ended and run.size < run.capacity and A.matvecs < until:
+    state.search, seen = run.state, 0
+    while True:
+        last = run.ended or run.size == run.capacity or A.matvecs >= until
+        if run.size and run.poll(wait=last or run.size % POLL_EVERY == 0):
+            for row in run.entries(seen):
+                for side in sides:
+                    side.add(*row)
+            seen = run.size
+            if any(side.passed for side in sides):
+                return True
+            if all(side.total >= side.enough for side in sides):
+                return False
+        if last or run.ended:
+            return False if run.ended or run.size == A.n else None
         yield from run.advance()
         callback()
-        last = run.size == run.capacity or A.matvecs >= until
-        if not run.poll(wait=last or run.size % POLL_EVERY == 0):
-            continue
-        for row in run.entries(seen):
-            for side in sides:
-                side.add(*row)
-        seen = run.size
-        if any(side.passed for side in sides):
-            return True
-        if all(side.total >= side.enough for side in sides):
-            return False
-    return False if run.ended or run.size == A.n else None

@@ -15,17 +15,54 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fasthessian.krylov.protocol import KrylovRun
+from fasthessian.krylov.lockstep import Asking
 from fasthessian.operators.request import Request
 
 POLL_EVERY = 16  # steps between two polls of a GPU's run
 REACH = 8  # kernel widths; the mass of a Gaussian outside of it is below 1e-15
 SAMPLES = 8  # of the Christoffel function between two nodes
+
+
+class KrylovRun(Protocol):
+    """A Krylov space that grows by one product per step, and its Jacobi matrix.
+
+    It has a basis (``Lanczos``) or none (``ThreeTerm``).
+    """
+
+    capacity: int  # steps at most
+
+    @property
+    def size(self) -> int:
+        """Steps made."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether the space of the start vector ended, so that ``jacobi`` is all of it."""
+
+    @property
+    def resolution(self) -> float:
+        """Eigenvalues closer than this may share a node; 0 where no precision was lost."""
+
+    @property
+    def graph(self) -> str:
+        """Whether steps are replayed as a CUDA graph, or why not."""
+
+    def advance(self) -> Asking:
+        """Ask for one product and make one more step, unless the space has ended."""
+
+    def poll(self, wait: bool) -> bool:
+        """Refresh what is known of the steps made; False if nothing new is known."""
+
+    def jacobi(self) -> Tensor:
+        """The Jacobi matrix (j, j) of the start vector, float64 on the CPU, as of the last poll."""
+
+    def close(self) -> None:
+        """Free the rows."""
 
 
 class Measured(NamedTuple):

@@ -6,23 +6,77 @@ import math
 import sys
 from collections.abc import Callable, Generator, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fasthessian.errors import ConvergenceWarning
 from fasthessian.kernels.contract import MAX_BLOCK
 from fasthessian.krylov.basis import Basis
 from fasthessian.krylov.dots import dots, gram
-from fasthessian.krylov.found import Found
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.missing import limits, outside, search
 from fasthessian.operators.base import SymmetricOperator, operator
 from fasthessian.operators.request import Request
+from fasthessian.results.records import Eigenpairs
 
 SLACK = 1e-8  # of ||A||: a missing eigenvalue so far beyond the wanted ones is looked for
 LOCKED = 0.01  # of tol: what pairs converge to before their couplings are given up
 POLL_EVERY = 4  # steps between two polls of a GPU's run
+
+
+class Found(NamedTuple):
+    """The k wanted pairs in their order: the fields of `Eigenpairs`, and a verdict per pair."""
+
+    values: Tensor  # (k,)
+    vectors: Tensor  # (k, n)
+    residuals: Tensor  # (k,)
+    converged: Tensor  # (k,) bool
+    complete: bool  # no wanted eigenvalue is missing, except with the probability MISS
+    graph: str
+
+    def take(self, index: Tensor | slice) -> Found:
+        """The pairs at an index (j,); a slice does not copy the vectors."""
+        return Found(
+            self.values[index],
+            self.vectors[index],
+            self.residuals[index],
+            self.converged[index],
+            self.complete,
+            self.graph,
+        )
+
+    def record(self, matvecs: int) -> Eigenpairs:
+        """The pairs as a result, after ``matvecs`` products."""
+        return Eigenpairs(
+            values=self.values,
+            vectors=self.vectors,
+            residuals=self.residuals,
+            converged=self.complete and bool(self.converged.all()),
+            matvecs=matvecs,
+            graph=self.graph,
+        )
+
+    def shortfalls(
+        self, tol: float, matvecs: int, compressed: bool, rows: str = "ncv"
+    ) -> list[Warning]:
+        """A warning if some pairs have not converged; ``rows`` is the option that adds rows."""
+        if bool(self.converged.all()):
+            return [] if self.complete else [ConvergenceWarning(
+                f"all {len(self.values)} eigenpairs converged to tol={tol:g}, but {matvecs} "
+                f"products did not suffice to show that no eigenvalue between them is missing; "
+                f"raise max_matvecs"
+            )]  # fmt: skip
+        way = f"raise max_matvecs or {rows}"
+        if compressed:
+            way = "raise max_matvecs or tol; residuals under 2e-4 ||A|| need basis='full'"
+        return [
+            ConvergenceWarning(
+                f"{int(self.converged.sum())} of {len(self.values)} eigenpairs converged to "
+                f"tol={tol:g} in {matvecs} products; {way}, or accept the residuals returned"
+            )
+        ]
 
 
 def largest_size(A: Any) -> int:
@@ -46,10 +100,13 @@ def converge(
     k: int,
     which: str | tuple[int, int],
     tol: float,
-    until: int,
+    limit: int,
     callback: Callable[[], None],
 ) -> Generator[Request, None, Found]:
     """Continue a run until k pairs have converged and none is missing; then close it.
+
+    All that changes is in ``krylov.state``. If it is written in a callback and read into a fresh
+    run, this function continues from there, to the bit.
 
     Args:
         krylov: the run, new or with steps made.
@@ -57,51 +114,65 @@ def converge(
         which: "LM", "LA" or "SA"; or how many from the top and how many from the bottom, all in
             descending order.
         tol: relative residual at which a pair has converged.
-        until: products of the operator at which the run ends in any case.
+        limit: products of the operator, from the first call on, at which the run ends in any case.
         callback: called after each product.
     """
     A, state, ncv, compressed = krylov.A, krylov.state, krylov.capacity, krylov.compressed
-    if compressed or not krylov.exact:  # k products are kept for the refinement
-        until = until - k
+    loop = state.loop
+    before = A.matvecs - loop.made
+    if loop.entered is None:
+        loop.entered = state.size
+        loop.reserved = k if compressed or not krylov.exact else 0
+    until = before + limit - loop.reserved
     aim = tol / 2 if compressed else tol  # a margin for what the refinement measures
-    entered, locking = state.size, False
-    points: list[tuple[float, int]] = []
-    count = 0  # eigenvalues beyond the points, at least
+    searching = state.search is not None
+    if searching:  # the pairs were judged before the search
+        order = wanted(krylov.ritz()[0], which)
+        converged = torch.ones(k, dtype=torch.bool, device="cpu")
+
+    def advanced() -> None:
+        loop.made = A.matvecs - before
+        callback()
+
     while True:
+        if searching:
+            missing = yield from search(krylov, order[:k], loop.points, until, advanced)
+            state.search = None
+            if not missing:
+                complete = missing is False
+                break
+            loop.count = outside(krylov.ritz()[0], loop.points) + 1
+            loop.locking, searching = True, False
         spent, last = A.matvecs >= until, state.size == ncv or state.exhausted
         # a breakdown may hide further copies of an eigenvalue: then only a full basis is judged
         every = max(POLL_EVERY if krylov.deferred else 1, state.size // 20)
         due = state.size >= k + 8 and state.size % every == 0
-        now = last or spent or state.size == entered
+        now = last or spent or state.size == loop.entered
         if state.size >= k and (now or (due and not state.broke_down)):
-            goal = LOCKED * aim if locking else aim
-            converged, order = _judged(krylov, k, which, goal, wait=now, alike=locking)
+            alike, goal = loop.locking, LOCKED * aim if loop.locking else aim
+            converged, order = _judged(krylov, k, which, goal, wait=now, alike=alike)
             if not now and bool(converged.all()):  # include what was enqueued since
-                converged, order = _judged(krylov, k, which, goal, wait=True, alike=locking)
+                converged, order = _judged(krylov, k, which, goal, wait=True, alike=alike)
             full = state.size == ncv or state.exhausted
             if full or spent or not state.broke_down:  # this poll may have found a breakdown
                 if len(order) >= k and (spent or state.exhausted):
                     complete = state.exhausted
                     break
                 values, done = krylov.ritz()[0], bool(converged.all())
-                known = outside(values, points) >= count  # what the last search found missing
-                if done and known:
+                # whether what the last search found missing is among them
+                searching = done and outside(values, loop.points) >= loop.count
+                if searching:
                     least = max(krylov.noise, SLACK * float(values.abs().max()))
-                    points = limits(values[order[:k]], which, tol, least)
-                    missing = yield from search(krylov, order[:k], points, until, callback)
-                    if not missing:
-                        complete = missing is False
-                        break
-                    count, locking = outside(values, points) + 1, True
+                    loop.points = limits(values[order[:k]], which, tol, least)
                     continue
-                if done and locking:
+                if done and loop.locking:
                     krylov.renew(order[:k])
-                    locking = state.broke_down = False
+                    loop.locking = state.broke_down = False
                 elif full:
                     krylov.restart(order[: k + (ncv - k) // 2])
                     state.broke_down = False
         yield from krylov.advance()
-        callback()
+        advanced()
 
     values, S, residuals = krylov.ritz()
     chosen = order[:k]

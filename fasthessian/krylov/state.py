@@ -14,95 +14,80 @@ import torch
 from torch import Tensor
 
 from fasthessian.arguments import integer
-from fasthessian.errors import InputError
 from fasthessian.krylov.basis import Basis
 from fasthessian.krylov.coefficients import Coefficients, Snapshot
 from fasthessian.krylov.dots import gram
-from fasthessian.operators.base import SymmetricOperator
+from fasthessian.krylov.state_file import Number, Shapes, State
+from fasthessian.vectors import empty_rows
 
 X = TypeVar("X", float, Tensor)
-Number = int | float | bool | None
-Item = int | bool | str  # of a configuration
-NUMBERS: dict[str, tuple[type, ...]] = {  # annotations of the fields that are plain numbers
-    "int": (int,),
-    "float": (float,),
-    "bool": (bool,),
-    "int | None": (int, type(None)),
-    "float | None": (float, type(None)),
-}
-Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+Y = TypeVar("Y")
+ROWS = 3  # vectors of a run without a basis
 
 
-def configuration(
-    kind: str, A: SymmetricOperator, capacity: int, deferred: bool
-) -> dict[str, Item]:
-    """What a run must have in common with another one to take over its state."""
-    return {
-        "kind": kind,
-        "n": A.n,
-        "dtype": str(A.dtype).removeprefix("torch."),
-        "capacity": capacity,
-        "deferred": deferred,
-    }
+@dataclasses.dataclass
+class ThreeTermState(State):
+    """The state of a ``ThreeTerm`` run."""
 
+    rows: Tensor  # (ROWS, n), the operator's dtype: q_j in row j mod 3
+    entries: Tensor  # (capacity, 2) float64 on the device: alpha_j and beta_j
+    size: int = 0  # steps made
+    judged: int = 0  # steps whose entries were checked
+    norm: float = 0.0  # largest |alpha_j| + |beta_j| so far
+    exhausted: bool = False  # an invariant subspace was met
 
-class State:
-    """What can be written out as numbers and tensors, and restored from them.
-
-    Subclasses are dataclasses; fields that are neither numbers nor tensors are theirs to handle.
-    """
-
-    def numbers(self) -> dict[str, Number]:
-        """The fields that are plain numbers, by name."""
-        return {name: getattr(self, name) for name in self._kinds()}
+    @classmethod
+    def of(cls, capacity: int, n: int, dtype: torch.dtype, device: torch.device) -> ThreeTermState:
+        """Of a run that has made no step."""
+        return cls(
+            rows=empty_rows(ROWS, n, dtype, device),
+            entries=torch.zeros(capacity, 2, dtype=torch.float64, device=device),
+        )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors to write, by name."""
-        raise NotImplementedError
-
-    def restore(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
-        """Take over what ``numbers`` and ``tensors`` returned in a run of the same configuration.
-
-        Raises:
-            ValueError: a name, a type or a shape is not this run's; then nothing has changed.
-        """
-        kinds = self._kinds()
-        if odd := set(numbers) ^ set(kinds):
-            raise InputError(f"numbers are missing or unknown: {', '.join(sorted(odd))}")
-        for name, value in numbers.items():
-            if type(value) not in kinds[name]:
-                accepted = " or ".join(kind.__name__ for kind in kinds[name])
-                raise InputError(f"{name} must be {accepted}, got {value!r:.40}")
-        shapes = self._shapes(numbers, tensors)
-        if odd := set(tensors) ^ set(shapes):
-            raise InputError(f"tensors are missing or unknown: {', '.join(sorted(odd))}")
-        for name, (dtype, shape) in shapes.items():
-            found = tensors[name]
-            if found.dtype != dtype or tuple(found.shape) != shape:
-                raise InputError(
-                    f"{name} must be {dtype} of shape {shape}, "
-                    f"got {found.dtype} of shape {tuple(found.shape)}"
-                )
-        for name, value in numbers.items():
-            setattr(self, name, value)
-        self._take(tensors)
+        """All tensors."""
+        return {"rows": self.rows, "entries": self.entries}
 
     def _shapes(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Shapes:
-        """Dtype and shape of each tensor that belongs to these numbers and tensors."""
-        raise NotImplementedError
+        size = integer("size", numbers["size"], 0, len(self.entries))
+        integer("judged", numbers["judged"], 0, size)
+        return {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors().items()}
 
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy the tensors, whose shapes are right, into those of this state."""
-        raise NotImplementedError
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])
 
-    def _kinds(self) -> dict[str, tuple[type, ...]]:
-        assert dataclasses.is_dataclass(self)
-        return {f.name: NUMBERS[f.type] for f in dataclasses.fields(self) if f.type in NUMBERS}
+
+@dataclasses.dataclass
+class LoopState(State):
+    """The state of the loop that makes steps until the wanted Ritz pairs have converged.
+
+    See ``ritz.converge``.
+    """
+
+    made: int = 0  # products
+    entered: int | None = None  # rows of the run when the loop began; None before
+    reserved: int = 0  # products for the refinement after the loop
+    locking: bool = False  # pairs converge to LOCKED * tol, before their couplings are given up
+    upper: float | None = None  # point of the last search: eigenvalues above it are wanted
+    lower: float | None = None  # the same for eigenvalues below it
+    count: int = 0  # eigenvalues beyond these points, at least
+
+    @property
+    def points(self) -> list[tuple[float, int]]:
+        """The points of the last search, as ``missing.limits`` gives them."""
+        both = (self.upper, 1), (self.lower, -1)
+        return [(x, sign) for x, sign in both if x is not None]
+
+    @points.setter
+    def points(self, points: list[tuple[float, int]]) -> None:
+        by_sign = {sign: x for x, sign in points}
+        self.upper, self.lower = by_sign.get(1), by_sign.get(-1)
 
 
 @dataclasses.dataclass
 class RunState(State):
-    """The state of a ``Lanczos`` run."""
+    """The state of a ``Lanczos`` run, and of the loop and the search that use it."""
 
     basis: Basis  # V: its first `size` rows are final
     W: Tensor  # (2, n), the operator's dtype: the candidate u and its product
@@ -129,6 +114,9 @@ class RunState(State):
     own: int | None = None  # rows before the first breakdown: the start vector's Krylov space
     lost: float = 0.0  # norm of the last candidate that was taken for rounding
     checked_since: int | None = None  # row of the breakdown that ended a run's deferred steps
+
+    loop: LoopState = dataclasses.field(default_factory=LoopState)
+    search: ThreeTermState | None = None  # of the search for missing eigenvalues in progress
 
     @property
     def u(self) -> Tensor:
@@ -178,6 +166,11 @@ class RunState(State):
         """From the units of T to those of A."""
         return x if self.factor in (None, 1.0) else x / self.factor
 
+    def numbers(self) -> dict[str, Number]:
+        """The fields that are plain numbers, and those of the loop and of the search."""
+        found = super().numbers() | _prefixed("loop", self.loop.numbers())
+        return found | (_prefixed("search", self.search.numbers()) if self.search else {})
+
     def tensors(self) -> dict[str, Tensor]:
         """The rows made and the one after them (a candidate of cgs2), and all small tensors."""
         found = {
@@ -190,7 +183,22 @@ class RunState(State):
         if self.pending is not None:
             snapshot = self.pending.wait()
             found["final" if snapshot.final else "pending"] = snapshot.cells
-        return found
+        return found | (_prefixed("search", self.search.tensors()) if self.search else {})
+
+    def restore(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+        """As that of ``State``; the loop and the search are replaced."""
+        of_loop, numbers = _split("loop", numbers)
+        of_search, numbers = _split("search", numbers)
+        tensors_of_search, tensors = _split("search", tensors)
+        loop, search = LoopState(), None
+        loop.restore(of_loop, {})
+        if of_search or tensors_of_search:
+            W, entries = self.W, tensors_of_search.get("entries", ())
+            capacity = integer("capacity of the search", len(entries), 1, W.shape[1])
+            search = ThreeTermState.of(capacity, W.shape[1], W.dtype, W.device)
+            search.restore(of_search, tensors_of_search)
+        super().restore(numbers, tensors)
+        self.loop, self.search = loop, search
 
     def _shapes(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Shapes:
         V, cells = self.basis.stored, self.coefficients.cells
@@ -216,3 +224,18 @@ class RunState(State):
         for name in {"pending", "final"} & set(tensors):
             cells = tensors[name]
             self.pending = Snapshot(cells, len(cells) - 1, final=name == "final")
+
+
+def _prefixed(part: str, items: Mapping[str, Y]) -> dict[str, Y]:
+    """The items of a part of a state, as they are named in the whole."""
+    return {f"{part}.{name}": item for name, item in items.items()}
+
+
+def _split(part: str, items: Mapping[str, Y]) -> tuple[dict[str, Y], dict[str, Y]]:
+    """The items of a part, as they are named in it, and all others."""
+    prefix = f"{part}."
+    of_part = {name for name in items if name.startswith(prefix)}
+    return (
+        {name.removeprefix(prefix): items[name] for name in of_part},
+        {name: item for name, item in items.items() if name not in of_part},
+    )

@@ -1,4 +1,4 @@
-"""One file per state of a run: written whole or not at all, read only where it belongs.
+"""The states of runs, and one file per state: written whole or not at all, read only where it fits.
 
 The file is a NumPy ``.npz`` archive without pickled objects. It holds the tensors of the state, and
 as text its numbers and the configuration of its run. To read it, make a fresh run of the same
@@ -7,6 +7,7 @@ configuration: it then continues as the written one would have, to the bit.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -15,12 +16,90 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fasthessian.errors import InputError
-from fasthessian.krylov.state import Item, State
+from fasthessian.operators.base import SymmetricOperator
 from fasthessian.results import npz
 from fasthessian.results.fields import parse
 from fasthessian.results.record import write_whole
+
+Number = int | float | bool | None
+Item = int | bool | str  # of a configuration
+NUMBERS: dict[str, tuple[type, ...]] = {  # annotations of the fields that are plain numbers
+    "int": (int,),
+    "float": (float,),
+    "bool": (bool,),
+    "int | None": (int, type(None)),
+    "float | None": (float, type(None)),
+}
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def configuration(
+    kind: str, A: SymmetricOperator, capacity: int, deferred: bool
+) -> dict[str, Item]:
+    """What a run must have in common with another one to take over its state."""
+    return {
+        "kind": kind,
+        "n": A.n,
+        "dtype": str(A.dtype).removeprefix("torch."),
+        "capacity": capacity,
+        "deferred": deferred,
+    }
+
+
+class State:
+    """What can be written out as numbers and tensors, and restored from them.
+
+    Subclasses are dataclasses; fields that are neither numbers nor tensors are theirs to handle.
+    """
+
+    def numbers(self) -> dict[str, Number]:
+        """The fields that are plain numbers, by name."""
+        return {name: getattr(self, name) for name in self._kinds()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors to write, by name."""
+        return {}
+
+    def restore(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+        """Take over what ``numbers`` and ``tensors`` returned in a run of the same configuration.
+
+        Raises:
+            ValueError: a name, a type or a shape is not this run's; then nothing has changed.
+        """
+        kinds = self._kinds()
+        if odd := set(numbers) ^ set(kinds):
+            raise InputError(f"numbers are missing or unknown: {', '.join(sorted(odd))}")
+        for name, value in numbers.items():
+            if type(value) not in kinds[name]:
+                accepted = " or ".join(kind.__name__ for kind in kinds[name])
+                raise InputError(f"{name} must be {accepted}, got {value!r:.40}")
+        shapes = self._shapes(numbers, tensors)
+        if odd := set(tensors) ^ set(shapes):
+            raise InputError(f"tensors are missing or unknown: {', '.join(sorted(odd))}")
+        for name, (dtype, shape) in shapes.items():
+            found = tensors[name]
+            if found.dtype != dtype or tuple(found.shape) != shape:
+                raise InputError(
+                    f"{name} must be {dtype} of shape {shape}, "
+                    f"got {found.dtype} of shape {tuple(found.shape)}"
+                )
+        for name, value in numbers.items():
+            setattr(self, name, value)
+        self._take(tensors)
+
+    def _shapes(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Shapes:
+        """Dtype and shape of each tensor that belongs to these numbers and tensors."""
+        return {}
+
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy the tensors, whose shapes are right, into those of this state."""
+
+    def _kinds(self) -> dict[str, tuple[type, ...]]:
+        assert dataclasses.is_dataclass(self)
+        return {f.name: NUMBERS[f.type] for f in dataclasses.fields(self) if f.type in NUMBERS}
 
 
 class Restorable(Protocol):

@@ -12,50 +12,21 @@ arXiv:2105.06595), but there are no Ritz vectors.
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fasthessian import kernels
-from fasthessian.arguments import integer
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import check_room
 from fasthessian.krylov.breakdown import NOISE
 from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.lockstep import Asking, answer
-from fasthessian.krylov.state import Item, Shapes, State, configuration
+from fasthessian.krylov.state import ROWS, ThreeTermState
+from fasthessian.krylov.state_file import Item, configuration
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.request import Request
-from fasthessian.vectors import empty_rows
-
-ROWS = 3
-
-
-@dataclasses.dataclass
-class ThreeTermState(State):
-    """The state of a ``ThreeTerm`` run."""
-
-    rows: Tensor  # (3, n), the operator's dtype: q_j in row j mod 3
-    entries: Tensor  # (capacity, 2) float64 on the device: alpha_j and beta_j
-    size: int = 0  # steps made
-    judged: int = 0  # steps whose entries were checked
-    norm: float = 0.0  # largest |alpha_j| + |beta_j| so far
-    exhausted: bool = False  # an invariant subspace was met
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors."""
-        return {"rows": self.rows, "entries": self.entries}
-
-    def _shapes(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Shapes:
-        size = integer("size", numbers["size"], 0, len(self.entries))
-        integer("judged", numbers["judged"], 0, size)
-        return {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors().items()}
-
-    def _take(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, own in self.tensors().items():
-            own.copy_(tensors[name])
 
 
 class ThreeTerm:
@@ -73,6 +44,7 @@ class ThreeTerm:
         floor: norm of w up to which it is rounding, if more than T tells.
         backend: kernels by name; default the best that serves.
         deferred: enqueue steps without checking them; default on GPUs.
+        state: to continue from, with its capacity, instead of from a start vector.
 
     Attributes:
         A, capacity: as given, capacity not above A.n.
@@ -98,16 +70,17 @@ class ThreeTerm:
         floor: float = 0.0,
         backend: str | None = None,
         deferred: bool | None = None,
+        state: ThreeTermState | None = None,
     ) -> None:
         self.A, self.capacity = A, min(capacity, A.n)
         self._deferred = A.device.type == "cuda" if deferred is None else deferred
         self._kernels = kernels.select(A.device, backend)
         self._restrict, self._project, self._floor = restrict, project, floor
+        if state is not None:
+            self.state, self.capacity = state, len(state.entries)
+            return
         check_room("none", ROWS, A.n, A.dtype, A.dtype, A.device, A.device, 0)
-        self.state = ThreeTermState(
-            rows=empty_rows(ROWS, A.n, A.dtype, A.device),
-            entries=torch.zeros(self.capacity, 2, dtype=torch.float64, device=A.device),
-        )
+        self.state = ThreeTermState.of(self.capacity, A.n, A.dtype, A.device)
         fill = self._kernels.signs_ if signs else self._kernels.normal_
         start = self.state.rows[:1]
         fill(start[0], seed, offset)

@@ -13,9 +13,19 @@ import torch
 
 from fasthessian.krylov import state_file
 from fasthessian.krylov.lanczos import Lanczos
-from fasthessian.krylov.state import RunState
-from fasthessian.krylov.three_term import ThreeTerm, ThreeTermState
-from tests.support.continued_runs import CASES, F32, F64, VALUES, diagonal, rest, steps
+from fasthessian.krylov.state import LoopState, RunState, ThreeTermState
+from fasthessian.krylov.three_term import ThreeTerm
+from tests.support.continued_runs import (
+    CASES,
+    F32,
+    F64,
+    LOOPS,
+    VALUES,
+    diagonal,
+    pairs,
+    rest,
+    steps,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -29,12 +39,28 @@ def both(tmp_path_factory):
         before(run)
         state_file.write(folder / f"{name}.npz", run)
         uninterrupted[name] = rest(run)
+    for name in LOOPS:
+        uninterrupted[name] = written_after_every_step(folder, name)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
     env["OMP_NUM_THREADS"] = str(torch.get_num_threads())
     command = [sys.executable, "-m", "tests.support.continued_runs", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return uninterrupted, {name: torch.load(folder / f"{name}.pt") for name in CASES}
+    return uninterrupted, {name: torch.load(folder / f"{name}.pt") for name in [*CASES, *LOOPS]}
+
+
+def written_after_every_step(folder, name):
+    """What the Ritz loop gives and the state after each of its steps, all of them written."""
+    (folder / name).mkdir()
+    new, wanted, before = LOOPS[name]
+    run, states = new(), []
+    steps(run, before)
+
+    def callback():
+        states.append(run.state.numbers())
+        state_file.write(folder / name / f"{run.state.loop.made}.npz", run)
+
+    return pairs(run, *wanted, callback) | {"states": states}
 
 
 def same(found, want):
@@ -56,6 +82,34 @@ def same(found, want):
 def test_a_new_process_goes_on_to_the_bit(both, name):
     uninterrupted, continued = both
     same(continued[name], uninterrupted[name])
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_new_process_continues_the_ritz_loop_after_any_step(both, name):
+    """The same bits of the pairs, and the same number of products."""
+    want, continued = both[0][name], both[1][name]
+    assert len(continued) == len(want["states"]) >= 24
+    for made, found in continued.items():
+        same(found["pairs"], want["pairs"])
+        assert found["products"] == want["products"] - int(made), made
+
+
+def test_the_loops_are_what_their_names_say(both):
+    """All that a loop does is met between two files: restarts, searches, locking, renewals."""
+    for name in LOOPS:
+        states = both[0][name]["states"]
+        last = states[-1]
+        sides = (last["loop.upper"] is not None) + (last["loop.lower"] is not None)
+        assert sides == (1 if name in ("one side", "limit in the search") else 2), name
+        assert "search.size" in states[-1] and "search.size" not in states[0], name
+        spent = last["loop.made"] + last["loop.reserved"] == LOOPS[name][1][-1]
+        assert spent == ("limit" in name), name
+    states = both[0]["both sides"]["states"]
+    assert {s["kept"] for s in states} >= {0, 5, 9} and {s["dropped"] > 0 for s in states} == {0, 1}
+    phases = [(s["loop.locking"], "search.size" in s) for s in states]
+    changes = [phase for i, phase in enumerate(phases) if phase != phases[i - 1]]
+    assert changes == [(False, False), (False, True), (True, False), *changes[:2]]
+    assert both[0]["limit of a compressed run"]["states"][-1]["loop.reserved"] == 3
 
 
 def test_the_cases_are_what_their_names_say(both):
@@ -81,8 +135,11 @@ def test_every_field_of_the_state_is_written():
     fields = {f.name for f in dataclasses.fields(RunState)}
     run = Lanczos(diagonal(VALUES), 20, seed=0, deferred=True)
     steps(run, 9)
-    named = set(run.state.numbers()) | {"basis", "W", "coefficients", "T", "pending"}
-    assert named == fields
+    numbers = {name for name in run.state.numbers() if "." not in name}
+    others = {"basis", "W", "coefficients", "T", "pending", "loop", "search"}
+    assert numbers | others == fields
+    loop = {f"loop.{f.name}" for f in dataclasses.fields(LoopState)}
+    assert set(run.state.numbers()) == numbers | loop
     assert set(run.state.tensors()) == {"V", "W", "cells", "counter", "T", "final"}
     fields = {f.name for f in dataclasses.fields(ThreeTermState)}
     run = ThreeTerm(diagonal(VALUES), 20, seed=0)
@@ -140,6 +197,8 @@ def test_a_damaged_file_is_refused(tmp_path):
         (lambda h, a: h["numbers"].pop("beta"), "numbers are missing or unknown: beta"),
         (lambda h, a: h["numbers"].update(beta="x"), "beta must be float, got 'x'"),
         (lambda h, a: h["numbers"].update(size=99), "size must be from 0 to 20, got 99"),
+        (lambda h, a: h["numbers"].pop("loop.made"), "numbers are missing or unknown: made"),
+        (lambda h, a: h["numbers"].update({"search.size": 1}), "capacity of the search must be"),
         (lambda h, a: h.pop("numbers"), "it has no configuration and numbers"),
         (lambda h, a: a.pop("W"), "tensors are missing or unknown: W"),
         (lambda h, a: a.pop("T"), "tensors are missing or unknown: T"),

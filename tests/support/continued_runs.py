@@ -2,7 +2,8 @@
 
     python -m tests.support.continued_runs FOLDER
 
-reads the states in FOLDER, continues their runs and writes what they give to ``NAME.pt``.
+reads the states in FOLDER, continues their runs and writes what they give to ``NAME.pt``. What the
+Ritz loop gives from each state in FOLDER/NAME goes to one file.
 """
 
 import sys
@@ -100,13 +101,47 @@ def rest(run):
     values, _, residuals = run.ritz()
     found |= {"V": run.state.basis.stored[: run.size].clone(), "W": run.state.W.clone()}
     found |= {"ritz": values, "bounds": residuals, "numbers": run.state.numbers()}
-    ends, made = [], run.A.matvecs
+    return found | pairs(run, 3, "LA", 200)
 
-    def pairs():
-        ends.append((yield from converge(run, 3, "LA", 1e-3, made + 200, lambda: None)))
 
-    answer(pairs())
-    return found | {"pairs": list(ends[0]), "products": run.A.matvecs - made}
+def pairs(run, k, which, limit, callback=lambda: None):
+    """What the Ritz loop finds, and its products."""
+    ends, before = [], run.A.matvecs
+
+    def loop():
+        ends.append((yield from converge(run, k, which, 1e-3, limit, callback)))
+
+    answer(loop())
+    return {"pairs": list(ends[0]), "products": run.A.matvecs - before}
+
+
+def rounded():
+    """Products whose error shows in T only after some steps."""
+    d = COPIES.float()
+    return fh.SymmetricOperator(lambda v: (d * v).bfloat16().float(), len(d), check=False)
+
+
+COPIES = torch.cat([VALUES[:10].repeat_interleave(2), BULK[::4]])
+LOOPS = {  # name: (a new run, what its loop looks for, steps before the loop)
+    "both sides": (lambda: Lanczos(diagonal(COPIES), 13, seed=3), (5, "LM", 1000), 0),
+    "one side": (lambda: Lanczos(diagonal(COPIES, F32), 16, seed=3), (5, "LA", 1000), 7),
+    "deferred": (
+        lambda: Lanczos(diagonal(COPIES), 24, seed=3, deferred=True),
+        (5, (3, 2), 1000),
+        0,
+    ),
+    "limit of a compressed run": (
+        lambda: Lanczos(diagonal(COPIES, F32), 20, seed=3, basis="compressed"),
+        (3, "LM", 27),
+        0,
+    ),
+    "limit in the search": (
+        lambda: Lanczos(diagonal(COPIES, F32), 30, seed=3, schedule="cgs2"),
+        (3, "SA", 30),
+        0,
+    ),
+    "limit of inexact products": (lambda: Lanczos(rounded(), 24, seed=3), (4, "LM", 24), 0),
+}
 
 
 if __name__ == "__main__":
@@ -115,3 +150,10 @@ if __name__ == "__main__":
         continued = new()
         state_file.read(folder / f"{name}.npz", continued)
         torch.save(rest(continued), folder / f"{name}.pt")
+    for name, (new, wanted, _) in LOOPS.items():
+        found = {}
+        for path in sorted((folder / name).glob("*.npz")):
+            continued = new()
+            state_file.read(path, continued)
+            found[path.stem] = pairs(continued, *wanted)
+        torch.save(found, folder / f"{name}.pt")
