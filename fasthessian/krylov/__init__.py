@@ -2,16 +2,9 @@
 
 * Runs: ``lanczos`` with a basis, ``three_term`` without one.
 * Parts of a run: ``state`` (all that changes), ``basis``, ``coefficients``, ``candidate``,
-<<<<<<< HEAD
-  ``breakdown``, ``scale``, ``cuda_graph``; ``state_file`` writes and reads states.
-* ``dots``: every dot product of the engine.
-* Results: ``ritz``, ``missing`` and ``found`` for eigenpairs; ``quadrature`` and ``smoothing`` for
-  densities; ``hutchinson`` and ``intervals`` for traces.
-=======
   ``breakdown``, ``cuda_graph``; ``state_file`` writes and reads states.
-* ``dots``: every dot product of the package.
+* ``dots``: every dot product of the engine.
 * Results: ``ritz`` and ``missing`` for eigenpairs; ``quadrature`` and ``smoothing`` for densities;
   ``hutchinson`` and ``intervals`` for traces.
->>>>>>> loopstate
 * ``lockstep``: runs as generators of requests for products, so that many advance together.
 """

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fasthessian.errors import InputError
 from fasthessian.kernels.contract import CANCELLED
-from fasthessian.krylov.coefficients import Snapshot
+from fasthessian.krylov.coefficients import CoefficientsCopy
 from fasthessian.krylov.state import RunState
 from fasthessian.operators.base import ASYMMETRY, SymmetricOperator
 
@@ -45,7 +45,7 @@ class Tolerances(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What the new rows of a snapshot are worth."""
+    """Which of the new rows may stay."""
 
     rows: int  # rows that stand; the next candidate holds nothing new if `broken`
     broken: bool
@@ -54,14 +54,14 @@ class Verdict(NamedTuple):
 
 
 def judged(
-    A: SymmetricOperator, snapshot: Snapshot, tolerances: Tolerances, state: RunState
+    A: SymmetricOperator, copy: CoefficientsCopy, tolerances: Tolerances, state: RunState
 ) -> Verdict:
-    """Check the rows of a snapshot that ``state`` has not judged yet, and its candidate.
+    """Check the rows of the copied coefficients that ``state`` has not judged yet, and its candidate.
 
     Raises:
         ValueError: products are not finite, or A is not symmetric.
     """
-    T, gauges, size, skew = snapshot.T, snapshot.gauges, snapshot.size, state.skew
+    T, gauges, size, skew = copy.T, copy.gauges, copy.size, state.skew
     for j in range(state.judged, size):
         uu, nu2, asymmetry = gauges[j].tolist()
         scale = float(T[: j + 1, : j + 1].abs().max())
@@ -77,5 +77,5 @@ def judged(
                 f"A is not symmetric: q_i'Aq_j and q_j'Aq_i differ by {asymmetry:.3g} "
                 f"at a scale of {scale:.3g}; pass a symmetric operator"
             )
-    broken = size < A.n and tolerances.is_noise(T, size, snapshot.beta)
-    return Verdict(size, broken, snapshot.beta, skew)
+    broken = size < A.n and tolerances.is_noise(T, size, copy.beta)
+    return Verdict(size, broken, copy.beta, skew)

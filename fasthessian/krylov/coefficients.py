@@ -49,7 +49,7 @@ class Coefficients:
         self.counter.fill_(len(T) - 1)
 
 
-class Snapshot:
+class CoefficientsCopy:
     """A copy on the host of the coefficients of ``size`` rows and of the row after them.
 
     That row is the candidate's. With ``final``, the candidate has become a row since. On a GPU the
@@ -71,7 +71,7 @@ class Snapshot:
         else:
             self.cells = cells.clone()
 
-    def wait(self) -> Snapshot:
+    def wait(self) -> CoefficientsCopy:
         """Wait for the copy, but not for work that was enqueued after it."""
         if self._event is not None:
             self._event.synchronize()

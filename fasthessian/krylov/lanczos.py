@@ -39,7 +39,7 @@ from fasthessian.errors import InputError
 from fasthessian.krylov import basis as bases
 from fasthessian.krylov.breakdown import NOISE, Tolerances, judged
 from fasthessian.krylov.candidate import draw_, factor_for
-from fasthessian.krylov.coefficients import Coefficients, Snapshot
+from fasthessian.krylov.coefficients import Coefficients, CoefficientsCopy
 from fasthessian.krylov.cuda_graph import CapturedStep, obstacle
 from fasthessian.krylov.lockstep import Asking, answer
 from fasthessian.krylov.state import RunState
@@ -110,7 +110,7 @@ class Lanczos:
             drawn=offset,
         )
         draw_(self.state, self.kernels, signs=signs, append=not self._delayed)
-        self._accept(self.state.snapshot(self._delayed).wait())
+        self._accept(self.state.copy(self._delayed).wait())
         why = obstacle(A, V, self.capacity, wanted=graph, delayed=self._delayed)
         self._captured = CapturedStep(why)
 
@@ -143,7 +143,7 @@ class Lanczos:
             state.size += 1
             state.exhausted = state.size == self.A.n
             if not self.deferred:
-                self._accept(state.snapshot(self._delayed).wait())
+                self._accept(state.copy(self._delayed).wait())
 
     def delayed_step(self, made: Tensor, both: Tensor, making: Tensor) -> None:
         """One dcgs2 step, product included, that reads its row from cells of the row counter."""
@@ -290,21 +290,21 @@ class Lanczos:
             return True
         if wait:
             state.pending = None
-            self._accept(state.snapshot(self._delayed).wait())
+            self._accept(state.copy(self._delayed).wait())
             return True
-        earlier, state.pending = state.pending, state.passed_snapshot(self._delayed)
+        earlier, state.pending = state.pending, state.passed_copy(self._delayed)
         if earlier is None:
             return False
         self._accept(earlier.wait())
         return True
 
-    def _accept(self, snapshot: Snapshot) -> None:
-        """Take over a snapshot and judge its new rows; after a breakdown end or start anew."""
+    def _accept(self, copy: CoefficientsCopy) -> None:
+        """Take over the coefficients and judge their new rows; after a breakdown end or restart."""
         state = self.state
-        state.T, state.beta = snapshot.T, snapshot.beta
-        if snapshot.final:  # the row holds its norm already
+        state.T, state.beta = copy.T, copy.beta
+        if copy.final:  # the row holds its norm already
             state.T[-1, :-1] /= state.beta or 1.0
-        verdict = judged(self.A, snapshot, self._tolerances, state)
+        verdict = judged(self.A, copy, self._tolerances, state)
         state.judged, state.skew = verdict.rows, verdict.skew
         if verdict.rows == self.A.n:
             state.beta = 0.0

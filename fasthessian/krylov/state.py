@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fasthessian.arguments import integer
 from fasthessian.krylov.basis import Basis
-from fasthessian.krylov.coefficients import Coefficients, Snapshot
+from fasthessian.krylov.coefficients import Coefficients, CoefficientsCopy
 from fasthessian.krylov.dots import gram
 from fasthessian.krylov.state_file import Number, Shapes, State
 from fasthessian.vectors import empty_rows
@@ -107,7 +107,7 @@ class RunState(State):
     beta: float = 1.0  # norm of u at the last poll
     skew: float = 0.0  # largest difference of q_i'A q_j and q_j'A q_i, in units of T
     dropped: float = 0.0  # bound on the couplings that `renew` gave up, in units of T
-    pending: Snapshot | None = None  # on its way to the host, for the next poll
+    pending: CoefficientsCopy | None = None  # on its way to the host, for the next poll
 
     exhausted: bool = False  # no further row: V spans the space, or a subspace without `refill`
     broke_down: bool = False  # a breakdown was met since the last restart that looked for one
@@ -134,20 +134,20 @@ class RunState(State):
         self.drawn += self.W.shape[1]
         return offset
 
-    def snapshot(self, delayed: bool) -> Snapshot:
+    def copy(self, delayed: bool) -> CoefficientsCopy:
         """A copy of the coefficients, with the norm of u, on its way to the host."""
         if delayed:
             norm2 = gram(self.basis.kernels, self.W[:1])[0, 0]
             self.coefficients.set_candidate(self.size, norm2)
-        return Snapshot(self.coefficients.cells, self.size)
+        return CoefficientsCopy(self.coefficients.cells, self.size)
 
-    def passed_snapshot(self, delayed: bool) -> Snapshot | None:
+    def passed_copy(self, delayed: bool) -> CoefficientsCopy | None:
         """The same without a kernel: up to the last row but one if only a step knows the norm."""
         if not delayed:
-            return Snapshot(self.coefficients.cells, self.size)
+            return CoefficientsCopy(self.coefficients.cells, self.size)
         if self.size <= self.kept:
             return None
-        return Snapshot(self.coefficients.cells, self.size - 1, final=True)
+        return CoefficientsCopy(self.coefficients.cells, self.size - 1, final=True)
 
     def discard(self, size: int, lost: float) -> None:
         """After a breakdown, discard the rows from ``size`` on; ``lost`` is their first's norm."""
@@ -181,8 +181,8 @@ class RunState(State):
             "T": self.T,
         }
         if self.pending is not None:
-            snapshot = self.pending.wait()
-            found["final" if snapshot.final else "pending"] = snapshot.cells
+            copy = self.pending.wait()
+            found["final" if copy.final else "pending"] = copy.cells
         return found | (_prefixed("search", self.search.tensors()) if self.search else {})
 
     def restore(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
@@ -223,7 +223,7 @@ class RunState(State):
         self.T, self.pending = tensors["T"], None
         for name in {"pending", "final"} & set(tensors):
             cells = tensors[name]
-            self.pending = Snapshot(cells, len(cells) - 1, final=name == "final")
+            self.pending = CoefficientsCopy(cells, len(cells) - 1, final=name == "final")
 
 
 def _prefixed(part: str, items: Mapping[str, Y]) -> dict[str, Y]:

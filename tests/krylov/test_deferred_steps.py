@@ -125,7 +125,7 @@ def test_a_step_that_counts_its_row_is_the_same_step(backend, basis):
     assert torch.equal(krylov.state.basis.stored, direct.state.basis.stored)
     for run in (krylov, direct):
         run.state.size = 20
-        run._accept(run.state.snapshot(delayed=True))
+        run._accept(run.state.copy(delayed=True))
         run.restart(torch.tensor([19, 18, 0]))
     for _ in range(5):
         krylov.delayed_step(counter[:1], counter, counter[1:])
