@@ -1,4 +1,4 @@
-"""What an editor and a type checker see: named options, and the functions of the extension."""
+"""For editors and type checkers: options have names, and the stub matches the extension."""
 
 import ast
 import inspect
@@ -57,7 +57,7 @@ def test_the_package_is_marked_as_typed():
 
 
 def stub():
-    """The names of the stub: of the module, and of its classes for submodules."""
+    """The functions in the stub: of the module, and by class for submodules."""
     tree = ast.parse((ROOT / "_native.pyi").read_text())
     own = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     classes = {

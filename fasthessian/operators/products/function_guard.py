@@ -67,7 +67,7 @@ class Functions:
         kind = self._kinds.setdefault(function, {}).setdefault(tuple(map(_kind, args)), _Kind())
         if not kind.calls or (self._checks_more and kind.verdict is RIGHT):
             calls = kind.calls + 1
-            if not calls & (calls - 1):  # the 1st, 2nd, 4th, ... call, since the first inputs may be 0
+            if not calls & (calls - 1):  # the 1st, 2nd, 4th, ... call: first inputs may be 0
                 kind.verdict = judge(Call.of(function, args))
                 if kind.verdict.treatment is not None:
                     name = function.__qualname__
