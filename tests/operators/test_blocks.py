@@ -130,9 +130,7 @@ def test_a_block_is_the_diagonal_block_of_the_dense_matrix(
     model, criterion, data = problem.make()
     A = curvature(model, criterion, data, engine=engine)
     if curvature is fh.EmpiricalFisher:
-        H = columns(
-            fh.EmpiricalFisher(model, criterion, data)
-        )  # test_empirical_fisher.py checks it
+        H = columns(fh.EmpiricalFisher(model, criterion, data))  # see test_empirical_fisher.py
     else:
         H = (problem.dense if curvature is fh.Hessian else gauss_newton)(model, criterion, data)
     matvecs = A.matvecs

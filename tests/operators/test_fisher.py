@@ -204,7 +204,7 @@ def test_broadcast_targets_of_a_sum_count_each_time() -> None:
 
 
 class Own(nn.Module):
-    """A model that returns a loss, which may be another one than the cross-entropy of its logits."""
+    """A model that returns its own loss; none is the mean cross-entropy of its logits."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -221,7 +221,7 @@ class Own(nn.Module):
         return {"loss": loss, "logits": z}
 
 
-def test_the_cross_entropy_of_a_model_is_recognised() -> None:
+def test_a_model_loss_that_is_not_a_cross_entropy_is_detected() -> None:
     torch.manual_seed(0)
     batch = {"x": torch.randn(8, 4, dtype=F64), "labels": torch.randint(3, (8,))}
     for how in ("scaled", "counted"):

@@ -178,7 +178,7 @@ import ctypes, torch, fasthessian as fh
 from torch import nn
 
 def resident():
-    ctypes.CDLL(None).malloc_trim(0)  # what is free in the allocator is not held
+    ctypes.CDLL(None).malloc_trim(0)  # return the free memory of the allocator
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
 

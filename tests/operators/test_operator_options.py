@@ -233,9 +233,8 @@ def test_bf16_products_are_within_the_error_that_the_engine_states(
     assert 1e-5 < relative < 0.05
     assert "bf16" in A.engine and "relative error" in A.engine
     stated = float(A.engine.split("relative error ")[1].split()[0])
-    assert (
-        stated / 5 < relative < 5 * stated
-    )  # the stated error is that of one vector, this one of four
+    # the stated error is from one vector, this one from four
+    assert stated / 5 < relative < 5 * stated
     assert all(p.dtype is F32 for p in model.parameters())
 
 

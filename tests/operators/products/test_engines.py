@@ -215,9 +215,7 @@ def test_rebuilding_reports_a_graph_that_the_user_holds() -> None:
     v = torch.ones(A.n, dtype=torch.float64)
     before = A @ v
     kept = A._kept.held()
-    assert (
-        len(kept) == 1 and A._kept.rebuild() is not None
-    )  # because this test still holds the graph
+    assert len(kept) == 1 and A._kept.rebuild() is not None  # this test still holds the graph
     del kept
     assert A._kept.rebuild() is None and A._kept.held() == ()
     loss = criterion(model(data[0]), data[1])

@@ -161,7 +161,7 @@ def test_losses_with_jumps_or_infinite_values_give_no_warning() -> None:
 
 
 def test_a_model_with_another_loss_in_training_mode_keeps_its_eval_mode() -> None:
-    """Training mode would change the loss, so it is undone, and the warning names the loss."""
+    """Training mode would change the loss, so eval mode is restored, with a warning."""
     model = made("forces", always=False)[0]
     torch.manual_seed(0)
 
@@ -212,13 +212,13 @@ def adversarial(z: Tensor, y: Tensor) -> Tensor:
     [
         (lambda z, y: (Through.apply(z) - y).square().mean(), 1.0, F64),
         (adversarial, 2.0, F64),
-        (adversarial, 2.0, F32),  # in float32, jumps make differences useless
+        (adversarial, 2.0, F32),  # rounding is not tested in float32: jumps spoil differences
     ],
 )
 def test_a_gradient_that_custom_functions_make_is_reported_without_a_warning(
     loss: Any, factor: float, dtype: torch.dtype
 ) -> None:
-    """The matrix uses the slopes of the backward passes, 1 and -1; (-1)^2 gives the square."""
+    """The slopes are those of the backward passes, 1 and -1. (-1)^2 adds to the plain square."""
     torch.manual_seed(0)
     x, y = torch.randn(64, 4, dtype=dtype), torch.randn(64, 1, dtype=dtype)
     model = nn.Linear(4, 1).to(dtype)

@@ -1,4 +1,4 @@
-"""Blocks of single layers by kept Jacobians: they are right, and used only where they are."""
+"""Blocks of single layers by kept Jacobians, which are used only if they give the right block."""
 
 import pytest
 import torch
@@ -145,12 +145,14 @@ class Coupled(nn.Module):
         return self.head(h - h.mean(0))
 
 
-@pytest.mark.parametrize("build", ["smooth", "penalty", "tied", "twice", "meets", "wide", "budget"])
+@pytest.mark.parametrize(
+    "build", ["smooth", "penalty", "tied", "twice", "coupled", "wide", "budget"]
+)
 def test_the_graph_is_used_where_factors_would_be_wrong_or_large(build):
     torch.manual_seed(0)
     relu = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     smooth = nn.Sequential(nn.Linear(4, 5), nn.Softplus(), nn.Linear(5, 3))
-    models = {"smooth": smooth, "tied": Tied(), "twice": Twice(), "meets": Coupled(),
+    models = {"smooth": smooth, "tied": Tied(), "twice": Twice(), "coupled": Coupled(),
               "wide": nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 65))}  # fmt: skip
     model, criterion, data = problem(models.get(build, relu), (6, 4))
     options = {}
@@ -160,7 +162,7 @@ def test_the_graph_is_used_where_factors_would_be_wrong_or_large(build):
     if build == "penalty":
         criterion = Penalised(model[0].weight)
     A = fh.Hessian(model, criterion, data, **options)
-    if build in ("tied", "twice", "meets"):  # the other layer has factors
+    if build in ("tied", "twice", "coupled"):  # the other layer has factors
         places = A.blocks("layer")["layer"]._places
         assert factored(A) and not A._kept.graphs[0].layers.serves(places)
     else:
@@ -185,7 +187,7 @@ class Gate(nn.Module):
 
 
 class ScaledByBias(nn.Module):
-    """A bias that also scales the outputs. It is 0, where it adds curvature but no gradient."""
+    """A bias that also scales the outputs. At its value 0 this adds curvature but no gradient."""
 
     def __init__(self):
         super().__init__()
@@ -236,9 +238,9 @@ class Named(nn.Module):
 
 ODD = {
     "gate": Gate,
-    "beside": ScaledByBias,
+    "scaled by bias": ScaledByBias,
     "again": lambda: Small("again"),
-    "meets": lambda: Small("meets"),
+    "coupled": lambda: Small("coupled"),
     "standardised": lambda: nn.Sequential(Standardised(4, 5), nn.ReLU(), nn.Linear(5, 3)),
     "spectral norm": lambda: nn.Sequential(
         nn.utils.spectral_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 3)
