@@ -1,7 +1,6 @@
 """The kernel contract in Triton, for NVIDIA and AMD GPUs, and for a CPU by Triton's interpreter.
 
-Triton is imported at first use. If ``TRITON_INTERPRET=1`` is set at that time, the interpreter
-serves CPU tensors.
+Triton is imported at first use. With ``TRITON_INTERPRET=1`` at that time, CPU tensors are served.
 """
 
 from __future__ import annotations
