@@ -21,15 +21,15 @@ BACKENDS: dict[str, ModuleType] = {
     "triton": triton_backend,
     "reference": reference,
 }
-# by preference; interpreted Triton serves a CPU only when it is named
+# in order of preference; interpreted Triton serves a CPU only if it is named
 AUTOMATIC = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 
 
 def select(device: torch.device | str, backend: str | None = None) -> ModuleType:
     """The backend module for tensors on ``device``.
 
-    ``backend`` or else the variable ``FASTHESSIAN_BACKEND`` names one; without either the first
-    that can serve is taken: native, triton (on GPUs), then reference.
+    ``backend`` names it, or else the environment variable ``FASTHESSIAN_BACKEND``. Without a name,
+    the first backend that can serve is chosen: native, triton (on GPUs), then reference.
 
     Raises:
         ValueError: the name is unknown.
@@ -55,7 +55,7 @@ def select(device: torch.device | str, backend: str | None = None) -> ModuleType
 
 
 def doctor() -> str:
-    """Which backends serve here on which device, and why the others do not.
+    """Report which backends can serve each device here, and why the others cannot.
 
     Example:
         >>> import fasthessian as fh

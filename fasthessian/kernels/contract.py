@@ -10,11 +10,11 @@ from torch import Tensor
 from fasthessian.errors import InputError
 
 FLOATS = (torch.float32, torch.float64)
-STORED = (*FLOATS, torch.float16)  # what a basis V may be kept in
+STORED = (*FLOATS, torch.float16)  # dtypes that a basis V may be stored in
 MAX_BLOCK = 8
-CANCELLED = 1e-4  # below this share of |u|^2 outside the basis, u counts as linearly dependent
+CANCELLED = 1e-4  # u is linearly dependent if a smaller share of |u|^2 is outside the basis
 
-Count = int | Tensor | None  # rows of V that take part; a tensor is read by the kernel
+Count = int | Tensor | None  # number of rows of V that take part; the kernel reads a tensor
 
 
 def _rows(name: str, rows: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
@@ -39,7 +39,7 @@ def _count(count: Count, most: int, like: Tensor, cells: int = 1) -> None:
                 f"{count.numel()} of {count.dtype} on {count.device}"
             )
         if count.device.type != "cpu":
-            return  # reading it would wait for the device; kernels never go beyond V's rows
+            return  # reading it would wait for the device; kernels stay within V's rows
         count = int(count.flatten()[0])
     if count is not None and not 0 <= count <= most:
         raise InputError(f"count must be in 0..{most}, got {count}")
@@ -105,7 +105,7 @@ def check_recurrence(C: Tensor, G: Tensor, T: Tensor, gauges: Tensor, count: int
 
 
 def check_stream(out: Tensor, seed: int, offset: int) -> None:
-    """Raise unless ``out`` is a contiguous float vector and seed and offset fit 64 and 62 bits."""
+    """Raise unless ``out`` is a contiguous float vector, seed has 64 bits and offset 62 bits."""
     if out.dim() != 1 or out.dtype not in FLOATS or not out.is_contiguous():
         raise InputError(
             f"out must be a contiguous 1-D float32 or float64 tensor, "

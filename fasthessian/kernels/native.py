@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import torch  # before the extension, so that both share torch's OpenMP runtime
+import torch  # before the extension, so that both use torch's OpenMP runtime
 from torch import Tensor
 
 from fasthessian.kernels import reference
@@ -80,7 +80,7 @@ def _no_chip(index: int) -> str | None:
 
 
 def describe() -> str:
-    """The instruction set in use, those that could be, and what CUDA said if compiled in."""
+    """The instruction set in use, the available ones, and the state of CUDA if compiled in."""
     if _native is None:
         return "not built"
     cuda = "built without CUDA"
@@ -91,7 +91,7 @@ def describe() -> str:
 
 
 class _OtherDevice:
-    """The CUDA functions for a device that is not the current one, which they make current."""
+    """The CUDA functions for another device, which is the current one during each call."""
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -107,7 +107,7 @@ class _OtherDevice:
 
 
 def _entry(tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
-    """The functions for a tensor's device, and their last arguments: where to work."""
+    """The functions for a tensor's device, and their last arguments: threads, or device, stream."""
     if tensor.device.type == "cpu":
         return _native.cpu, (torch.get_num_threads(),)
     index = tensor.device.index
@@ -116,7 +116,7 @@ def _entry(tensor: Tensor) -> tuple[Any, tuple[int, ...]]:
 
 
 def _count(count: Count, rows: int, entry: Any) -> tuple[int, int]:
-    """(address, number) of the rows that take part; a GPU reads the tensor at the address."""
+    """(address, number) for the count of rows; a GPU reads the count at the address, if not 0."""
     if isinstance(count, Tensor):
         return (0, int(count)) if entry is _native.cpu else (count.data_ptr(), 0)
     return 0, rows if count is None else count
@@ -130,7 +130,7 @@ def _block(V: Tensor, W: Tensor, h: Tensor | None, count: Count, entry: Any) -> 
     k, n = V.shape
     given = 0
     if h is not None:
-        given = h.data_ptr() or W.data_ptr()  # an H without rows has no address; it is not read
+        given = h.data_ptr() or W.data_ptr()  # H without rows has no address and is not read
     return (
         V.data_ptr(), V.stride(0), TYPES[V.dtype], k, n,
         W.data_ptr(), W.stride(0), TYPES[W.dtype], W.shape[0],
@@ -163,10 +163,10 @@ def update_(
     count: Count = None,
     append: float | None = None,
 ) -> Tensor:
-    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity.
+    """``W = S (W - H^T V)``: project_ without dot products. S (b, b) is by default the identity.
 
     With ``append``, row ``count`` of V becomes ``append`` times the first row of the result, and
-    the first row of W becomes its last row. W's other rows do not change.
+    the first row of W becomes its last row. The other rows of W do not change.
     """
     check_block(V, W, H, S, count, append)
     entry, place = _entry(V)
@@ -214,7 +214,7 @@ def normal_(out: Tensor, seed: int, offset: int = 0) -> Tensor:
 
 
 def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """``out = beta * out + alpha * concat(tensors)``; beta = 0 does not read out."""
+    """``out = beta * out + alpha * concat(tensors)``; with beta = 0, out is not read."""
     check_pack(out, tensors)
     entry, place = _entry(out)
     pieces = [tensor.detach().contiguous() for tensor in tensors]

@@ -1,7 +1,8 @@
-"""The kernel contract in plain torch: the specification, the fallback and the oracle.
+"""The kernel contract in plain torch: specification, fallback and reference for tests.
 
-Every backend module has these functions. They read V (k, n), never write it, and accumulate in
-float64. Each column tile of W is rounded to W's dtype once, after the whole subtraction.
+Every backend module has these functions. They read V (k, n) and accumulate in float64. Only
+``append`` writes into V. Each column tile of W is rounded to W's dtype once, after the whole
+subtraction.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from fasthessian.kernels.contract import (
 )
 
 NAME = "reference"
-TILE = 1 << 16  # columns widened to float64 at a time: bounds the temporary at k * 512 KiB
-LOGITS = 1 << 17  # widened to float64 at a time, at least one row: 1 MiB
-SIGNS, NORMAL = 0, 1  # third counter word of Philox: two separate streams for each seed
+TILE = 1 << 16  # columns converted to float64 at a time: a temporary has at most k * 512 KiB
+LOGITS = 1 << 17  # logits converted to float64 at a time, at least one row: 1 MiB
+SIGNS, NORMAL = 0, 1  # third counter word of Philox: each seed has two separate streams
 
 
 def unavailable(device: torch.device | str = "cpu") -> str | None:
@@ -35,7 +36,7 @@ def unavailable(device: torch.device | str = "cpu") -> str | None:
 
 
 def _live(V: Tensor, count: Count) -> Tensor:
-    """The rows of V that take part; a count on an accelerator is applied without reading it."""
+    """The rows of V that take part. A count on an accelerator is not read by the host."""
     if count is None:
         return V
     if isinstance(count, int) or count.device.type == "cpu":
@@ -48,9 +49,10 @@ def project_(
 ) -> tuple[Tensor, Tensor]:
     """``W -= H^T V`` if H is given, then return ``C = V W^T`` (k, b) and ``G = W W^T`` (b, b).
 
-    V (k, n) is float64, float32 or float16, W (b, n) float64 or float32, b up to 8. Only the first
-    ``count`` rows of V and H take part (default all; a tensor of one int64 is read on its device);
-    C is 0 beyond. The dots are those of W as stored, summed in float64.
+    V (k, n) is float64, float32 or float16; W (b, n) is float64 or float32; b is at most 8. Only
+    the first ``count`` rows of V and H take part (default: all; a tensor of one int64 is read on
+    its device). The other rows of C are 0. The dot products are those of the rounded W, summed in
+    float64.
     """
     check_block(V, W, H, count=count)
     C = torch.zeros(V.shape[0], W.shape[0], dtype=torch.float64, device=V.device)
@@ -75,11 +77,11 @@ def update_(
     count: Count = None,
     append: float | None = None,
 ) -> Tensor:
-    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity.
+    """``W = S (W - H^T V)``: project_ without dot products. S (b, b) is by default the identity.
 
-    With ``append``, row ``count`` of V, which was free, becomes ``append`` times the first row of
-    the result, the finished basis row. The first row of W becomes the last row of the result, the
-    next candidate. W's other rows do not change.
+    With ``append``, row ``count`` of V, which is free, becomes ``append`` times the first row of
+    the result: the finished basis row. The first row of W becomes the last row of the result: the
+    next candidate. The other rows of W do not change.
     """
     check_block(V, W, H, S, count, append)
     for start in range(0, V.shape[1], TILE):
@@ -100,18 +102,20 @@ def update_(
 def recur_(
     C: Tensor, G: Tensor, T: Tensor, gauges: Tensor, *, count: int | Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """The scalars of one delayed Gram-Schmidt step of Lanczos, from the dots of ``[u, w = A u]``.
+    """The scalars of one delayed Gram-Schmidt step of Lanczos, from the dot products of u and A u.
+
+    C (k, 2) and G (2, 2) are those of ``project_`` for W = [u, w], w = A u.
 
     On entry, row j = ``count`` of T (m + 1, m + 1) holds the couplings of the candidate u to the
     final rows, divided by the norm of u. On return they are multiplied by that norm, the diagonal
-    is set, and row j + 1 is ready for the next candidate. ``gauges[j]`` (m + 1, 3) becomes |u|^2,
-    its part nu^2 outside the basis, and the largest difference of q_i'Aq_j and q_j'Aq_i. ``scale``
-    is that of the stored rows, V = stored / scale. If count is a tensor of two int64, it is read
-    on the device and advanced from [j, .] to [j + 1, j].
+    is set, and row j + 1 is ready for the next candidate. Row j of ``gauges`` (m + 1, 3) becomes
+    |u|^2, its part nu^2 outside the basis, and the largest difference between q_i'Aq_j and
+    q_j'Aq_i. ``scale`` is that of the stored rows, V = stored / scale. If ``count`` is a tensor of
+    two int64, it is read on the device and advanced from [j, .] to [j + 1, j].
 
     Returns:
-        H (k, 2) and S (2, 2) for ``update_(V, [u, w], H, S, append=scale)``; zeros if u is
-        linearly dependent, nu^2 <= 1e-4 |u|^2.
+        H (k, 2) and S (2, 2) for ``update_(V, [u, w], H, S, append=scale)``. Both are 0 if u is
+        linearly dependent: nu^2 <= 1e-4 |u|^2.
     """
     check_recurrence(C, G, T, gauges, count)
     j = int(count if isinstance(count, int) else count[0])
@@ -156,7 +160,7 @@ def _philox(counter: Tensor, kind: int, seed: int) -> Tensor:
 
 
 def _words(out: Tensor, seed: int, offset: int, per_block: int, kind: int) -> tuple[Tensor, int]:
-    """The Philox blocks of elements offset .. offset + n, and the place of the first in them."""
+    """The Philox blocks of elements offset .. offset + n, and how many elements precede these."""
     check_stream(out, seed, offset)
     first = offset // per_block
     last = (offset + out.numel() + per_block - 1) // per_block
@@ -182,7 +186,7 @@ def normal_(out: Tensor, seed: int, offset: int = 0) -> Tensor:
 
 
 def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """``out = beta * out + alpha * concat(tensors)``; beta = 0 does not read out."""
+    """``out = beta * out + alpha * concat(tensors)``; with beta = 0, out is not read."""
     check_pack(out, tensors)
     start = 0
     for tensor in tensors:
@@ -198,9 +202,9 @@ def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: floa
 def softmax_curvature_(U: Tensor, Z: Tensor, scale: Tensor) -> Tensor:
     """``u = scale (diag(p) - p p^T) u`` with ``p = softmax(z)``, for each row u of U and z of Z.
 
-    The product with the Hessian of the cross-entropy at its logits. U and Z (o, c, i) hold o i rows
-    over c classes, scale (o, i) is float64; all are contiguous. A row of scale 0 becomes 0, even
-    if it held NaN.
+    This is the product with the Hessian of the cross-entropy with respect to its logits. U and Z
+    (o, c, i) hold o i rows over c classes, scale (o, i) is float64, and all are contiguous. A row
+    with scale 0 becomes 0, even if it contains NaN.
     """
     check_softmax(U, Z, scale)
     outer, classes, inner = U.shape

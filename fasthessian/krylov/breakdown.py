@@ -56,7 +56,7 @@ class Verdict(NamedTuple):
 def judged(
     A: SymmetricOperator, copy: CoefficientsCopy, tolerances: Tolerances, state: RunState
 ) -> Verdict:
-    """Check the rows of the copied coefficients that ``state`` has not judged yet, and its candidate.
+    """Check the rows that ``state`` has not judged yet, and the candidate.
 
     Raises:
         ValueError: products are not finite, or A is not symmetric.

@@ -16,36 +16,36 @@ from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state.scopes import grad_mode, no_inference_mode, restored
 
 FLOATS = (torch.float32, torch.float64)
-# Allowed |u'Av - v'Au| over ||Au|| + ||Av||, u and v of N(0, 1). Far above rounding, and above
-# the error of products by finite differences; an operator that is not symmetric is of order 0.1.
+# The largest accepted |u'Av - v'Au| / (||Au|| + ||Av||) for u and v from N(0, 1). It is far above
+# rounding and above the error of finite differences. If A is not symmetric, the ratio is about 0.1.
 ASYMMETRY = {torch.float32: 5e-3, torch.float64: 1e-5}
 
 
 def _finite(x: Tensor) -> bool:
-    """Whether all numbers are finite; a finite sum proves it, and is 15 times as fast to check."""
+    """Whether all numbers are finite. A finite sum proves it and is 15 times as fast to check."""
     return bool(torch.isfinite(x.sum())) or bool(torch.isfinite(x).all())
 
 
 class SymmetricOperator:
-    """A symmetric n x n matrix known by its products, ``A @ v = matvec(v)``.
+    """A symmetric n x n matrix, defined by its products: ``A @ v = matvec(v)``.
 
     Args:
-        matvec: maps a vector (n,) to A v (n,), of the given dtype and device. It gets one vector
-            at a time and must not write into it.
+        matvec: maps a vector (n,) to A v (n,), both with the given dtype and device. It gets one
+            vector at a time and must not write into it.
         n: the size, at least 1.
         dtype: ``torch.float32`` or ``torch.float64``.
-        device: where the vectors live.
+        device: the device of the vectors.
         check: compare u'Av with v'Au for random u and v before the first product. The two extra
             calls of ``matvec`` are not counted in ``matvecs``.
 
     Attributes:
         n, dtype, device: as given.
-        matvecs: products made so far for the caller; a block of b vectors counts b.
+        matvecs: the number of products so far; a block of b vectors counts as b products.
 
-    ``A @ v`` takes (n,) or (b, n), rows being vectors, and returns the same shape.
+    ``A @ v`` takes one vector (n,) or b vectors as rows (b, n). It returns the same shape.
 
     Raises:
-        ValueError: a wrong shape, a product with NaN or Inf, or ``matvec`` is not symmetric.
+        ValueError: a shape is wrong, a product holds NaN or Inf, or ``matvec`` is not symmetric.
         TypeError: a wrong dtype or device.
 
     Example:
@@ -79,16 +79,16 @@ class SymmetricOperator:
         if dtype not in FLOATS:
             raise InputTypeError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
         self._matvec = matvec
-        self._to_probe = check
-        self._describe(n, dtype, torch.device(device))
+        self._probe_pending = check
+        self._set_size(n, dtype, torch.device(device))
 
-    def _describe(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
+    def _set_size(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
         self.n, self.dtype, self.matvecs = n, dtype, 0
-        # "cuda" means the current device: take the index that its tensors will carry
+        # "cuda" means the current device: store the index of that device
         self.device = torch.empty(0, device=device).device
 
     def __repr__(self) -> str:
-        """Class, size, dtype, device and products so far."""
+        """Class, size, dtype, device and the number of products so far."""
         return (
             f"{type(self).__name__}(n={self.n}, dtype={self.dtype}, device={self.device}, "
             f"matvecs={self.matvecs})"
@@ -96,8 +96,8 @@ class SymmetricOperator:
 
     @restored
     def __matmul__(self, v: Tensor) -> Tensor:
-        """A v for v (n,), or the products of the rows of v (b, n)."""
-        self._accepts("v", v, (1, 2))
+        """A v for v (n,), or the products with the rows of v (b, n)."""
+        self._check_vector("v", v, (1, 2))
         with no_inference_mode():  # the result is an ordinary tensor in every mode
             V = v.detach().reshape(-1, self.n)
             if V.is_inference() or not V.is_contiguous():
@@ -106,18 +106,19 @@ class SymmetricOperator:
             multiply([Request(self, V, out)])
             return out.view(v.shape)
 
-    # The algorithms (krylov/) use what follows: ``multiply`` answers their requests for products,
-    # and these members say what an operator keeps, how exact it is, and whether it can be captured.
+    # The algorithms (krylov/) use the members below and ``multiply``, which answers their requests
+    # for products. The members say what an operator keeps, how exact its products are, and whether
+    # a CUDA graph can capture them.
 
     _kept = Kept()
 
     @property
     def _matrix(self) -> SymmetricOperator:
-        """The operator that makes the products: this one, or that of which this is a block."""
+        """The operator that makes the products: this one, or the one that this is a block of."""
         return self
 
     def _relative_error(self) -> float:
-        """The relative error of a product, as far as it is known in advance: rounding."""
+        """The relative error of a product that is known in advance: here only rounding."""
         return torch.finfo(self.dtype).eps
 
     def _capture_obstacle(self) -> str | None:
@@ -125,17 +126,17 @@ class SymmetricOperator:
         return "a matvec may depend on more than its argument"
 
     def _multiply(self, requests: Sequence[Request]) -> None:
-        """Make the products that were requested of this operator, or of blocks of it."""
-        if self._to_probe:
+        """Make the requested products with this operator or with its blocks."""
+        if self._probe_pending:
             self._probe()
-            self._to_probe = False
+            self._probe_pending = False
         for request in requests:
             for v, row in zip(request.V.detach(), request.out, strict=True):
-                row.copy_(self._one(v))
+                row.copy_(self._single_product(v))
 
-    def _one(self, v: Tensor) -> Tensor:
+    def _single_product(self, v: Tensor) -> Tensor:
         version = v._version
-        with grad_mode(True):  # matvec may differentiate, also when called under no_grad
+        with grad_mode(True):  # matvec may differentiate, even if it is called under no_grad
             w = self._matvec(v)
         if not isinstance(w, Tensor):
             raise InputTypeError(f"matvec must return a torch.Tensor, got {type(w).__name__}")
@@ -153,9 +154,9 @@ class SymmetricOperator:
         """Raise ValueError if u'Av and v'Au differ by more than rounding for random u and v."""
         u, v = (torch.empty(self.n, dtype=self.dtype, device=self.device) for _ in range(2))
         backend = kernels.select(self.device)
-        backend.normal_(u, 1, 0)  # of random signs, few numbers can agree by chance
+        backend.normal_(u, 1, 0)  # not signs: with small n, u'Av = v'Au could hold by chance
         backend.normal_(v, 2, 0)
-        Au, Av = self._one(u).double(), self._one(v).double()
+        Au, Av = self._single_product(u).double(), self._single_product(v).double()
         if not bool(torch.isfinite(Au).all() and torch.isfinite(Av).all()):
             raise InputError("matvec returned NaN or Inf for a random vector")
         uAv, vAu = float(u.double() @ Av), float(v.double() @ Au)
@@ -165,7 +166,7 @@ class SymmetricOperator:
                 f"pass a symmetric one, or check=False if its error is meant"
             )
 
-    def _accepts(self, name: str, v: Any, dims: tuple[int, ...]) -> None:
+    def _check_vector(self, name: str, v: Any, dims: tuple[int, ...]) -> None:
         shapes = " or ".join({1: f"({self.n},)", 2: f"(b, {self.n})"}[dim] for dim in dims)
         if not isinstance(v, Tensor):
             raise InputTypeError(
@@ -207,18 +208,18 @@ class SymmetricOperator:
 def multiply(requests: Iterable[Request]) -> None:
     """Write the products of all requests into their ``out``.
 
-    Requests whose operators share a matrix are answered together, in one pass over its data.
+    Requests for operators that share a matrix are answered together, in one pass over the data.
 
     Raises:
-        ValueError: V or ``out`` has a wrong shape, or a product that is not deferred holds NaN or
-            Inf.
+        ValueError: V or ``out`` has a wrong shape, or the product of a request that is not
+            deferred holds NaN or Inf.
         TypeError: V or ``out`` has a wrong dtype or device.
     """
     shared: dict[int, list[Request]] = {}
     for request in requests:
         A, V, out = request.operator, request.V, request.out
-        _check(request)
-        if V.is_inference() or out.is_inference():  # autograd can neither save nor write these
+        _check_request(request)
+        if V.is_inference() or out.is_inference():  # autograd cannot save or write these
             out.copy_(A @ V)
         elif len(V):
             shared.setdefault(id(A._matrix), []).append(request)
@@ -226,20 +227,20 @@ def multiply(requests: Iterable[Request]) -> None:
         with no_inference_mode(), grad_mode(False):
             group[0].operator._matrix._multiply(group)
         for request in group:
-            _accept(request)
+            _count_products(request)
 
 
-def _check(request: Request) -> None:
-    """Raise unless V (b, n) and ``out`` (b, n) can be multiplied and written."""
+def _check_request(request: Request) -> None:
+    """Raise unless V (b, n) fits the operator and the product fits ``out`` (b, n)."""
     A, V, out = request.operator, request.V, request.out
-    A._accepts("V", V, (2,))
-    A._accepts("out", out, (2,))
+    A._check_vector("V", V, (2,))
+    A._check_vector("out", out, (2,))
     if V.shape != out.shape:
         raise InputError(f"out must have V's shape {tuple(V.shape)}, got {tuple(out.shape)}")
 
 
-def _accept(request: Request) -> None:
-    """Count the products, and raise ValueError if one is not finite."""
+def _count_products(request: Request) -> None:
+    """Raise ValueError if a product is not finite; otherwise count the products."""
     A = request.operator
     if not request.deferred and not _finite(request.out):
         if not _finite(request.V):
@@ -249,7 +250,7 @@ def _accept(request: Request) -> None:
 
 
 def operator(A: Any) -> SymmetricOperator:
-    """``A``, or a TypeError that shows how to make an operator."""
+    """Return ``A``, or raise a TypeError that shows how to make an operator."""
     if not isinstance(A, SymmetricOperator):
         raise InputTypeError(
             f"A must be an operator, got {type(A).__name__}; make one with "

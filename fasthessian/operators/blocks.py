@@ -1,8 +1,8 @@
 """Diagonal blocks of a curvature matrix as operators.
 
 A block H_ii is the curvature of the loss with respect to some of the parameters. All blocks share
-the graphs of the whole matrix and its pass over the data. A product with one block runs only
-through the part of a graph that its parameters reach.
+the graphs of the whole matrix and the passes over its data. A product with one block runs only
+through the part of a graph that leads to the parameters of the block.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.vectors import Layout
 
-ROOT = "(root)"  # the block of parameters that the model owns itself
+ROOT = "(root)"  # name of the block of the parameters that the model owns directly
 
 
 class Block(SymmetricOperator):
     """The diagonal block of a curvature matrix that belongs to some of its parameters.
 
-    Made by ``blocks`` of an operator. Products are made by the engine of the
-    whole matrix, and are counted only here.
+    The method ``blocks`` of a curvature matrix makes it. The engine of the whole matrix makes the
+    products; only the block counts them.
 
     Attributes:
-        n, dtype, device, matvecs: as of ``SymmetricOperator``.
-        layout: names, shapes and places of the block's parameters in a vector of the block.
+        n, dtype, device, matvecs: see ``SymmetricOperator``.
+        layout: names, shapes and positions of the block's parameters in a vector of the block.
     """
 
     def __init__(self, parent: SymmetricOperator, layout: Layout, places: Iterable[int]) -> None:
         self._parent, self._places = parent, tuple(places)
         self.layout = layout.subset(self._places)
         self._kept = parent._kept
-        self._describe(self.layout.n, parent.dtype, parent.device)
+        self._set_size(self.layout.n, parent.dtype, parent.device)
 
     @property
     def _matrix(self) -> SymmetricOperator:
@@ -62,8 +62,8 @@ def partition(
     """Positions of parameters by block name; see ``Curvature.blocks`` for ``by``.
 
     Raises:
-        ValueError: no parameter falls into a block, or one falls into two.
-        TypeError: ``by`` is of no known form.
+        ValueError: a block has no parameters, or a parameter belongs to two blocks.
+        TypeError: ``by`` has no known form.
     """
     if isinstance(by, str) and by == "layer":
         return _grouped(names, lambda name: _layer(name, model))
@@ -142,7 +142,7 @@ def _nothing(what: str, names: tuple[str, ...]) -> str:
 
 
 def _layer(name: str, model: nn.Module | None) -> str:
-    """The module that owns the parameter; without a model each tensor is its own layer."""
+    """The name of the module that owns the parameter; without a model, each tensor is a layer."""
     owner = name.rpartition(".")[0]
     return owner or (name if model is None else ROOT)
 
@@ -150,12 +150,12 @@ def _layer(name: str, model: nn.Module | None) -> str:
 def _stages(names: tuple[str, ...], model: nn.Module | None) -> Callable[[str], str]:
     """The stage of a parameter: a child of the model, or an entry of a ModuleList within it.
 
-    The stages of a ResNet are Sequentials and stay whole. The layers of a transformer lie in a
-    ModuleList, at any depth, and are one stage each. An only child is replaced by its children.
+    The stages of a ResNet are Sequentials and are not divided. The layers of a transformer are in a
+    ModuleList at some depth; each layer is a stage. An only child is replaced by its children.
     """
     owners = [_layer(name, model).split(".") for name in names]
 
-    def goes_on(head: list[str]) -> bool:
+    def is_divided(head: list[str]) -> bool:
         *above, _ = head
         siblings = {tuple(o[: len(head)]) for o in owners if o[: len(above)] == above}
         if model is None or len(siblings) == 1:
@@ -166,7 +166,7 @@ def _stages(names: tuple[str, ...], model: nn.Module | None) -> Callable[[str], 
     def stage(name: str) -> str:
         parts = _layer(name, model).split(".")
         depth = 1
-        while depth < len(parts) and goes_on(parts[:depth]):
+        while depth < len(parts) and is_divided(parts[:depth]):
             depth += 1
             above = model.get_submodule(".".join(parts[: depth - 1])) if model else None
             if isinstance(above, nn.ModuleList):

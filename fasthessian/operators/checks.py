@@ -1,4 +1,4 @@
-"""Self-checks of an operator on the user's own model: they measure what could silently be wrong."""
+"""Self-checks of an operator on the user's model: they measure errors that raise no exception."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from fasthessian.results.record import Record
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Check(Record):
-    """What ``check`` measured. Every number is relative, and NaN where it does not apply."""
+    """What ``check`` measured. Every number is relative; it is NaN if the check does not apply."""
 
-    symmetry: float  # |u'Av - v'Au| over |Au| + |Av|
-    repetition: float  # distance of two equal products
-    gradient: float  # distance of the gradient from differences of the loss
-    difference: float  # distance of a product from central differences of gradients
-    forward: float  # the same from forward mode, where differences disagree
-    weights: float  # largest change of a batch's gradient when it is cut
+    symmetry: float  # |u'Av - v'Au| / (|Au| + |Av|)
+    repetition: float  # distance between two products with the same vector
+    gradient: float  # distance between the gradient and differences of the loss
+    difference: float  # distance between a product and central differences of gradients
+    forward: float  # distance between a product and forward mode, if differences disagree
+    weights: float  # largest change of a batch's gradient if the batch is divided
     ok: bool
     report: str
 
@@ -40,7 +40,7 @@ class Check(Record):
 
 
 def check(A: Matrix, exact: bool) -> Check:
-    """Measure A; ``exact`` says that A is the derivative of the gradient, as differences are."""
+    """Measure A. If ``exact``, A is the derivative of the gradient; differences must match it."""
     evaluation = A._evaluation
     u, v = (torch.empty(A.n, dtype=A.dtype, device=A.device) for _ in range(2))
     backend = kernels.select(A.device)
@@ -54,16 +54,16 @@ def check(A: Matrix, exact: bool) -> Check:
     uAv, vAu = (float(x.double() @ y.double()) for x, y in ((u, Av), (v, Au)))
     symmetry = abs(uAv - vAu) / size
     repetition = float((again.double() - Au.double()).norm()) / size
-    rounded = evaluation.rounded()  # differences of gradients would show nothing but rounding
+    rounded = evaluation.rounded()  # differences of gradients would show only rounding
     gradient = math.nan
     if not rounded:
         g = evaluation.mask_(A.gradient())
         gradient = distance(A.loss, A.loss(), g, A.theta(), evaluation.findings.coarsest)
     slope, spread = _difference(A, u, Au) if exact and not rounded else (math.nan, math.nan)
     forward, allowed, kinks = math.nan, DIFFERENCE[A.dtype], ""
-    if slope > allowed and spread > slope / 4:  # at a detached part all steps agree
+    if slope > allowed and spread > slope / 4:  # all steps agree if a part is detached
         forward = _forward(A, u, Au)
-        if forward <= allowed:  # differences see kinks, derivatives do not
+        if forward <= allowed:  # kinks change differences, not derivatives
             allowed, kinks = math.inf, f"  kinks: forward mode agrees to {forward:.1e}"
     weights, batch, uncut = evaluation.coupling()
     rows = (
@@ -95,25 +95,25 @@ def check(A: Matrix, exact: bool) -> Check:
 
 
 def _difference(A: Matrix, v: Tensor, Av: Tensor) -> tuple[float, float]:
-    """Distances as of ``distances`` of A v from differences of gradients along v."""
+    """How far A v is from differences of gradients along v; see ``distances``."""
     unit = float(A.theta().norm() or 1.0) / float(v.norm())
     return distances(lambda h: A.gradient(h * v), unit, Av)
 
 
 def _forward(A: Matrix, v: Tensor, Av: Tensor) -> float:
-    """The distance of A v from forward mode; NaN where that cannot be made."""
+    """The distance between A v and forward mode; NaN if forward mode fails."""
     try:
         found = _by_forward(A, v)
     except MemoryError:
         raise
-    except Exception:  # whatever a model raises under torch.func
+    except Exception:  # a model may raise anything under torch.func
         return math.nan
     return float((found.double() - Av.double()).norm()) / (float(Av.double().norm()) or 1.0)
 
 
 @exclusive
 def _by_forward(A: Matrix, v: Tensor) -> Tensor:
-    """The product with v (n,) by engine "forward", whatever the engine of A; it is not counted."""
+    """The product with v (n,) by the engine "forward" instead of A's engine; it is not counted."""
     evaluation = A._evaluation
     request = Request(A, v[None], torch.empty_like(v[None]))
     forward = dataclasses.replace(evaluation.options, engine="forward")

@@ -1,4 +1,4 @@
-"""What the curvature matrices of a loss share: products as sums over the parts of the data."""
+"""The base class of the curvature matrices: a product is a sum over the parts of the data."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from fasthessian.vectors import Layout, real
 class Curvature(SymmetricOperator):
     """A curvature matrix of a loss: the weighted sum of the matrices of its parts.
 
-    A part is one batch, or a microbatch of it. The subclass builds a graph for each part
-    (``_graph``), which adds its share to a product. Graphs are kept from product to product as far
-    as memory allows (``_kept``). The loss is evaluated under conditions that protect the model and
+    A part is one batch, or a microbatch of a batch. The subclass builds a graph for each part
+    (``_graph``). The graph adds the product of its part to the total. As many graphs as fit into
+    memory are kept between products (``_kept``). Evaluating the loss does not change the model or
     torch's global state (``_evaluation``).
 
     Attributes:
-        n, dtype, device, matvecs: as of ``SymmetricOperator``.
-        layout: names, shapes and places of the parameters in a flat vector.
+        n, dtype, device, matvecs: see ``SymmetricOperator``.
+        layout: names, shapes and positions of the parameters in a flat vector.
         engine: how products are made, and why.
     """
 
     layout: Layout
     engine: str
-    _places: Sequence[int]  # of the parameters among those of the graphs
+    _places: Sequence[int]  # positions of the parameters among those of the graphs
     _kept: KeptGraphs
     _evaluation: Evaluation
     _loss: Loss
@@ -63,14 +63,14 @@ class Curvature(SymmetricOperator):
         layout = Layout(params, parameters.common_dtype(params))
         dtypes = {name: p.dtype for name, p in params.items()}
 
-        def followed() -> dict[str, Tensor]:
-            return parameters.followed(layout, dtypes, loss.named_parameters())
+        def current_parameters() -> dict[str, Tensor]:
+            return parameters.current(layout, dtypes, loss.named_parameters())
 
         self.layout, self._places, self._loss = layout, range(len(params)), loss
-        self._describe(layout.n, layout.dtype, layout.device)
-        self._kept = KeptGraphs(loss, followed)
+        self._set_size(layout.n, layout.dtype, layout.device)
+        self._kept = KeptGraphs(loss, current_parameters)
         self._evaluation = Evaluation(loss, layout, dtypes, options, self._kept, self._always_twice)
-        self._layered = False  # whether blocks of single layers were asked for
+        self._layered = False  # whether a product with the block of a single layer was requested
         what = f"a product of {type(self).__name__}"
         words = self._evaluation.within_memory(lambda: prepare(self), what)
         self.engine = words + source.note
@@ -80,10 +80,10 @@ class Curvature(SymmetricOperator):
         """Products with this matrix or with blocks of it, in one pass over the data.
 
         Raises:
-            MemoryError: a product does not fit; what it needs and which option would help.
+            MemoryError: a product needs too much memory; the message names the option that helps.
         """
         if not self._layered and any(map(self._is_one_layer, requests)):
-            self._kept.forget()  # graphs are built anew, with the factors of single layers
+            self._kept.forget()  # graphs are rebuilt, with the factors of single layers
             self._layered = True
         self._evaluation.within_memory(lambda: self._sum_over_parts(requests))
         if self._options.weight_decay:
@@ -91,7 +91,7 @@ class Curvature(SymmetricOperator):
                 request.out.add_(request.V.detach(), alpha=self._options.weight_decay)
 
     def _sum_over_parts(self, requests: Sequence[Request]) -> None:
-        """Write the products without weight decay: each graph adds the share of its part."""
+        """Write the products without weight decay: each graph adds the product of its part."""
         kept, deferred = self._kept, all(request.deferred for request in requests)
         evaluates = not kept.complete
         with self._evaluation.conditions(deferred=deferred, evaluates=evaluates) as params:
@@ -110,7 +110,7 @@ class Curvature(SymmetricOperator):
                 raise
 
     def _kept_or_new_graph(self, i: int, part: Part, params: list[Tensor]) -> Graph:
-        """The graph of the i-th part; a new one is kept if the capacity allows it."""
+        """The graph of the i-th part. A new graph is kept if fewer than ``capacity`` are kept."""
         if i < len(self._kept.graphs):
             return self._kept.graphs[i]
         graph = self._new_graph(part, params)
@@ -119,17 +119,17 @@ class Curvature(SymmetricOperator):
         return graph
 
     def _new_graph(self, part: Part, params: list[Tensor]) -> Graph:
-        """The graph of a part, which knows the rows that have no gradient."""
+        """Build the graph of a part, and tell it which rows have no gradient."""
         graph, findings = self._graph(part, params), self._evaluation.findings
         graph.padded = {place: row for place, row, tied in findings.padding if not tied}
         if findings.unreached and not self._options.keeps_graphs:
-            # forward mode and differences also move the parameters of detached layers
+            # forward mode and differences would also move the parameters of detached layers
             idle = unused(self._evaluation.value(part), params, findings.unreached)
             graph.padded |= dict.fromkeys(idle, slice(None))
         return graph
 
     def _keep(self, graph: Graph, part: Part, params: list[Tensor]) -> None:
-        """Keep a graph, and the factors of single layers where they are wanted and fit."""
+        """Keep a graph, and the factors of single layers if they are requested and fit."""
         model = self._loss.model
         if self._layered and self._options.precision != "bf16" and model is not None:
             # the factors need a second graph of the outputs
@@ -143,7 +143,7 @@ class Curvature(SymmetricOperator):
         self._kept.graphs.append(graph)
 
     def _is_one_layer(self, request: Request) -> bool:
-        """Whether products are wanted with a block of the parameters of a single layer."""
+        """Whether the request is for a block whose parameters belong to a single layer."""
         if request.operator is self:
             return False
         return len({self.layout.names[place].rpartition(".")[0] for place in request.places}) == 1
@@ -152,7 +152,7 @@ class Curvature(SymmetricOperator):
     def _options(self) -> Options:
         return self._evaluation.options
 
-    # What a subclass defines.
+    # A subclass defines these.
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
         """The graph of a part."""
@@ -165,7 +165,7 @@ class Curvature(SymmetricOperator):
         raise NotImplementedError
 
     def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
-        """How far a product of the part with v (1, n) is from differences; see ``distances``."""
+        """How far the part's product with v (1, n) is from differences; see ``distances``."""
         raise NotImplementedError
 
     def _differentiated(self, outputs: Any, loss: Tensor) -> Tensor:
@@ -173,12 +173,12 @@ class Curvature(SymmetricOperator):
         return loss
 
     def _unchecked_nodes(self, outputs: Any, loss: Tensor) -> list[str]:
-        """Names of nodes that products differentiate twice and that no check has seen."""
+        """Names of unchecked nodes that products differentiate twice."""
         if not self._evaluation.twice:
             return []
         return self._evaluation.functions.unchecked(loss, self._options.engine == "forward")
 
-    # What the algorithms use; see ``SymmetricOperator``.
+    # The algorithms use these; see ``SymmetricOperator``.
 
     def _relative_error(self) -> float:
         return self._evaluation.relative_error()
@@ -186,31 +186,33 @@ class Curvature(SymmetricOperator):
     def _capture_obstacle(self) -> str | None:
         if not self._kept.every_part:
             return "the graphs of some batches are built at each product"
-        if self._evaluation.functions.words():
+        if self._evaluation.functions.note():
             return "central differences of custom functions wait for the device"
         return None
 
-    # What the user sees.
+    # The public methods.
 
     def blocks(
         self, by: str | re.Pattern[str] | Mapping[str, str] | Callable[[str], str | None]
     ) -> dict[str, Block]:
         """The diagonal blocks of the matrix as operators by name.
 
-        ``fh.eigsh``, ``fh.trace`` and ``fh.density`` take the dictionary, advance all blocks
-        together, one pass over the data per round, and return a dictionary. For blocks of single
-        layers the derivative of the outputs with respect to each layer's output is kept where
-        ``memory_budget`` allows: it has the size of the activations times the number of classes.
+        ``fh.eigsh``, ``fh.trace`` and ``fh.density`` accept the dictionary and return one. They
+        advance all blocks together, with one pass over the data per step. For blocks of single
+        layers, the derivatives of the outputs with respect to each layer's output are kept if
+        ``memory_budget`` allows it. Their size is that of the activations times the number of
+        classes.
 
         Args:
-            by: how parameters are grouped. ``"layer"``: by the module that owns them; ``"stage"``:
-                by the model's children, or the entries of a ModuleList; a regular expression
-                searched in the names, whose first group, or else whole match, names the block; a
-                mapping of block names to such expressions; a callable of a parameter's name that
-                returns its block or None. Parameters without a block are left out.
+            by: how parameters are grouped. ``"layer"`` groups by the module that owns them,
+                ``"stage"`` by the model's children or the entries of a ModuleList. A regular
+                expression is searched in the names; its first group, or without groups the whole
+                match, names the block. A mapping gives an expression for each block name. A
+                callable takes a parameter's name and returns its block's name or None. Parameters
+                without a block are left out.
 
         Raises:
-            ValueError: no parameter matches, or two patterns match the same one.
+            ValueError: no parameter matches, or two patterns match the same parameter.
             TypeError: ``by`` has another type.
 
         Example:
@@ -224,7 +226,7 @@ class Curvature(SymmetricOperator):
         return {name: Block(self, self.layout, places) for name, places in groups.items()}
 
     def theta(self) -> Tensor:
-        """The parameters as they are now, one vector (n,)."""
+        """The current parameters as one vector (n,)."""
         named = self._loss.named_parameters()
         return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
 
@@ -233,10 +235,10 @@ class Curvature(SymmetricOperator):
         """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
 
         Raises:
-            MemoryError: it does not fit; what it needs and which option would help.
+            MemoryError: it needs too much memory; the message names the option that helps.
         """
         if offset is not None:
-            self._accepts("offset", offset, (1,))
+            self._check_vector("offset", offset, (1,))
         evaluation, decay, parts = self._evaluation, self._options.weight_decay, self._loss.parts
         pack_ = kernels.select(self.device).pack_
 
@@ -260,14 +262,14 @@ class Curvature(SymmetricOperator):
     def loss(self, offset: Tensor | None = None) -> float:
         """The loss at theta, or at theta + ``offset`` (n,), summed over the data in float64.
 
-        The parameters are replaced during the call, not written. The value may be infinite or NaN
-        far from theta.
+        The parameters are replaced during the call, but never written. Far from theta the value
+        may be infinite or NaN.
 
         Raises:
-            MemoryError: as of ``gradient``.
+            MemoryError: see ``gradient``.
         """
         if offset is not None:
-            self._accepts("offset", offset, (1,))
+            self._check_vector("offset", offset, (1,))
         evaluation, decay, parts = self._evaluation, self._options.weight_decay, self._loss.parts
 
         def summed() -> float:
@@ -288,20 +290,20 @@ class Curvature(SymmetricOperator):
 
     @exclusive
     def check(self) -> Check:
-        """Measure what could silently be wrong with this model, these data and this engine.
+        """Measure errors with this model, data and engine that would raise no exception.
 
-        * symmetry: of the matrix.
-        * repetition: whether a product repeats.
-        * gradient: against central differences of the loss along random signs.
-        * difference: a product of the Hessian against central differences of gradients, or against
-          forward mode where kinks, as of ReLU, spoil those.
-        * weights: whether the gradient of each batch is that of its halves.
+        * symmetry: whether the matrix is symmetric.
+        * repetition: whether two products with the same vector are equal.
+        * gradient: compares it with central differences of the loss along random signs.
+        * difference: compares a product of the Hessian with central differences of gradients. If
+          kinks (ReLU) make differences useless, it is compared with forward mode.
+        * weights: whether the gradient of each batch is the mean of the gradients of its halves.
 
-        A row that does not apply says why: a loss that is computed in 16 bits has no differences,
-        and half of a batch may be no batch of this model (graphs, time in the first dimension).
-        Parameters that no gradient reaches are named. The check costs three products, nine
-        gradients, and five evaluations of the loss, or thirteen where five do not suffice.
-        ``print(A.check())`` shows one line per row.
+        If a row does not apply, it says why. Differences are useless for a loss that is computed in
+        16 bits. Half of a batch may not be a valid batch of this model (graphs, time in the first
+        dimension). Parameters that no gradient reaches are named. The check costs three products,
+        nine gradients, and five to thirteen evaluations of the loss. ``print(A.check())`` shows one
+        line per row.
 
         Returns:
             Check: the numbers, ``ok``, and the report.
@@ -311,13 +313,13 @@ class Curvature(SymmetricOperator):
     def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
         """A vector (n,) from tensors by parameter name, or in the order of the parameters.
 
-        Those of complex parameters may be complex, or real as of ``unflatten``.
+        The tensor of a complex parameter may be complex, or real as ``unflatten`` returns it.
         """
         return self.layout.flatten(tensors)
 
     def unflatten(self, v: Tensor) -> dict[str, Tensor]:
         """Views of v (n,) by parameter name, in the parameters' shapes.
 
-        That of a complex parameter is real with a last dimension of 2, as of ``view_as_real``.
+        The view of a complex parameter is real, with a last dimension of 2 like ``view_as_real``.
         """
         return self.layout.unflatten(v)

@@ -1,4 +1,4 @@
-"""How a loss is evaluated: the state of torch and of the model meanwhile, and its limits."""
+"""How a loss is evaluated: the state of torch and of the model during it, memory and rounding."""
 
 from __future__ import annotations
 
@@ -33,31 +33,31 @@ Result = TypeVar("Result")
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What the first part of a loss showed when it was examined."""
+    """The results of the examination of the first part of the data."""
 
-    coarsest: torch.dtype  # in which a part of the loss is computed
-    graph_bytes: float = 0.0  # of the graphs of all parts
+    coarsest: torch.dtype  # the dtype with the fewest bits that the loss is computed in
+    graph_bytes: float = 0.0  # size of the graphs of all parts
     padding: tuple[Padding, ...] = ()
-    unreached: tuple[int, ...] = ()  # places of parameters without gradient
+    unreached: tuple[int, ...] = ()  # positions of the parameters without gradient
 
 
 class Evaluation:
-    """A loss, and all that is needed to evaluate and differentiate it.
+    """A loss, and everything that is needed to evaluate and differentiate it.
 
     Args:
         loss: the loss.
-        layout: of the parameters.
-        dtypes: of the parameters, by name.
-        options: of the user.
-        kept: the kept graphs, and what they depend on.
-        always_twice: every engine differentiates custom functions twice.
+        layout: the layout of the parameters in a vector.
+        dtypes: the dtypes of the parameters, by name.
+        options: the user's options.
+        kept: the kept graphs, and the state that they depend on.
+        always_twice: whether every engine differentiates custom functions twice.
 
     Attributes:
         loss, layout, options, kept: as given.
-        mode: that of the modules; "own" sets those that are not torch's to training.
+        mode: the mode of the modules. "own" sets modules that are not torch's to training mode.
         functions: the custom functions that the loss applies.
-        hooks: the hooks on gradients, which do not act in a pass.
-        findings: what the first part showed.
+        hooks: the switch that disables hooks on gradients during a pass.
+        findings: the results of the examination of the first part.
     """
 
     def __init__(
@@ -89,18 +89,18 @@ class Evaluation:
         mode: str | None = None,
         evaluates: bool = True,
     ) -> Scope[list[Tensor]]:
-        """The scope of one pass, which protects the model and torch's state; the parameters now.
+        """The scope of one pass. It protects the model and torch's state.
 
-        The caller holds the lock of the process.
+        The scope gives the current parameters. The caller holds the lock of the process.
 
         Args:
-            curved: second derivatives are taken; otherwise only the loss or its gradient is. The
-                layers stay patched while derivatives are made, because checkpointed layers run
-                again then.
+            curved: whether second derivatives are computed; False for the loss or its gradient.
+                Layers stay patched until the derivatives are computed, because checkpointed
+                layers run again then.
             deferred: compare only values whose version counter shows a write.
             exact: ignore the option ``precision``.
-            mode: of the modules, instead of ``self.mode``.
-            evaluates: the loss may be evaluated; False where only kept graphs are read.
+            mode: the mode of the modules, instead of ``self.mode``.
+            evaluates: whether the loss may be evaluated; False if only kept graphs are used.
         """
         mode, precision = mode or self.mode, None if exact else self.options.precision
 
@@ -123,13 +123,13 @@ class Evaluation:
         return Scope(begin)
 
     def _patch(self, undo: UndoLog) -> None:
-        """From now on layers and custom functions can be differentiated twice."""
+        """Until the undo, layers and custom functions can be differentiated twice."""
         undo.enter(patched())
         if self.twice:
             undo.enter(self.functions.watching())
 
     def moved(self, params: list[Tensor], offset: Tensor | None) -> Scope[None]:
-        """Inside, the parameters are moved by the offset (n,)."""
+        """Inside this scope, the parameters are moved by the offset (n,)."""
 
         def move(undo: UndoLog) -> None:
             held = keep_values(undo, params)
@@ -140,11 +140,11 @@ class Evaluation:
         return Scope(move)
 
     def value(self, part: Part) -> Tensor:
-        """The loss of a part, checked to be finite."""
+        """The loss of a part. Raise ValueError if it is not finite."""
         return self.outputs_and_value(part)[1]
 
     def outputs_and_value(self, part: Part) -> tuple[Any, Tensor]:
-        """The outputs and the loss of a part, checked to be finite."""
+        """The outputs and the loss of a part. Raise ValueError if the loss is not finite."""
         outputs, loss = self.loss.evaluate(part)
         value = float(loss.detach())
         if not math.isfinite(value):
@@ -156,7 +156,7 @@ class Evaluation:
 
     @exclusive
     def coupling(self) -> Coupling:
-        """Whether samples couple; in eval mode, since masks of dropout differ by microbatch."""
+        """Whether samples are coupled. In eval mode, since microbatches differ in dropout masks."""
 
         def measured() -> Coupling:
             with self.conditions(mode="eval") as params:
@@ -165,10 +165,10 @@ class Evaluation:
         return self.within_memory(measured, "the gradient of a batch")
 
     def within_memory(self, job: Callable[[], Result], what: str = "the product") -> Result:
-        """Do the job, and return its result; the caller holds the lock of the process.
+        """Run the job and return its result. The caller holds the lock of the process.
 
         Raises:
-            MemoryError: memory does not suffice; what was needed and which option would help.
+            MemoryError: there is too little memory; the message names the option that helps.
         """
         try:
             return job()
@@ -176,14 +176,14 @@ class Evaluation:
             words = str(error)
             if not out_of_memory(error):
                 raise
-        # outside of the handler: its traceback holds what was allocated so far
+        # outside of the handler, because its traceback keeps the job's tensors alive
         self.kept.forget()
         needs, cuttable = self.findings.graph_bytes, self.loss.model is not None
         shortage = self.options.shortage(what, words, needs, self.layout.device, cuttable)
         raise InsufficientMemoryError(shortage)
 
     def mask_(self, v: Tensor) -> Tensor:
-        """Set v to 0 where gradients do not reach: padding rows of embeddings, detached layers."""
+        """Set v to 0 where no gradient arrives: padding rows of embeddings, detached layers."""
         views = self.layout.views(v)
         for place, row, _ in self.findings.padding:
             if row < len(views[place]):  # a computed weight may have more rows
@@ -193,7 +193,7 @@ class Evaluation:
         return v
 
     def unreached(self) -> str:
-        """The words for parameters that have no gradient, and so zero rows; empty if none."""
+        """For ``engine``, the parameters without gradient, whose rows are zero; "" if none."""
         if not self.findings.unreached:
             return ""
         names = [self.layout.names[place] for place in self.findings.unreached]
@@ -202,16 +202,16 @@ class Evaluation:
         return f"no gradient reaches {', '.join(names[:3])}{more}{when} (zero rows)"
 
     def rounded(self) -> bool:
-        """Whether the loss is computed in 16 bits, wholly or in part."""
+        """Whether any part of the loss is computed in 16 bits."""
         low = any(dtype in LOW for dtype in self._dtypes.values())
         return low or self.findings.coarsest in LOW or self.options.precision == "bf16"
 
     def repeated(self) -> float:
-        """The accepted relative distance between two evaluations of one loss."""
+        """The largest accepted relative difference between two evaluations of the loss."""
         return ROUNDED if self.rounded() else REPEATED
 
     def relative_error(self) -> float:
-        """The relative error of a product, by the parameters' dtype, the precision, the engine."""
+        """The relative error of a product, from the parameters' dtypes, precision and engine."""
         errors = [torch.finfo(dtype).eps for dtype in self._dtypes.values()]
         errors.append(self.functions.error())
         errors.append({"bf16": 2.0**-8, "tf32": 2.0**-11}.get(self.options.precision or "", 0.0))

@@ -1,4 +1,4 @@
-"""What an operator does when it is built: it examines its loss on the first part of the data."""
+"""The examination of a loss on the first part of its data, when an operator is built."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from fasthessian.operators.request import Request
 
 
 def prepare(A: Matrix) -> str:
-    """Check the loss of A, choose how many graphs are kept, and keep the first.
+    """Check the loss of A, choose how many graphs are kept, and keep the first graph.
 
     Returns:
-        What ``A.engine`` says: the choice, and all that the user should know of the products.
+        The text of ``A.engine``: the choice, and what the user should know about the products.
     """
     evaluation = A._evaluation
     loss, options, kept = evaluation.loss, evaluation.options, evaluation.kept
@@ -51,7 +51,7 @@ def prepare(A: Matrix) -> str:
         words += _precision_error(A, part)
     if unchecked:
         words += _compare_product(A, part, ", ".join(unchecked))
-    words += evaluation.functions.words()
+    words += evaluation.functions.note()
     if evaluation.findings.unreached:
         words += f"; {evaluation.unreached()}"
     if evaluation.hooks.found:
@@ -60,9 +60,9 @@ def prepare(A: Matrix) -> str:
 
 
 def _first_part(A: Matrix, part: Part, params: list[Tensor]) -> tuple[Findings, list[str]]:
-    """Evaluate a part twice; return the findings, and names of nodes that no check has seen."""
+    """Evaluate a part twice; return the findings, and the names of unchecked nodes."""
     evaluation = A._evaluation
-    with evaluation.functions.learning():  # before a graph is looked at
+    with evaluation.functions.checking_more():  # before any graph is built
         first = float(evaluation.value(part).detach())
     try:
         with metered(params) as held:
@@ -82,7 +82,7 @@ def _first_part(A: Matrix, part: Part, params: list[Tensor]) -> tuple[Findings, 
 
 
 def _graph_of(A: Matrix, part: Part, params: list[Tensor]) -> tuple[float, Findings, list[str]]:
-    """The loss of a part, the findings in its graph, and names of nodes that no check has seen."""
+    """The loss of a part, the findings in its graph, and the names of unchecked nodes."""
     evaluation, options = A._evaluation, A._evaluation.options
     outputs, loss = evaluation.outputs_and_value(part)
     differentiated = A._differentiated(outputs, loss)
@@ -97,31 +97,31 @@ def _graph_of(A: Matrix, part: Part, params: list[Tensor]) -> tuple[float, Findi
 
 
 def compare_slope(A: Matrix, part: Part) -> str:
-    """Warn where the gradient of a part is not the derivative of the loss; words for ``engine``.
+    """Warn if the gradient of a part is not the derivative of the loss; return text for ``engine``.
 
-    A model that differentiates inside may let autograd record that in training only. If its loss is
-    the same with its own modules in training, and the gradient then is the derivative, they get
-    that flag. Where custom functions make the gradient, the words say so, and no warning is given.
+    A model that differentiates inside may let autograd record this in training mode only. Its own
+    modules are then set to training mode, if that keeps the loss and makes the gradient right. If
+    custom functions make the gradient, the text says so, and there is no warning.
     """
     evaluation = A._evaluation
     if evaluation.rounded():
-        return ""  # differences would show rounding alone
+        return ""  # differences would show only rounding
     allowed = ALLOWED[evaluation.findings.coarsest]
-    off = _slope(A, part)[1]
+    off = _loss_and_distance(A, part)[1]
     if not off > allowed:
         return ""
     if evaluation.mode == "eval" and evaluation.loss.roots:
-        loss = _slope(A, part)[0]
-        with contextlib.suppress(Exception):  # in training a model may want other inputs
+        loss = _loss_and_distance(A, part)[0]
+        with contextlib.suppress(Exception):  # in training mode a model may need other inputs
             evaluation.mode = "own"
-            found, rest = _slope(A, part)
+            found, rest = _loss_and_distance(A, part)
             if math.isclose(found, loss, rel_tol=1e-6) and rest <= allowed:
                 return (
                     "; the model's own modules have the flags of training: in eval mode they "
                     "detach a part of the loss"
                 )
         evaluation.mode = "eval"
-    if evaluation.functions.met:  # straight-through estimates and reversed gradients are meant
+    if evaluation.functions.found:  # a straight-through or reversed gradient is intended
         return (
             f"; the gradient, which custom functions make, differs by {off:.0%} from differences "
             f"of the loss"
@@ -136,7 +136,7 @@ def compare_slope(A: Matrix, part: Part) -> str:
 
 
 def outside_of_package() -> int:
-    """The ``stacklevel`` with which a warning points to the user's line, outside of the package."""
+    """The ``stacklevel`` that makes a warning point to the user's line, outside of the package."""
     level, frame = 0, sys._getframe(1)
     while frame.f_globals.get("__name__", "").partition(".")[0] == "fasthessian":
         level += 1
@@ -146,8 +146,8 @@ def outside_of_package() -> int:
     return level + 1
 
 
-def _slope(A: Matrix, part: Part) -> tuple[float, float]:
-    """The loss of a part, and how far its gradient is from its derivative; see ``distance``."""
+def _loss_and_distance(A: Matrix, part: Part) -> tuple[float, float]:
+    """The loss of a part, and how far its gradient is from its differences; see ``distance``."""
     evaluation = A._evaluation
     with evaluation.conditions() as params:
 
@@ -162,7 +162,7 @@ def _slope(A: Matrix, part: Part) -> tuple[float, float]:
 
 
 def _check_cut(A: Matrix, microbatch: int) -> str:
-    """Raise ValueError if batches may not be cut; words for ``engine`` where that is not known."""
+    """Raise ValueError if cutting batches is wrong; return text for ``engine`` if it is unknown."""
     change, index, unknown = A._evaluation.coupling()
     if change > A._evaluation.repeated():
         raise InputError(
@@ -174,15 +174,15 @@ def _check_cut(A: Matrix, microbatch: int) -> str:
 
 
 def _compare_product(A: Matrix, part: Part, names: str) -> str:
-    """Compare a product of a part with differences, because of nodes of these names.
+    """Compare a product of a part with differences, because nodes with these names are unchecked.
 
     Returns:
-        For ``engine``, why the comparison tells nothing; "" if the product is right.
+        Text for ``engine`` that says why the comparison is useless; "" if the product is right.
 
     Raises:
         RuntimeError: the product is wrong.
     """
-    if A._evaluation.rounded():  # differences would show that alone
+    if A._evaluation.rounded():  # differences would show only rounding
         return f"; the second derivative of {names} is not checked in 16 bits"
     distance, spread = A._distances(part, _normal(A, 1))
     if distance <= DIFFERENCE[A.dtype]:
@@ -196,7 +196,7 @@ def _compare_product(A: Matrix, part: Part, names: str) -> str:
 
 
 def _precision_error(A: Matrix, part: Part) -> str:
-    """For ``engine``, how far a product of a part is from an exact one."""
+    """For ``engine``, the relative error of a product of a part with the option ``precision``."""
     v, found = _normal(A, 0), []
     for exact in (True, False):
         out = torch.zeros_like(v)

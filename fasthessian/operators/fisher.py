@@ -1,4 +1,4 @@
-"""Fisher matrices: outer products of gradients, at the targets of the data or at drawn ones."""
+"""Fisher matrices: outer products of gradients, at the targets of the data or at drawn targets."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from fasthessian.operators.torch_state.lock import exclusive
 
 
 class EmpiricalFisher(JMJ):
-    """F = mean over the terms i of the loss of g_i g_i', g_i the gradient of the term's loss.
+    """F = mean of g_i g_i' over the terms i of the loss, where g_i is the gradient of term i.
 
-    The uncentred covariance of the gradients (Kunstner, Hennig, Balles 2019, Limitations of the
-    empirical Fisher approximation), positive semidefinite for every criterion. F is a sum instead
-    of a mean where the criterion sums. The terms of a cross-entropy are its targets: each valid
-    token of a sequence, with its class weight. Those of other criteria are the samples: the
-    criterion must then be a mean or a sum over the first dimension of the outputs.
+    F is the uncentred covariance of the gradients (Kunstner, Hennig, Balles 2019, Limitations of
+    the empirical Fisher approximation). It is positive semidefinite for every criterion. It is a
+    sum instead of a mean if the criterion sums. The terms of a cross-entropy are its targets: each
+    valid token of a sequence, with its class weight. The terms of other criteria are the samples;
+    such a criterion must be a mean or a sum over the first dimension of the outputs.
 
-    All arguments and their defaults, the attributes and the errors are those of ``Hessian``. In
-    addition, the model must return one tensor, or an output with ``.logits``.
+    The arguments, defaults, attributes and errors are those of ``Hessian``. In addition, the model
+    must return one tensor, or an output with ``.logits``.
 
     Raises:
-        TypeError: the outputs are no tensor.
-        ValueError: the outputs' first dimension is not that of the samples.
+        TypeError: the output is not a tensor.
+        ValueError: the first dimension of the outputs is not the number of samples.
 
     Example:
         >>> import torch, fasthessian as fh
@@ -77,7 +77,7 @@ class EmpiricalFisher(JMJ):
         if found is None and not is_torch_loss(criterion):
             found = class_weighted(criterion, part.batch, z, slopes)
         if found is not None:
-            # total s_r / weight_r is the slope of the term alone
+            # total s_r / weight_r is the gradient of the single term r
             factor = torch.where(found.weights > 0, found.total / found.weights, 0.0)
             return Scores(slopes[None], (found.axis,), factor.to(z.dtype).unsqueeze(found.axis))
         count = samples(part.batch)
@@ -98,25 +98,26 @@ class EmpiricalFisher(JMJ):
 
 
 class Fisher(JMJ):
-    """The Fisher matrix of the model's own predictions, by drawing targets from them.
+    """The Fisher matrix of the model's predictions, with targets drawn from these predictions.
 
-    F = E g g' over the inputs and over targets y ~ p(y | outputs), g = -d log p / d theta. The
-    expectation is by Monte Carlo. F is positive semidefinite, and its mean over seeds is the
-    Gauss-Newton matrix (Martens 2020, New insights and perspectives on the natural gradient
-    method). Every product draws the same targets, so that the matrix stays the same.
+    F = E g g' over the inputs and over targets y ~ p(y | outputs), with g = -d log p / d theta. The
+    expectation is estimated by Monte Carlo. F is positive semidefinite, and its mean over seeds is
+    the Gauss-Newton matrix (Martens 2020, New insights and perspectives on the natural gradient
+    method). Every product draws the same targets, so all products have the same matrix.
 
-    All arguments and their defaults, the attributes and the errors are those of ``Hessian``. In
-    addition:
+    The arguments, defaults, attributes and errors are those of ``Hessian``. In addition:
 
     Args:
-        samples: targets drawn for each term of the loss, at least 1.
-        seed: of the draws. The same seed gives the same matrix, however the data are batched.
+        samples: the number of targets drawn for each term of the loss, at least 1.
+        seed: the seed of the draws. The same seed gives the same matrix for any batching of the
+            data.
 
     Raises:
-        TypeError: criterion is none of torch's cross-entropy, mean squared error and binary
-            cross-entropy with logits (modules and functions, without label smoothing; only
-            cross-entropy may have weights), nor a Hugging Face model's own loss on labels.
-        ValueError: samples or seed out of range.
+        TypeError: the criterion is not supported. Supported are torch's cross-entropy, mean squared
+            error and binary cross-entropy with logits (modules and functions, without label
+            smoothing; only cross-entropy may have weights), and the loss that a Hugging Face model
+            computes from labels.
+        ValueError: samples or seed is out of range.
 
     Example:
         >>> import torch, fasthessian as fh
@@ -150,7 +151,7 @@ class Fisher(JMJ):
                 raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
         self._samples, self._seed = samples, seed
         options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
-        # a sample draws by its position
+        # the draws of a sample depend on its position in the data
         source = of_model(model, criterion, data, params, weights, options, ordered=True)
         super().__init__(source, options)
 

@@ -22,27 +22,27 @@ from fasthessian.operators.source import of_model
 from fasthessian.operators.torch_state.lock import exclusive
 
 PROBES = 8  # random directions in which the criterion is tested for convexity
-CONCAVE = 1e-4  # of |u| |M u|: how far below 0 rounding may take u'Mu
+CONCAVE = 1e-4  # the largest -u'Mu / (|u| |M u|) that counts as rounding
 FUSED = (torch.float32, torch.float64)
 
 
 class GaussNewton(JMJ):
-    """G = sum over the data of J' M J, J = dz/d theta and M = d^2 L/dz^2 at the outputs z.
+    """G = sum of J' M J over the data, with J = dz/d theta and M = d^2 L/dz^2 at the outputs z.
 
-    The curvature of the criterion, without that of the model (Schraudolph 2002, Fast curvature
-    matrix-vector products). G is positive semidefinite for a criterion that is convex in the
-    outputs, as cross-entropy and mean squared error are. It equals the Hessian for a model that is
-    linear in its parameters. The engine makes J v, a backward pass J', and the criterion's own
-    second derivative M, so that every such criterion is exact. For cross-entropy with class indices
-    M is one kernel, which makes no tensor of the size of the outputs.
+    G is the curvature of the criterion, without that of the model (Schraudolph 2002, Fast curvature
+    matrix-vector products). It is positive semidefinite if the criterion is convex in the outputs,
+    like cross-entropy and mean squared error. It equals the Hessian if the model is linear in its
+    parameters. The engine computes J v, the second derivative of the criterion multiplies by M, and
+    a backward pass multiplies by J'. So G is exact for every criterion. For cross-entropy with
+    class indices, one kernel multiplies by M, without a temporary of the size of the outputs.
 
-    All arguments and their defaults, the attributes and the errors are those of ``Hessian``. In
-    addition, the model must return one tensor, or an output with ``.logits``.
+    The arguments, defaults, attributes and errors are those of ``Hessian``. In addition, the model
+    must return one tensor, or an output with ``.logits``.
 
     Raises:
-        TypeError: the outputs are no tensor.
-        ValueError: the criterion is not convex in the outputs of the first batch; or the loss
-            depends on the parameters in another way than through the outputs.
+        TypeError: the output is not a tensor.
+        ValueError: the criterion is not convex in the outputs of the first batch, or the loss
+            depends on the parameters other than through the outputs.
 
     Example:
         >>> import torch, fasthessian as fh
@@ -93,7 +93,7 @@ class GaussNewton(JMJ):
         return max(found, self._middle_distances(part)) if self._unchecked_in_loss else found
 
     def _middle_distances(self, part: Part) -> tuple[float, float]:
-        """How far M u is from differences of the criterion's slopes."""
+        """How far M u is from differences of the criterion's gradients; see ``distances``."""
         with self._evaluation.conditions():
             outputs, loss = self._evaluation.outputs_and_value(part)
             z = self._outputs(outputs)
@@ -121,7 +121,7 @@ class GaussNewton(JMJ):
 
 
 def check_convex(z: Tensor, middle: Middle) -> None:
-    """Raise ValueError if u'Mu is negative for a random u."""
+    """Raise ValueError if u'Mu is negative for one of several random u."""
     generator = torch.Generator("cpu").manual_seed(0)
     for _ in range(PROBES):
         u = torch.randn(z.shape, generator=generator, dtype=torch.float64, device="cpu").to(z)

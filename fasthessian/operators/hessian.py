@@ -1,4 +1,4 @@
-"""The Hessian of a model's loss, or of any scalar closure, as a symmetric operator."""
+"""The Hessian of a model's loss, or of a closure that returns a scalar, as an operator."""
 
 from __future__ import annotations
 
@@ -30,89 +30,94 @@ from fasthessian.operators.torch_state.lock import exclusive
 
 
 class Hessian(Curvature):
-    """H = d^2 L / d theta^2 of the loss L(theta) over ``data``, known by its products.
+    """H = d^2 L / d theta^2 of the loss L(theta) over ``data``, defined by its products.
 
-    H v = d(g'v)/d theta, g = dL/d theta (Pearlmutter 1994, Fast exact multiplication by the
-    Hessian), by double backward. L is the mean over the terms of the loss (or their sum, when the
-    criterion sums), however the data are cut into batches.
+    H v = d(g'v)/d theta with g = dL/d theta (Pearlmutter 1994, Fast exact multiplication by the
+    Hessian), by double backward. L is the mean over the terms of the loss (or their sum, if the
+    criterion sums). It does not depend on how the data are divided into batches.
 
     Args:
-        model: a ``torch.nn.Module``. It is left as it was: parameters, buffers, ``.grad``,
-            ``training`` flags and random states, also after an exception.
-        criterion: a function of ``(outputs, targets)``, as torch's are; of ``(outputs, batch)``
-            where the batch is a mapping or an object; or of ``(model, batch)``, recognised by its
-            first parameter, which is called model, net, network, module or m, or is annotated as a
-            module. None when the model returns the loss. A model or a function of (model, batch)
-            may return the loss itself, as ``.loss`` or ``["loss"]``, as the only scalar of a tuple,
-            or as a dictionary that holds only losses, which are added.
-        data: a batch, a list of batches, or a re-iterable such as a DataLoader, which must yield
-            the same samples at every pass, in any order. A criterion of (model, batch) takes any
-            batch. Other criteria take ``(inputs, targets)``, a longer tuple whose last item is the
-            targets, a mapping, or an object with ``.to``. The model is called as its ``forward``
-            takes them: ``inputs`` in a tuple or list as several arguments, or else as one; a
-            mapping by keywords, or else as one; an object as one. A list of tensors is one batch,
-            as loaders yield them, or several where a criterion of (model, batch) does not take it.
-        params: None for all that require gradients, or an iterable of names or parameters. A
-            complex parameter of n numbers counts as the 2n real ones of ``torch.view_as_real``.
+        model: a ``torch.nn.Module``. Its parameters, buffers, ``.grad``, ``training`` flags and the
+            random states are unchanged after a call, even after an exception.
+        criterion: a function of ``(outputs, targets)``, like torch's criteria; of
+            ``(outputs, batch)`` if the batch is a mapping or an object; or of ``(model, batch)``.
+            The last form is recognised by its first parameter, which is called model, net, network,
+            module or m, or is annotated as a module. None if the model returns the loss. A model or
+            a function of (model, batch) may return the loss itself, as ``.loss`` or ``["loss"]``,
+            as the only scalar of a tuple, or as a dictionary of losses, which are added.
+        data: a batch, a list of batches, or a re-iterable such as a DataLoader. A re-iterable must
+            yield the same samples at every pass, in any order. A criterion of (model, batch)
+            accepts any batch. Other criteria need ``(inputs, targets)``, a longer tuple whose last
+            item is the targets, a mapping, or an object with ``.to``. The signature of ``forward``
+            decides how the model is called: ``inputs`` in a tuple or list become several arguments
+            or one, a mapping becomes keyword arguments or one argument, an object is one argument.
+            A list of tensors is one batch, as loaders yield it. It is a list of batches if a
+            criterion of (model, batch) does not accept it as one.
+        params: None for all parameters that require gradients, or an iterable of names or
+            parameters. A complex parameter of n numbers counts as 2n real numbers, like
+            ``torch.view_as_real``.
         engine: ``"retained"`` keeps the first-order graphs; ``"recompute"`` builds them at each
-            product; ``"auto"`` retains what fits ``memory_budget`` and recomputes the rest.
-            ``"forward"`` differentiates the gradient in forward mode. ``"difference"`` takes
-            central differences of gradients, with an error of about 1e-4 in float32: for losses
-            without second derivatives and without kinks, so not for ReLU networks.
-        precision: None makes products in the parameters' dtype; ``"bf16"`` under autocast,
-            ``"tf32"`` on the tensor cores of a GPU. Both have relative errors of 1e-3 to 1e-1;
-            ``engine`` gives that of a product of the first batch.
-        weights: ``"auto"`` counts the terms of each batch: by the options of torch's own criteria;
-            for other losses by the divisor that the graph of each batch's loss shows, or by numbers
-            of entries of the batch, tested on the gradients of the halves of up to three batches.
-            ``engine`` says where that is not exact; a loss that no weights fit is refused. Or the
-            number of terms per batch, as a sequence or as a callable of a batch.
+            product; ``"auto"`` retains the graphs that fit ``memory_budget`` and recomputes the
+            others. ``"forward"`` differentiates the gradient in forward mode. ``"difference"``
+            takes central differences of gradients, with an error of about 1e-4 in float32. It is
+            for losses without second derivatives, but not for losses with kinks (ReLU).
+        precision: None computes products in the parameters' dtype, ``"bf16"`` under autocast,
+            ``"tf32"`` on the tensor cores of a GPU. The last two have relative errors of 1e-3 to
+            1e-1; ``engine`` gives the error for the first batch.
+        weights: the number of terms per batch, as a sequence or as a callable of a batch. By
+            default, ``"auto"``, the terms are counted. For torch's own criteria their options
+            decide. For other losses the divisor in the graph of each batch's loss decides, or the
+            number of entries of the batch, which is tested on the gradients of the halves of up to
+            three batches. ``engine`` says if the count is not exact. If no weights fit, the loss is
+            refused.
         group: None.
-        mode: ``"eval"``, or ``"train"``: dropout masks are then fixed, drawn once per batch.
-        memory_budget: bytes for kept graphs; None is half of the free memory.
-        microbatch: the largest number of samples in memory at a time: larger batches are cut. A
+        mode: ``"eval"`` or ``"train"``. In training mode, dropout masks are drawn once per batch
+            and then stay fixed.
+        memory_budget: bytes for kept graphs; None means half of the free memory.
+        microbatch: the largest number of samples in memory at a time; larger batches are cut. A
             model or a criterion that couples the samples of a batch is refused.
         weight_decay: adds ``weight_decay / 2 |theta|^2`` to the loss, as optimisers do.
 
     Attributes:
-        n, dtype, device, matvecs: as of ``SymmetricOperator``.
-        layout: names, shapes and places of the parameters in a flat vector.
+        n, dtype, device, matvecs: see ``SymmetricOperator``.
+        layout: names, shapes and positions of the parameters in a flat vector.
         engine: how products are made, and why.
 
-    Custom autograd functions are compared with central differences of their backward when the
-    operator is built. If a backward makes no graph, double backward is wrong without an error: then
-    the second derivative is made by such differences, and ``engine`` names the function and the
-    error. What cannot be replaced is refused.
+    When the operator is built, the backward of each custom autograd function is compared with
+    central differences. If a backward makes no graph, double backward is wrong without an error.
+    Its second derivative is then replaced by central differences, and ``engine`` names the function
+    and the error. A function that cannot be replaced is refused.
 
-    Parameters in bfloat16 or float16 have float32 vectors. DataParallel, DistributedDataParallel
+    Vectors are float32 for parameters in bfloat16 or float16. DataParallel, DistributedDataParallel
     and compiled models are unwrapped. Parameters that the loss does not use, or uses linearly, have
-    zero rows; ``engine`` names those that no gradient reaches. Hooks on gradients do not act in
-    products. If modules that are not torch's detach a part of the loss in eval mode but not in
-    training mode, and the loss is the same, they are set to training mode.
+    zero rows; ``engine`` names the parameters that no gradient reaches. Hooks on gradients do not
+    act in products. If modules that are not torch's detach a part of the loss in eval mode but not
+    in training mode, and the loss is the same in both, they are set to training mode.
 
-    Changes after construction are followed, however they are made: parameters, buffers,
-    data in memory and the list of batches, attributes of the model and the criterion and of objects
-    that they hold, variables and globals that ``forward`` and the criterion read. Not seen are
-    objects inside objects inside a module, containers of the model with more than 1,000 entries,
-    and what the loss itself changes at each evaluation. A change during a run of an algorithm is
-    refused: RuntimeError says what changed.
+    Products use the current state: parameters, buffers, data in memory and the list of batches,
+    attributes of the model, of the criterion and of objects that they hold, and variables and
+    globals that ``forward`` and the criterion read. Some changes are not detected: objects inside
+    objects inside a module, containers of the model with more than 1,000 entries, and state that
+    the loss itself changes at each evaluation. If something changes while an algorithm runs, a
+    RuntimeError says what changed.
 
-    Products, gradients and losses of operators in several threads take turns. Meanwhile the model's
-    modes and buffers, and torch's global random states and switches, are those of the product:
-    other threads should neither call the model nor draw random numbers from these states.
+    Operators in several threads make products, gradients and losses one after another. During a
+    product, the model's modes and buffers and torch's global random states and switches are
+    temporarily changed: other threads should not call the model or draw random numbers then.
 
     Raises:
-        ValueError: no trainable parameters; a loss that is not a scalar, not finite, or does not
-            depend on the parameters; empty data; mixed dtypes; an unknown option.
-        TypeError: data or batches of no known form; parameters that are no real floats.
+        ValueError: there are no trainable parameters; the loss is not a scalar, not finite, or does
+            not depend on the parameters; the data are empty; dtypes are mixed; an option is
+            unknown.
+        TypeError: data or batches have no known form; a parameter has an unsupported dtype.
         RuntimeError: the loader yields other samples than at the first pass; the loss differs
             between two evaluations; it cannot be differentiated twice, or its second derivative
             is wrong.
-        MemoryError: a product does not fit; the message names the option that would help.
+        MemoryError: a product needs too much memory; the message names the option that helps.
 
     Warns:
-        UserWarning: the gradient of the first batch is not the derivative of its loss, which
-            detaches a part of itself. H is then the derivative of the gradient.
+        UserWarning: the gradient of the first batch is not the derivative of its loss, because the
+            loss detaches a part of itself. H is then the derivative of the gradient.
 
     Example:
         >>> import torch, fasthessian as fh
@@ -159,21 +164,21 @@ class Hessian(Curvature):
     ) -> Hessian:
         """The Hessian of ``closure()``, a scalar loss, with respect to the tensors ``params``.
 
-        For losses that are no criterion over batches: physics-informed networks, penalties,
+        For losses that are not a criterion over batches: physics-informed networks, penalties,
         reinforcement learning. The closure may differentiate inside. Its random numbers from
-        torch, NumPy or Python are the same at each call. Changes of ``params`` are followed, and
-        those of variables and globals that the closure reads, as far as two objects deep; what lies
-        deeper only with ``engine="recompute"``.
+        torch, NumPy or Python are the same at each call. Products use the current ``params``, and
+        the current variables and globals that the closure reads. Changes more than two objects deep
+        are detected only with ``engine="recompute"``.
 
-        Modules that the closure calls keep their buffers, as the statistics of batch normalisation,
-        and tensors their ``.grad``.
+        The buffers of modules that the closure calls (for example the statistics of batch
+        normalisation) and the ``.grad`` of tensors are unchanged after a product.
 
         Raises:
             RuntimeError: two calls at the same parameters give different losses; or the closure
-                frees its graph, as that of an optimizer does by ``backward()``.
+                frees its graph, for example because it calls ``backward()``.
 
         Warns:
-            UserWarning: the closure writes into a tensor that is no buffer of a module it calls.
+            UserWarning: the closure writes into a tensor that is not a buffer of a module it calls.
 
         Example:
             >>> import torch, fasthessian as fh

@@ -30,22 +30,23 @@ from fasthessian.operators.products.options import Options
 from fasthessian.operators.source import Source
 from fasthessian.vectors import real
 
-OTHER_WAY = 1e-3  # share of the gradient that may miss the outputs, by rounding
+BYPASS = 1e-3  # largest share of the gradient not through the outputs that counts as rounding
 Tangent = Callable[[Sequence[int], Sequence[Tensor]], "Tensor | None"]  # J v for one block
 
 
 class JMJ(Curvature):
-    """J' M J over the data; a subclass says what M is (``_middle``)."""
+    """The sum of J' M J over the data; a subclass defines M (``_middle``)."""
 
-    _loss: ModelLoss  # never a closure, since the outputs are needed
+    _loss: ModelLoss  # not a closure, because the outputs are needed
     _always_twice = True  # M is a second derivative with any engine
 
     def __init__(self, source: Source, options: Options) -> None:
         self._examined = False
-        self._readings: dict[int, int | None] = {}  # how each part is a cross-entropy, if it is
-        self._survey = 0  # number of the survey of the data for which these two hold
+        # for each part, the index of the candidate that equals its loss; None if there is none
+        self._matches: dict[int, int | None] = {}
+        self._survey = 0  # number of the survey of the data that these two attributes belong to
         super().__init__(source, options)
-        if not self._examined:  # no graph is kept
+        if not self._examined:  # because no graph is kept
 
             def examine() -> None:
                 conditions, parts = self._evaluation.conditions, self._loss.parts
@@ -55,37 +56,37 @@ class JMJ(Curvature):
             self._evaluation.within_memory(examine, f"a product of {type(self).__name__}")
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
-        """M of one part at its outputs z; None if it is 0."""
+        """M for one part at its outputs z; None if M = 0."""
         raise NotImplementedError
 
     def _examine(self, z: Tensor, loss: Tensor, middle: Middle | None, params: Any) -> None:
-        """Raise ValueError if the matrix is not defined for this loss; done once, on one part."""
+        """Raise ValueError if the matrix is not defined for this loss. Called for one part."""
         check_path(z, loss, params, type(self).__name__)
 
     def _categorical(self, part: Part, z: Tensor, loss: Tensor) -> Categorical | None:
-        """The loss as a cross-entropy of z; None if it is none.
+        """The loss as a cross-entropy of z; None if it is not a cross-entropy.
 
-        A loss that is not torch's is compared with all readings, once per part.
+        A loss that is not torch's is compared with all candidates, once per part.
         """
         criterion = self._loss.criterion
         found = categorical(criterion, part, z)
         if found is not None or is_torch_loss(criterion):
             return found
-        if part.position not in self._readings:
+        if part.position not in self._matches:
             (slopes,) = torch.autograd.grad(
                 loss, z, retain_graph=True, allow_unused=True, materialize_grads=True
             )
             ways = enumerate(candidates(criterion, part.batch, z))
             held = (number for number, way in ways if matches_slopes(way, z, slopes))
-            self._readings[part.position] = next(held, None)
-        number = self._readings[part.position]
+            self._matches[part.position] = next(held, None)
+        number = self._matches[part.position]
         if number is None:
             return None
         return next(itertools.islice(candidates(criterion, part.batch, z), number, None), None)
 
     def _graph(self, part: Part, params: list[Tensor]) -> Graph:
         if self._survey != self._kept.surveys:  # the data or the criterion changed
-            self._readings.clear()
+            self._matches.clear()
             self._examined, self._survey = False, self._kept.surveys
         outputs, loss = self._evaluation.outputs_and_value(part)
         z = self._outputs(outputs)
@@ -99,7 +100,7 @@ class JMJ(Curvature):
             self._examine(z, loss, middle, params)
             self._examined = True
         if middle is None:
-            return JMJGraph(z, params, part.weight, lambda places, tangents: None, _same)
+            return JMJGraph(z, params, part.weight, lambda places, tangents: None, _identity)
         return JMJGraph(z, params, part.weight, self._tangent(part, z, params), middle)
 
     def _differentiated(self, outputs: Any, loss: Tensor) -> Tensor:
@@ -109,7 +110,7 @@ class JMJ(Curvature):
                 f"the model returns {z.dtype} for {type(self).__name__}, which needs real outputs; "
                 f"return torch.view_as_real(outputs), or use Hessian"
             )
-        return z.sum() if z.requires_grad else loss  # the loss is then refused
+        return z.sum() if z.requires_grad else loss  # this loss is refused later
 
     def _unchecked_nodes(self, outputs: Any, loss: Tensor) -> list[str]:
         if self._options.engine == "difference":
@@ -118,7 +119,7 @@ class JMJ(Curvature):
         return functions.unchecked(self._outputs(outputs), forward)
 
     def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
-        """Of J v: M is known, or checked separately."""
+        """How far J v is from differences. M needs no check, or has its own."""
         with self._evaluation.conditions() as params:
             z = self._outputs(self._evaluation.outputs_and_value(part)[0])
             Jv = self._tangent(part, z, params)(self._places, self.layout.views(v[0]))
@@ -199,7 +200,7 @@ def check_path(z: Tensor, loss: Tensor, params: Sequence[Tensor], name: str) -> 
     size = sum(float(real(g).double().square().sum()) for g in whole) ** 0.5
     pairs = zip(whole, through, strict=True)
     missed = sum(float(real(a - b).double().square().sum()) for a, b in pairs) ** 0.5
-    if missed > OTHER_WAY * size:
+    if missed > BYPASS * size:
         raise InputError(
             f"the loss depends on the parameters other than through the outputs (or .logits): "
             f"{missed / size:.1%} of its gradient; {name} needs a criterion of one output alone, "
@@ -207,12 +208,12 @@ def check_path(z: Tensor, loss: Tensor, params: Sequence[Tensor], name: str) -> 
         )
 
 
-def _same(u: Tensor) -> Tensor:
+def _identity(u: Tensor) -> Tensor:
     return u
 
 
 class JMJGraph(Graph):
-    """J' M J of one part."""
+    """Products with J' M J of one part."""
 
     def __init__(
         self,
@@ -242,12 +243,12 @@ class JMJGraph(Graph):
 
 
 class Scores:
-    """M u = sum over the terms of factor s (s'u): one outer product per term.
+    """M u = sum of factor s (s'u) over the terms: one outer product s s' per term.
 
     Args:
         scores: (draws, *z.shape), one score s per draw and term.
-        dims: the dimensions of z that belong to one term.
-        factor: broadcast against z.
+        dims: the dimensions of z within one term.
+        factor: a number, or a tensor that broadcasts against z.
     """
 
     def __init__(self, scores: Tensor, dims: tuple[int, ...], factor: Tensor | float) -> None:
@@ -257,7 +258,7 @@ class Scores:
         """M u, a new tensor."""
         out = torch.zeros_like(u)
         for s in self._scores:
-            # torch sums over all dimensions where none are named
+            # with an empty tuple of dimensions, torch sums over all of them
             inner = (s * u).sum(self._dims, keepdim=True) if self._dims else s * u
             out.addcmul_(s, inner * self._factor)
         return out

@@ -1,4 +1,4 @@
-"""What an operator keeps between its products, as the algorithms deal with it."""
+"""The interface between the algorithms and what an operator keeps between its products."""
 
 from __future__ import annotations
 
@@ -7,28 +7,29 @@ from typing import Any
 
 
 class Kept:
-    """What an operator keeps between its products; here nothing, as of a plain callable."""
+    """What an operator keeps between its products. An operator from a callable keeps nothing."""
 
     def changes(self, poll: bool = False) -> tuple[int, str]:
-        """How often something that products depend on was found changed, and what changed last.
+        """How many changes were found in what products depend on, and what changed last.
 
-        Each product compares what it depends on with the product before. A deferred product, or
-        one inside ``run``, compares only a part of the values; ``poll`` compares all of them now.
+        Each product compares the state that it depends on with that of the previous product. A
+        deferred product, or one inside ``run``, compares only some values; ``poll`` compares all
+        values now.
         """
         return 0, ""
 
     def run(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, products of this thread do not compare the values of the data."""
+        """Inside this context, products of this thread do not compare the values of the data."""
         return contextlib.nullcontext()
 
     def rebuild(self) -> str | None:
         """Drop the kept graphs: the next product builds them on its stream.
 
         Returns:
-            Why a capture would still fail; None if it would not.
+            Why a capture would still fail; None if it would succeed.
         """
         return None
 
     def held(self) -> tuple[Any, ...]:
-        """What a captured product reads: it must live as long as the capture."""
+        """The objects that a captured product reads. They must live as long as the capture."""
         return ()

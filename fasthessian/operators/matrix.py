@@ -1,4 +1,4 @@
-"""A curvature matrix as the examination of its loss and its checks see it."""
+"""The interface of a curvature matrix that the examination and the self-checks use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fasthessian.operators.products.engines import Graph
 
 
 class Matrix(Protocol):
-    """What they need of a curvature matrix; see ``Curvature``."""
+    """The members of ``Curvature`` that ``examination`` and ``checks`` use."""
 
     n: int
     dtype: torch.dtype
@@ -46,7 +46,7 @@ class Matrix(Protocol):
         """The scalar whose gradient is differentiated for a product."""
 
     def _unchecked_nodes(self, outputs: Any, loss: Tensor) -> list[str]:
-        """Names of nodes that products differentiate twice and that no check has seen."""
+        """Names of unchecked nodes that products differentiate twice."""
 
     def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
-        """How far a product of the part with v (1, n) is from differences."""
+        """How far the part's product with v (1, n) is from differences; see ``distances``."""

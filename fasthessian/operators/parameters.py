@@ -1,4 +1,4 @@
-"""The parameters with respect to which a loss is differentiated: choice and validation."""
+"""The choice and validation of the parameters that a loss is differentiated by."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from fasthessian.errors import InputError, InputTypeError, UnsupportedError
 from fasthessian.operators.base import FLOATS
 from fasthessian.vectors import Layout, real
 
-LOW = (torch.bfloat16, torch.float16)  # their vectors are float32
-COMPLEX = (torch.complex64, torch.complex128)  # their vectors are real, see ``Layout``
+LOW = (torch.bfloat16, torch.float16)  # vectors of these parameters are float32
+COMPLEX = (torch.complex64, torch.complex128)  # vectors of these are real, see ``Layout``
 
 
 def unwrapped(model: Any) -> tuple[Any, str]:
-    """The module inside DataParallel, DistributedDataParallel and torch.compile, and their names.
+    """The module inside DataParallel, DistributedDataParallel or torch.compile, and their names.
 
-    Products are made in one process, which needs none of them, and they hide second derivatives.
+    Products are made in one process, which needs no wrapper. Wrappers hide second derivatives.
     """
     names = []
     while isinstance(model, nn.Module):
@@ -36,7 +36,7 @@ def unwrapped(model: Any) -> tuple[Any, str]:
 
 
 def common_dtype(chosen: dict[str, Tensor]) -> torch.dtype:
-    """The dtype of flat vectors: float64 for parameters in float64, else float32."""
+    """The dtype of flat vectors: float64 if a parameter is float64, otherwise float32."""
     double = torch.float64 in {p.dtype.to_real() for p in chosen.values()}
     return torch.float64 if double else torch.float32
 
@@ -76,7 +76,7 @@ def _pick(
             f"got {type(params).__name__}; use params=[...]"
         )
     by_id = {id(p): name for name, p in named.items()}
-    # tied parameters carry several names, of which named_parameters keeps the first
+    # a tied parameter has several names; named_parameters keeps only the first
     by_name = dict(model.named_parameters(remove_duplicate=False))
     chosen: dict[str, Tensor] = {}
     for item in params:
@@ -101,7 +101,7 @@ def _pick(
 
 
 def of_closure(params: Any) -> dict[str, Tensor]:
-    """The tensors of a closure: a mapping by name, an iterable, or ``named_parameters()``."""
+    """The tensors of a closure, by name, from a mapping, an iterable or ``named_parameters()``."""
     if isinstance(params, (str, Tensor)) or not isinstance(params, Iterable):
         raise InputTypeError(
             f"params must be an iterable of tensors or a mapping of names to tensors, "
@@ -123,7 +123,10 @@ def of_closure(params: Any) -> dict[str, Tensor]:
 
 
 def accepted(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Raise unless all are float64 or none is, on one device, and require gradients."""
+    """Return the parameters, or raise an exception if they cannot be used.
+
+    All or none of them must be float64. They must be on one device and require gradients.
+    """
     first_name, first = next(iter(chosen.items()))
     for name, p in chosen.items():
         if is_lazy(p):
@@ -135,7 +138,7 @@ def accepted(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
                 f"bfloat16, float16, complex64 and complex128; use {way}"
             )
         if (p.dtype.to_real() is torch.float64) != (first.dtype.to_real() is torch.float64):
-            # model.double() leaves complex parameters as they are
+            # model.double() does not convert complex parameters
             either = p if p.is_complex() else first
             to = torch.complex64 if either.dtype is torch.complex128 else torch.complex128
             way = f"p.data = p.data.to({to}) for the complex ones"
@@ -163,10 +166,10 @@ def accepted(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
     return chosen
 
 
-def followed(
+def current(
     layout: Layout, dtypes: Mapping[str, torch.dtype], named: dict[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The parameters of the layout as they are now.
+    """The current parameters of the layout, by name.
 
     Raises:
         RuntimeError: a parameter was removed, or changed its shape, dtype or device.

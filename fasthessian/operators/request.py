@@ -1,4 +1,4 @@
-"""The request for products: what passes from an algorithm to the graphs of the loss."""
+"""The request for products: an algorithm sends it to the graphs of the loss."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Request:
-    """Products wanted: of the rows of V (b, n) by the operator, into the rows of ``out`` (b, n).
+    """A request to multiply the rows of V (b, n) by the operator, into the rows of ``out`` (b, n).
 
     An algorithm yields it, ``multiply`` answers it, and the graph of each part of the loss adds its
-    share to ``out``. The rows may be strided views but are contiguous each. V and ``out`` must not
-    overlap.
+    products to ``out``. Each row must be contiguous; the distance between rows is free. V and
+    ``out`` must not overlap.
 
-    If the request is ``deferred``, nothing is read back from a GPU: the caller looks for NaN and
-    Inf, and changes of parameters that leave no trace in autograd's versions go unnoticed.
+    If the request is ``deferred``, nothing is read back from a GPU. The caller must then check for
+    NaN and Inf, and changes of parameters are found only if they change autograd's version counter.
     """
 
     operator: Any  # a SymmetricOperator
@@ -29,11 +29,11 @@ class Request:
 
     @property
     def places(self) -> Sequence[int]:
-        """Places of the operator's parameters among those of the graphs."""
+        """Positions of the operator's parameters among those of the graphs."""
         places: Sequence[int] = self.operator._places
         return places
 
     @functools.cached_property
     def pieces(self) -> list[list[Tensor]]:
-        """The rows of V by parameter, in the parameters' shapes; made once, for all graphs."""
+        """The rows of V, split by parameter, in the parameters' shapes. All graphs share them."""
         return [self.operator.layout.views(v) for v in self.V.detach()]

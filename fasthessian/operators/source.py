@@ -1,4 +1,4 @@
-"""What a curvature matrix is made from: a loss and its parameters."""
+"""The loss and the parameters that define a curvature matrix."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Source(NamedTuple):
 
     loss: Loss
     params: dict[str, Tensor]
-    note: str = ""  # for ``engine``
+    note: str = ""  # text for ``engine``
 
 
 def of_model(
@@ -34,8 +34,8 @@ def of_model(
 ) -> Source:
     """The loss of a model over data; see ``Hessian``.
 
-    ``ordered`` says that the matrix depends on the order of the data, ``scaled`` that the matrix of
-    one batch depends on whether the loss is a sum or a mean.
+    If ``ordered``, the matrix depends on the order of the data. If ``scaled``, the matrix of one
+    batch depends on whether the loss is a sum or a mean.
     """
     model, wrapper = parameters.unwrapped(model)
     chosen = parameters.of_model(model, params, wrapper)

@@ -1,9 +1,9 @@
-"""Every piece of advice in a message of the package has a test that follows it.
+"""Every piece of advice in a message of the package has a test that follows the advice.
 
-The source is searched for texts that advise. Each must contain words of one row at least of
-``TAKEN``, or of the cases of advice_of_operators.py and advice_of_results.py in tests/support,
-which test_advice_works.py runs. A message with new advice needs a row: words that stand in the
-source as they are here, without values in braces, and the test that does what they say, as
+The source is searched for texts with advice. Each text must contain the words of at least one row.
+Rows are in ``FOLLOWED``, and in advice_of_operators.py and advice_of_results.py of tests/support,
+whose cases test_advice_works.py runs. New advice needs a new row. A row of ``FOLLOWED`` has words
+of the text in the source, without values in braces, and the test that follows the advice, as
 "file::function".
 """
 
@@ -19,7 +19,7 @@ from tests.support.advice_of_results import CASES as RESULTS
 
 ROOT = Path(fasthessian.__file__).parent
 TESTS = {path.name: path for path in Path(__file__).parents[1].rglob("test_*.py")}
-# The drop-in has a list of its own; these patterns turn one advice into another.
+# The drop-in has its own list of advice. app/advice.py translates advice.
 ELSEWHERE = ("pyhessian/", "app/advice.py")
 
 VERBS = (
@@ -34,8 +34,8 @@ ADVICE = re.compile(
 
 MEMORY = "test_advice_works.py::test_a_basis_that_does_not_fit"
 FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
-INSTALLED = "test_advice.py::test_nothing_asks_to_install_what_is_installed"
-TAKEN = {
+INSTALLED = "test_advice.py::test_no_message_asks_to_install_an_installed_package"
+FOLLOWED = {
     "pass a criterion, or mode='train'":
         "test_detectors.py::test_a_model_with_a_loss_only_in_training_is_refused_in_eval_mode",
     "closure frees its graph":
@@ -54,7 +54,7 @@ TAKEN = {
     "basis='compressed' needs ": MEMORY,
     " would fit (fewer steps or pairs, or a smaller ncv)": MEMORY,
     "use a machine with more memory": MEMORY,
-    "basis='offload' needs ": "test_machines.py::test_what_would_fit_beside_a_gpu",
+    "basis='offload' needs ": "test_machines.py::test_options_that_would_fit_on_a_gpu_or_its_host",
     "; pip install 'fasthessian[cli]'": INSTALLED,
     "figures need matplotlib; pip install matplotlib": INSTALLED,
     "the report needs jinja2; pip install jinja2": INSTALLED,
@@ -65,7 +65,8 @@ TAKEN = {
     "; pip install -U triton": "test_machines.py::test_the_version_of_triton",
     "); reinstall it": "test_machines.py::test_a_private_build_of_triton_is_accepted",
     "and finds none; put gcc on PATH": "test_machines.py::test_triton_needs_a_c_compiler",
-    "serves CPU tensors only; unset it": "test_advice.py::test_an_interpreter_that_is_unset",
+    "serves CPU tensors only; unset it":
+        "test_advice.py::test_the_advice_to_unset_the_interpreter_works",
     ", update fasthessian": "test_result_files.py::test_the_undamaged_result_is_drawn",
     " is a folder; give ": "test_result_files.py::test_a_folder_is_not_a_result_but_may_hold_one",
     "draw them with: ": "test_delivery.py::test_numbers_are_written_before_anything_is_drawn",
@@ -80,9 +81,9 @@ TAKEN = {
     "pass weights=lambda batch: <its number of terms>":
         "test_loss_terms.py::test_single_samples_of_an_opaque_loss_ask_for_weights",
     "engine='recompute' keeps no graph":
-        "test_advice_of_checks.py::test_memory_that_smaller_parts_or_no_graphs_would_fit",
+        "test_advice_of_checks.py::test_out_of_memory_advises_smaller_parts_or_no_graphs",
     " and more cut the batches":
-        "test_advice_of_checks.py::test_memory_that_smaller_parts_or_no_graphs_would_fit",
+        "test_advice_of_checks.py::test_out_of_memory_advises_smaller_parts_or_no_graphs",
     "use Hessian, or a criterion of torch's operations":
         "test_advice_of_checks.py::test_gauss_newton_of_an_unknown_function_in_the_loss_of_an_output_object",
     "use its sum, of which each sample has its own":
@@ -102,7 +103,7 @@ CASES = {**OPERATORS, **RESULTS}
 
 
 def texts(tree):
-    """Constant texts and f-strings, values as {}; without docstrings and decorators."""
+    """The constant texts and f-strings, with {} for values; no docstrings, no decorators."""
     skipped = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef)):
@@ -121,7 +122,7 @@ def texts(tree):
 
 
 def advice(source):
-    """Line and text of each advice in a module's source."""
+    """The line and the text of each piece of advice in a module's source."""
     found = (
         (line, text) for line, text in texts(ast.parse(source))
         if " " in text and "\n" not in text and ADVICE.search(text)
@@ -129,7 +130,7 @@ def advice(source):
     return sorted(found)
 
 
-def everything():
+def all_advice():
     for path in sorted(ROOT.rglob("*.py")):
         name = path.relative_to(ROOT).as_posix()
         if not name.startswith(ELSEWHERE):
@@ -137,19 +138,19 @@ def everything():
 
 
 def test_every_piece_of_advice_has_a_test():
-    rows = {**CASES, **TAKEN}
-    missing = [f"{at}: {said}" for at, said in everything() if not any(row in said for row in rows)]
+    rows = {**CASES, **FOLLOWED}
+    missing = [f"{at}: {said}" for at, said in all_advice() if not any(row in said for row in rows)]
     assert not missing, "advice without a row in tests/house/test_advice.py:\n" + "\n".join(missing)
 
 
 def test_every_row_belongs_to_a_message():
     said = [text for path in ROOT.rglob("*.py") for _, text in texts(ast.parse(path.read_text()))]
-    stale = [row for row in {**CASES, **TAKEN} if not any(row in text for text in said)]
+    stale = [row for row in {**CASES, **FOLLOWED} if not any(row in text for text in said)]
     assert not stale, f"no message of the package holds these words any more: {stale}"
 
 
 def test_every_named_test_exists():
-    for row, place in TAKEN.items():
+    for row, place in FOLLOWED.items():
         name, _, function = place.partition("::")
         tree = ast.parse(TESTS[name].read_text())
         assert any(isinstance(n, ast.FunctionDef) and n.name == function for n in tree.body), row
@@ -169,8 +170,8 @@ def test_advice_is_distinguished_from_other_texts(source, found):
     assert [text for _, text in advice(source)] == ([found] if found else [])
 
 
-def test_nothing_asks_to_install_what_is_installed():
-    """Where a package or compiler is there, nothing asks for it."""
+def test_no_message_asks_to_install_an_installed_package():
+    """If a package or compiler is installed, no message asks to install it."""
     from fasthessian import kernels
     from fasthessian.results import plots
     from fasthessian.study import data
@@ -181,7 +182,7 @@ def test_nothing_asks_to_install_what_is_installed():
         assert "install" not in (module.unavailable("cpu") or ""), name
 
 
-def test_an_interpreter_that_is_unset(monkeypatch):
+def test_the_advice_to_unset_the_interpreter_works(monkeypatch):
     import torch
 
     from fasthessian.kernels.triton import backend as triton_backend

@@ -1,4 +1,4 @@
-"""What ``check()`` and a lack of memory advise is done, and succeeds; see test_advice.py."""
+"""The advice of ``check()`` and of out-of-memory errors works when it is followed."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from tests.support.advice_models import CE, HALVES, Call, H, X, Y, detached, net
 
 
 class Broken(fh.Hessian):
-    """Products that the engine ``retained`` makes wrong, by ``wrong(V)``."""
+    """A Hessian whose products are wrong by ``wrong(V)`` with the engine ``retained``."""
 
     def _multiply(self, requests):
         super()._multiply(requests)
@@ -57,7 +57,7 @@ def test_a_check_of_a_loss_that_detaches():
 
 
 class InTraining(nn.Module):
-    """Keeps the graph of a part in training only, where its loss is another one too."""
+    """Detaches a part of the loss in eval mode; the loss in training mode is a different one."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +84,7 @@ def test_a_check_of_samples_that_are_coupled():
 
 
 class Greedy(nn.Module):
-    """Runs out of memory above so many samples."""
+    """Runs out of memory with more than ``most`` samples."""
 
     def __init__(self):
         super().__init__()
@@ -96,11 +96,11 @@ class Greedy(nn.Module):
         return self.inner(x)
 
 
-def test_memory_that_smaller_parts_or_no_graphs_would_fit():
+def test_out_of_memory_advises_smaller_parts_or_no_graphs():
     model = Greedy()
     A = fh.Hessian(model, CE, HALVES, engine="retained")
     v, want = torch.linspace(-1, 1, A.n), fh.Hessian(net(), CE, (X, Y))
-    with torch.no_grad():  # graphs are made anew
+    with torch.no_grad():  # so that graphs are rebuilt
         model.inner[0].bias.add_(0.0)
     model.most = 2
     with pytest.raises(MemoryError) as info:
@@ -133,6 +133,6 @@ def test_gauss_newton_of_an_unknown_function_in_the_loss_of_an_output_object():
     with pytest.raises(RuntimeError, match="use Hessian, or a criterion of torch's operations"):
         H(model, normed, kind=fh.GaussNewton)
     with pytest.raises(RuntimeError, match="or use engine='difference' with Hessian"):
-        H(model, normed)  # which can check it
+        H(model, normed)  # Hessian can check it
     H(model, normed, engine="difference")
     H(model, plain, kind=fh.GaussNewton)

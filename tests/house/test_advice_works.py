@@ -1,4 +1,4 @@
-"""What a message advises is done, and succeeds: the rows of two tables, and memory.
+"""The advice in messages works when it is followed: the rows of two tables, and memory.
 
 See test_advice.py for the list of all advice.
 """

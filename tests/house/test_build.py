@@ -1,4 +1,4 @@
-"""The build succeeds without a compiler, and fails if CUDA is requested and cannot be built."""
+"""The build succeeds without a compiler. It fails if CUDA is requested and cannot be built."""
 
 import os
 import subprocess
@@ -38,14 +38,14 @@ def test_unknown_setting_is_named(tmp_path):
 
 @pytest.mark.parametrize("name", ["reference", "native"])
 def test_without_the_extension_the_reference_serves(tmp_path, name):
-    """The package copied without its compiled part: everything runs, doctor says why."""
+    """In a copy without the compiled extension everything runs, and doctor reports the reason."""
     package = tmp_path / "fasthessian"
     for path in (ROOT / "fasthessian").rglob("*.py"):
         target = package / path.relative_to(ROOT / "fasthessian")
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(path.read_text())
     code = (
-        # an editable install would find the compiled part in its own place
+        # an editable install would find the compiled extension of this tree
         "import sys; "
         "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in repr(f)]; "
         "import torch, fasthessian as fh; print(fh.doctor()); "

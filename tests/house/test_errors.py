@@ -1,4 +1,4 @@
-"""The errors that the package raises are its own, and each is a built-in one, too."""
+"""The package raises its own errors. Each is also a built-in exception."""
 
 import ast
 import builtins
@@ -20,14 +20,14 @@ OWN = [
     thing for thing in vars(errors).values()
     if isinstance(thing, type) and issubclass(thing, Refusal) and thing is not Refusal
 ]  # fmt: skip
-# Python asks a module for AttributeError. The class of an OSError says what is wrong with a path.
+# A module must raise AttributeError for a missing name. The classes of OSError are specific.
 ACCEPTED = {"AttributeError"} | {
     name for name in BUILTIN if issubclass(vars(builtins)[name], OSError)
 }
 
 
 def raised(tree):
-    """Line and name of each built-in exception that a module raises with a message."""
+    """The line and name of each built-in exception that a module raises with a message."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
             name = getattr(node.exc.func, "id", getattr(node.exc.func, "attr", ""))

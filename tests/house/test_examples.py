@@ -1,4 +1,4 @@
-"""The examples in docstrings and in the README run as written."""
+"""The examples in docstrings, the code in the README and the example scripts run."""
 
 import contextlib
 import doctest
@@ -49,7 +49,7 @@ def test_readme_code_runs(tmp_path, monkeypatch):
     text = (ROOT.parent / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     assert blocks
-    names = {"__name__": "readme"}  # later blocks go on with the names of earlier ones
+    names = {"__name__": "readme"}  # later blocks use names of earlier blocks
     with contextlib.redirect_stdout(io.StringIO()):
         for block in blocks:
             exec(compile(block, "README.md", "exec"), names)

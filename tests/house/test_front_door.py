@@ -1,4 +1,4 @@
-"""The README is short, its tables come from the result files, and its links lead somewhere."""
+"""The README is short, its tables match the result files, and the targets of links exist."""
 
 import re
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_the_readme_has_one_table_of_at_most_twelve_rows():
 
 @pytest.mark.parametrize("path", ["README.md", "bench/README.md"])
 def test_the_tables_are_those_of_the_result_files(path):
-    """Otherwise run: python -m bench.harness.table."""
+    """If it fails, run: python -m bench.harness.table."""
     assert table.texts()[ROOT / path] == (ROOT / path).read_text()
 
 
@@ -36,7 +36,7 @@ def test_a_table_reads_the_numbers_of_its_run():
     assert "12,345" in changed and "12,345" not in before
 
 
-def test_an_incomplete_run_makes_no_table():
+def test_an_incomplete_run_is_not_used_for_the_table():
     found = table.runs()
     alone = table.Run("cpu-later.json", "2099-01-01", "", {"import": {"value": 1.0}})
     assert table.newest([*found, alone]).name == table.newest(found).name

@@ -1,4 +1,4 @@
-"""The house keeps its shape: imports go down, files stay small, names stay public."""
+"""The structure of the package: imports go down, files are small, public names are documented."""
 
 import subprocess
 import sys
@@ -11,18 +11,18 @@ from tests.support.house import HEIGHT, circles, imports, room
 
 ROOT = Path(fasthessian.__file__).parent
 LAZY = {"matplotlib", "click", "rich", "sklearn", "scipy", "triton", "pandas"}
-ARROWS = imports()
+IMPORTS = imports()
 
 
-@pytest.mark.parametrize("name", [name for name in ARROWS if name])
+@pytest.mark.parametrize("name", [name for name in IMPORTS if name])
 def test_imports_go_down(name):
     own = HEIGHT[room(name)]
-    upwards = [other for other in ARROWS[name] if HEIGHT[room(other)] > own]
-    assert not upwards, f"{name} imports {upwards}, which lie above it"
+    upwards = [other for other in IMPORTS[name] if HEIGHT[room(other)] > own]
+    assert not upwards, f"{name} imports {upwards}, which are on a higher floor"
 
 
 def test_no_imports_go_in_a_circle():
-    assert circles(ARROWS) == []
+    assert circles(IMPORTS) == []
 
 
 def modules():
@@ -35,8 +35,8 @@ def test_a_module_has_at_most_330_lines(path):
 
 
 def test_every_room_has_a_floor():
-    assert {room(name) for name in ARROWS} == set(HEIGHT)
-    assert [name for name in ARROWS if name and not room(name)] == []
+    assert {room(name) for name in IMPORTS} == set(HEIGHT)
+    assert [name for name in IMPORTS if name and not room(name)] == []
 
 
 def test_import_loads_nothing_heavy():

@@ -1,4 +1,4 @@
-"""What a machine limits or lacks: a container's memory, a Triton that is broken, a compiler."""
+"""Limits of a machine: the memory of a container, a broken Triton, a missing compiler."""
 
 import importlib
 import os
@@ -19,7 +19,7 @@ density_module = importlib.import_module("fasthessian.algorithms.density")
 CPU, MIB = torch.device("cpu"), 1 << 20
 
 
-def test_files_that_can_be_dropped_do_not_count_as_used(tmp_path, monkeypatch):
+def test_cached_files_do_not_count_as_used_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "GROUP", tmp_path)
     unlimited = memory.available_bytes(CPU)
     for name, content in (
@@ -33,7 +33,7 @@ def test_files_that_can_be_dropped_do_not_count_as_used(tmp_path, monkeypatch):
     assert memory.available_bytes(CPU) > 11 * MIB
 
 
-def test_basis_that_does_not_fit_says_what_would(monkeypatch):
+def test_a_basis_that_does_not_fit_names_options_that_fit(monkeypatch):
     monkeypatch.setattr(bases, "available_bytes", lambda device: 6 * 10**8)
     A = fh.SymmetricOperator(lambda v: v, 10**7, check=False)
     with pytest.raises(MemoryError) as caught:
@@ -46,7 +46,7 @@ def test_basis_that_does_not_fit_says_what_would(monkeypatch):
     assert A.matvecs == 0
 
 
-def test_a_density_that_does_not_fit_may_do_without_a_basis(monkeypatch):
+def test_a_density_that_does_not_fit_suggests_no_basis(monkeypatch):
     A = fh.SymmetricOperator(lambda v: v, 10**7, check=False)
     for room, words in (
         (
@@ -68,7 +68,7 @@ def test_a_density_that_does_not_fit_may_do_without_a_basis(monkeypatch):
 @pytest.mark.parametrize(
     ("kind", "where", "free", "words"),
     [
-        # rows of 1 MB, 20 of them: pinned memory comes in powers of two, 32 MiB
+        # 20 rows of 1 MB; pinned memory is allocated in powers of two, here 32 MiB
         (
             "full",
             "cuda",
@@ -76,7 +76,7 @@ def test_a_density_that_does_not_fit_may_do_without_a_basis(monkeypatch):
             "basis='offload' needs 32 MiB of the 32 MiB",
         ),
         ("full", "cuda", {"cuda": 10e6, "cpu": 2**25 - 1}, "; 8 rows would fit"),
-        # of a compressed basis the host would hold rows of float32
+        # on the host, the rows of a compressed basis would be float32
         (
             "compressed",
             "cuda",
@@ -93,7 +93,7 @@ def test_a_density_that_does_not_fit_may_do_without_a_basis(monkeypatch):
         ("offload", "cuda", {"cuda": 10e6, "cpu": 2**30}, "; use a machine with more memory"),
     ],
 )
-def test_what_would_fit_beside_a_gpu(kind, where, free, words, monkeypatch):
+def test_options_that_would_fit_on_a_gpu_or_its_host(kind, where, free, words, monkeypatch):
     monkeypatch.setattr(bases, "available_bytes", lambda device: int(free[device.type]))
     stored = torch.float16 if kind == "compressed" else torch.float32
     place, device = torch.device(where), torch.device("cuda")
@@ -103,7 +103,7 @@ def test_what_would_fit_beside_a_gpu(kind, where, free, words, monkeypatch):
 
 
 @pytest.mark.parametrize("basis", ["full", "compressed"])
-def test_the_eigenvectors_have_to_fit_beside_the_basis(basis, monkeypatch):
+def test_the_eigenvectors_must_fit_in_addition_to_the_basis(basis, monkeypatch):
     n, ncv, k = 10**5, 14, 4
     row = 4 * n
     stored = ncv * row // (2 if basis == "compressed" else 1)
@@ -116,19 +116,19 @@ def test_the_eigenvectors_have_to_fit_beside_the_basis(basis, monkeypatch):
     assert fh.eigsh(A, k, ncv=ncv, basis=basis).converged
 
 
-def test_the_pairs_of_both_ends_have_to_fit_too(monkeypatch):
+def test_the_pairs_of_both_ends_must_fit_too(monkeypatch):
     n, room = 10**5, [0.0]
     A = fh.SymmetricOperator(lambda v: v, n, check=False)
     monkeypatch.setattr(bases, "available_bytes", lambda device: int(4 * n * room[0]))
-    room[0] = 38 + 2 + 4 - 0.5  # rows of 4 pairs, two to work on, the vectors
+    room[0] = 38 + 2 + 4 - 0.5  # the rows for 4 pairs, two work vectors, and the 4 vectors
     with pytest.raises(MemoryError, match="38 rows of 100000"):
         fh.spectrum(A, 2, steps=10)
     room[0] += 1
     assert fh.spectrum(A, 2, steps=10).top.converged
 
 
-def test_kernels_of_another_device_run_under_torchs_guard(monkeypatch):
-    """It brings the caller's device back without making a context there."""
+def test_kernels_of_another_device_run_under_the_device_guard_of_torch(monkeypatch):
+    """The guard restores the caller's device without creating a context there."""
     current = [0]
 
     class Guard:
@@ -155,7 +155,7 @@ def test_kernels_of_another_device_run_under_torchs_guard(monkeypatch):
 
 
 def doctor_with(tmp_path, triton):
-    """What a fresh process says whose Triton consists of this source."""
+    """The output of ``doctor`` in a new process in which ``triton`` is the given source."""
     (tmp_path / "triton").mkdir()
     (tmp_path / "triton" / "__init__.py").write_text(triton)
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
@@ -166,8 +166,8 @@ def doctor_with(tmp_path, triton):
 
 
 def test_a_triton_that_does_not_import_is_reported(tmp_path):
-    told = doctor_with(tmp_path, "raise ImportError('libcuda.so.1: wrong ELF class')")
-    assert "does not import (ImportError: libcuda.so.1: wrong ELF class)" in told
+    report = doctor_with(tmp_path, "raise ImportError('libcuda.so.1: wrong ELF class')")
+    assert "does not import (ImportError: libcuda.so.1: wrong ELF class)" in report
 
 
 def test_a_private_build_of_triton_is_accepted(tmp_path):
@@ -186,7 +186,7 @@ def test_triton_needs_a_c_compiler(cannot_compile, monkeypatch):
     assert cannot_compile() == (
         "Triton builds its launcher with a C compiler, and finds none; put gcc on PATH"
     )
-    monkeypatch.setenv("CC", sys.executable)  # anything that can be run
+    monkeypatch.setenv("CC", sys.executable)  # any executable
     assert cannot_compile() is None
 
 

@@ -1,4 +1,4 @@
-"""The map of the house: what ``make map`` prints, and its copy in CONTRIBUTING.md."""
+"""The map of the package, which ``make map`` prints, and its copy in CONTRIBUTING.md."""
 
 from tests.support.house import (
     CONTRIBUTING,
@@ -34,7 +34,7 @@ def test_the_chain_leads_from_a_product_to_the_kernel():
     assert 4 < len(steps) < 20 and any(step.startswith("operators.products") for step in steps)
 
 
-def test_calls_are_those_of_the_package_that_led_there():
+def test_only_calls_of_the_package_are_in_the_chain():
     assert calls(pack_, "pack_") == [] and calls(lambda: None, "pack_") == []
 
 
@@ -47,7 +47,7 @@ def test_imports_between_rooms_and_upwards_are_counted():
     assert upward(arrows) == [("kernels.native", "app.main")] and upward(imports()) == []
 
 
-def test_the_map_in_contributing_is_the_one_of_this_tree():
-    """Otherwise run: python tests/support/house.py --write."""
+def test_the_map_in_contributing_is_up_to_date():
+    """If it fails, run: python tests/support/house.py --write."""
     text = CONTRIBUTING.read_text()
     assert text == written(text)

@@ -1,4 +1,4 @@
-"""What an editor and a type checker see: named options, and the functions of the extension."""
+"""For editors and type checkers: options have names, and the stub matches the extension."""
 
 import ast
 import inspect
@@ -75,7 +75,7 @@ def built(module):
 
 
 def stub():
-    """Functions of the stub with their numbers of arguments: of the module, and of its classes."""
+    """The functions in the stub with their numbers of arguments: of the module, and by class."""
     tree = ast.parse((ROOT / "_native.pyi").read_text())
     classes = {node.name: counts(node.body) for node in tree.body if isinstance(node, ast.ClassDef)}
     return counts(tree.body), classes

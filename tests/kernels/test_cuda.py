@@ -1,4 +1,4 @@
-"""What needs a GPU: captured steps, waits of the host, streams, rows of more than 2^31 numbers."""
+"""Tests that need a GPU: captured steps, waits of the host, streams, rows of over 2^31 numbers."""
 
 import pytest
 import torch
@@ -72,8 +72,8 @@ def test_a_failed_capture_falls_back(monkeypatch, plant):
     check_failed_capture(CUDA, monkeypatch, plant)
 
 
-def test_a_loss_graph_of_the_user_that_is_still_alive():
-    """Its graph keeps the parameters' gradient nodes on the default stream."""
+def test_capture_while_a_graph_of_the_user_is_alive():
+    """That graph keeps the gradient nodes of the parameters on the default stream."""
     A = mlp(CUDA)
     model = A._loss.roots[0]
     loss = model(torch.randn(4, 20, device=CUDA)).square().mean()
@@ -81,7 +81,7 @@ def test_a_loss_graph_of_the_user_that_is_still_alive():
     loss.backward()
 
 
-def test_class_weights_on_the_gpu_do_not_make_steps_wait():
+def test_steps_with_class_weights_do_not_wait_for_the_device():
     model, _, (x, y) = moved("mlp", CUDA, F32)
     criterion = torch.nn.CrossEntropyLoss(weight=torch.rand(3, device=CUDA))
     krylov = Lanczos(fh.Hessian(model, criterion, (x, y)), 20, seed=0)
@@ -98,9 +98,10 @@ def test_an_offloaded_basis_equals_the_full_one():
     torch.testing.assert_close(full, away, rtol=1e-4, atol=0)
 
 
-@pytest.mark.filterwarnings("ignore:The AccumulateGrad")  # its node is of the first run's stream
-def test_the_kept_graph_outlives_a_second_run():
-    """A run between another's steps builds the graphs anew; the first may not read freed memory."""
+# the node belongs to the stream of the first run
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad")
+def test_a_second_run_does_not_free_the_graphs_of_the_first():
+    """A run between steps of another run rebuilds the graphs. The other must keep the old ones."""
     A = mlp(CUDA)
     krylov = Lanczos(A, 30, seed=0)
     for _ in range(10):
@@ -133,7 +134,7 @@ def test_rows_longer_than_31_bits(backend):
     torch.cuda.empty_cache()
 
 
-def test_on_the_callers_stream():
+def test_work_on_the_stream_of_the_caller():
     want = fh.density(mlp(CUDA), steps=20).nodes
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -145,7 +146,7 @@ def test_on_the_callers_stream():
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_on_a_second_device():
+def test_work_on_a_second_device():
     check_problem("mlp", torch.device("cuda:1"))
     check_captured(torch.device("cuda:1"), "full")
     assert torch.cuda.current_device() == 0
@@ -155,8 +156,8 @@ def test_the_state_of_the_user_is_unchanged():
     check_unchanged(CUDA)
 
 
-def test_a_default_device_that_the_user_set():
-    """torch.set_default_device("cuda") moves what a factory makes without a device."""
+def test_a_default_device_of_the_user():
+    """With torch.set_default_device("cuda"), factories without a device create GPU tensors."""
     want = fh.eigsh(mlp(CUDA), 2, "LA").values
     with CUDA:
         found = fh.eigsh(mlp(CUDA), 2, "LA").values

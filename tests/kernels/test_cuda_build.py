@@ -1,6 +1,7 @@
 """What nvcc reports for every kernel and chip: no spills, no stack, wide loads of V.
 
-Needs nvcc but no GPU. Reports are kept in the system's temporary folder by a hash of the sources.
+Needs nvcc but no GPU. Reports are cached in the system's temporary folder under a hash of the
+sources.
 """
 
 import functools
@@ -22,7 +23,7 @@ CACHE = Path(tempfile.gettempdir()) / f"fasthessian-nvcc-{os.getuid()}"
 CHIPS = (80, 90, 100)
 UNITS = sorted(path.name for path in (CSRC / "cuda").glob("*.cu"))
 STREAMING = ("project_kernel", "corrected_kernel", "update_kernel")  # V is their first argument
-REGISTERS = 65536  # of a multiprocessor, handed out eight to a thread at a time
+REGISTERS = 65536  # per multiprocessor; threads get them in units of eight
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,7 +32,7 @@ pytestmark = [
 
 
 class Kernel(NamedTuple):
-    """One kernel on one chip: ptxas's report and the text it compiled."""
+    """One kernel on one chip: the report of ptxas, and the PTX that it compiled."""
 
     name: str
     chip: int
@@ -42,14 +43,14 @@ class Kernel(NamedTuple):
     ptx: str
 
     def allowed(self):
-        """The registers that a thread may have for the launch bounds to hold."""
+        """The number of registers that a thread may use within the launch bounds."""
         threads = re.search(r"\.maxntid (\d+)", self.ptx)
         blocks = re.search(r"\.minnctapersm (\d+)", self.ptx)
         together = int(threads[1] if threads else 1024) * int(blocks[1] if blocks else 1)
         return min(255, REGISTERS // together // 8 * 8)
 
     def loads_of_first_argument(self):
-        """Bytes of every load whose address derives from the kernel's first argument."""
+        """The width in bytes of each load whose address depends on the first argument."""
         lines = re.findall(r"^\s*(?:@\S+ )?([\w.:]+)\s+(.+);", self.ptx, re.MULTILINE)
         pointers, known = set(), -1
         while len(pointers) > known:
@@ -76,35 +77,35 @@ def version():
 
 
 def kernels(source, chips=CHIPS, include=CSRC):
-    """Every kernel of a unit, compiled as setup.py does."""
+    """Every kernel of a source file, compiled with the options of setup.py."""
     command = ["nvcc", "-O3", "-std=c++17", "-lineinfo", f"-I{include}", "-Xptxas", "-v", "--keep"]
     command += [f"-gencode=arch=compute_{chip},code=sm_{chip}" for chip in chips]
     key = hashlib.sha256(repr((command, version(), source.name)).encode())
     for path in sorted({source, *(CSRC / "cuda").iterdir(), *(CSRC / "cpu").glob("*.h")}):
         key.update(path.read_bytes())
-    kept = CACHE / f"{source.stem}-{key.hexdigest()[:24]}"
-    if not kept.exists():
+    cached = CACHE / f"{source.stem}-{key.hexdigest()[:24]}"
+    if not cached.exists():
         CACHE.mkdir(mode=0o700, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
             command += ["--keep-dir", scratch, "-c", str(source), "-o", f"{scratch}/unit.o"]
             run = subprocess.run(command, capture_output=True, text=True)
             assert run.returncode == 0, run.stdout + run.stderr
-            draft = Path(scratch) / "kept"
+            draft = Path(scratch) / "cached"
             draft.mkdir()
             (draft / "report").write_text(run.stdout + run.stderr)
-            for chip in chips:  # with one chip, nvcc does not name it
+            for chip in chips:  # for a single chip, nvcc omits its name
                 name = f"{source.stem}.compute_{chip}.ptx" if chips[1:] else f"{source.stem}.ptx"
                 shutil.copy(Path(scratch) / name, draft / f"{chip}.ptx")
-            if not kept.exists():
-                draft.rename(kept)
+            if not cached.exists():
+                draft.rename(cached)
     pattern = (
         r"Compiling entry function '(\w+)' for 'sm_(\d+)'\n.*Function properties.*\n"
         r"\s+(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads\n"
         r".*Used (\d+) registers"
     )
-    texts = {chip: (kept / f"{chip}.ptx").read_text() for chip in chips}
+    texts = {chip: (cached / f"{chip}.ptx").read_text() for chip in chips}
     found = []
-    for entry, *numbers in re.findall(pattern, (kept / "report").read_text()):
+    for entry, *numbers in re.findall(pattern, (cached / "report").read_text()):
         chip, stack, stores, loads, registers = map(int, numbers)
         body = re.search(rf"\.entry {entry}\(.*?^}}", texts[chip], re.DOTALL | re.MULTILINE)[0]
         name = re.sub(r"^_Z\w*?\d+(?=[a-z_]+_kernel)", "", entry)
@@ -127,7 +128,7 @@ def complaints(found):
 
 @pytest.fixture(scope="session")
 def built():
-    """The kernels by unit, all units at once."""
+    """The kernels by source file, compiled in parallel."""
     for stale in CACHE.glob("*"):
         if time.time() - stale.stat().st_mtime > 3 * 86400:
             shutil.rmtree(stale, ignore_errors=True)
@@ -142,7 +143,7 @@ def test_no_spills_no_stack_registers_within_bounds(built, unit):
     assert not complaints(built[unit]), "\n".join(complaints(built[unit]))
 
 
-def test_every_kernel_of_the_sources_was_seen(built):
+def test_every_kernel_of_the_sources_is_in_the_report(built):
     bounds = r"(?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s+)?"
     text = "".join(path.read_text() for path in (CSRC / "cuda").iterdir())
     written = re.findall(rf"__global__ void\s+{bounds}(\w+)\(", text)
@@ -156,7 +157,7 @@ def test_streaming_kernels_load_rows_16_bytes_at_a_time(built, unit):
     streaming = [k for k in built[unit] if k.name.startswith(STREAMING)]
     assert len(streaming) == len(STREAMING) * 4 * len(CHIPS)  # blocks of 1, 2, 4, 8 rows of W
     for kernel in streaming:
-        # where 8 halves a lane do not fit registers or shared memory beside their products
+        # these do not have enough registers or shared memory for 8 halves per lane
         halves = re.match(r"corrected_kernelI6__halfLi[248]|update_kernelI6__halfLi4", kernel.name)
         loads = kernel.loads_of_first_argument()
         assert loads.count(8 if halves else 16) >= 2, f"{kernel.name} loads V by {loads} bytes"
@@ -166,7 +167,8 @@ def test_streaming_kernels_load_rows_16_bytes_at_a_time(built, unit):
 def test_aligned_logits_are_loaded_16_bytes_at_a_time(built):
     for kernel in built["softmax.cu"]:
         loads = kernel.loads_of_first_argument()
-        assert loads.count(16) == 2, f"{kernel.name} loads U by {loads} bytes"  # sums, product
+        # one for the sums, one for the product
+        assert loads.count(16) == 2, f"{kernel.name} loads U by {loads} bytes"
 
 
 SPILLS = """

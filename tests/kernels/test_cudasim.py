@@ -1,9 +1,9 @@
-"""The CUDA simulator finds planted bugs, and in the project's kernels it finds none.
+"""The CUDA simulator finds planted bugs, and finds no bugs in the project's kernels.
 
 The kernels of csrc/cuda run on a CPU (tests/support/cudasim) under ThreadSanitizer,
-AddressSanitizer and UBSan, and once more for each of their barriers with that barrier removed,
-which must be noticed.
-Objects are kept in the system's temporary folder under a hash of what they are made from.
+AddressSanitizer and UBSan. They also run with each of their barriers removed, one at a time, and
+every removal must be detected. Object files are cached in the system's temporary folder under a
+hash of their sources and options.
 """
 
 import ctypes
@@ -26,9 +26,9 @@ SIM, CSRC = ROOT / "tests/support/cudasim", ROOT / "csrc"
 CACHE = Path(tempfile.gettempdir()) / f"fasthessian-cudasim-{os.getuid()}"
 PLAIN = ("-O1",)
 TSAN = ("-O1", "-fsanitize=thread")
-# at -O1 g++ takes twice as long over these two
+# with -O1, g++ takes twice as long for these two sanitizers
 ASAN = ("-Og", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
-CASES = ("f32", "f64", "f16", "mixed", "recur", "softmax", "vectors")  # of driver.cpp
+CASES = ("f32", "f64", "f16", "mixed", "recur", "softmax", "vectors")  # cases of driver.cpp
 SEEDS = range(5)
 POOL = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
 
@@ -54,7 +54,7 @@ def compiler():
 
 
 def compile_unit(source, flags, csrc=CSRC):
-    """The object of a unit, from the cache if neither it nor a header has changed."""
+    """The object file of a source file, from the cache if no source or header has changed."""
     command = ["-x", "c++", "-std=c++17", "-g1", *flags, "-DFH_CUDA_SIM"]
     key = hashlib.sha256(repr((command, compiler(), source.name)).encode())
     for folder in (SIM, csrc / "cuda", csrc / "cpu"):
@@ -85,7 +85,7 @@ def objects(flags):
 
 @functools.cache
 def without_random_addresses():
-    """Older ThreadSanitizers do not start where addresses vary by more than 28 bits."""
+    """Older ThreadSanitizers do not start if addresses are randomised by more than 28 bits."""
     command = ("setarch", os.uname().machine, "-R")
     works = shutil.which("setarch") and call(*command, "true").returncode == 0
     return command if works else ()
@@ -98,7 +98,7 @@ def execute(program, *arguments):
 
 @pytest.fixture(scope="session")
 def program(tmp_path_factory):
-    """program(name, flags) -> the linked planted.cpp or driver.cpp; skips what cannot run here."""
+    """program(name, flags) -> the linked planted.cpp or driver.cpp; skips if it cannot run here."""
     folder = tmp_path_factory.mktemp("cudasim")
     for stale in CACHE.glob("*.o"):
         if time.time() - stale.stat().st_mtime > 3 * 86400:
@@ -181,15 +181,15 @@ def test_a_sanitizer_names_the_line(program, flags, name, kind, marks):
 
 @pytest.mark.parametrize("flags", [TSAN, ASAN, (*PLAIN, "-DFHSIM_UCONTEXT")])
 @pytest.mark.parametrize("name", ["reversed-right", "reused-right", "neighbours-right"])
-def test_right_kernels_are_clean(program, flags, name):
+def test_right_kernels_have_no_errors(program, flags, name):
     run = execute(program("planted", flags), name)
     assert run.returncode == 0 and run.stdout.startswith("ok ") and not run.stderr, run.stderr
 
 
 @pytest.mark.parametrize("flags", [PLAIN, TSAN, ASAN], ids=["plain", "threads", "addresses"])
-def test_the_kernels_are_clean(program, flags):
+def test_the_kernels_of_the_project_have_no_errors(program, flags):
     driver = program("driver", flags)
-    # threads race alike for all types; what lies out of bounds or misaligned differs
+    # races do not depend on the type; accesses out of bounds and misaligned ones do
     cases = ("f32", "f16", "recur", "softmax", "vectors") if flags == TSAN else CASES
     cases = [(seed, case) for case in cases for seed in ((1, 2) if flags == PLAIN else (1,))]
     for case, run in zip(cases, POOL.map(lambda c: execute(driver, *c), cases), strict=True):
@@ -197,12 +197,12 @@ def test_the_kernels_are_clean(program, flags):
 
 
 BARRIER = "__syncthreads();"
-# of driver.cpp, by where the barrier is
+# the case of driver.cpp, by the file of the barrier
 CASE = {"recur.cu": "recur", "softmax.cu": "softmax", "random.cu": "vectors", "pack.cu": "vectors"}
 
 
 def barriers():
-    """Every barrier of the kernels: the file and where in its text."""
+    """Every barrier of the kernels: its file and its position in the text."""
     found = []
     for path in sorted((CSRC / "cuda").iterdir()):
         text = path.read_text()
@@ -212,8 +212,8 @@ def barriers():
     return found
 
 
-def noticed(folder, name, start, instead=";"):
-    """What notices that ``instead`` stands in the place of this barrier, or None."""
+def detected(folder, name, start, instead=";"):
+    """The error found if ``instead`` replaces this barrier, or None."""
     csrc = folder / f"{name}-{start}-{len(instead)}"
     shutil.copytree(CSRC, csrc)
     path = csrc / "cuda" / name
@@ -225,7 +225,8 @@ def noticed(folder, name, start, instead=";"):
         target = csrc / f"driver{len(flags)}"
         changed = compile_unit(unit, flags, csrc)
         others = [made for source, made in objects(flags).items() if source != unit.name]
-        build(*flags, changed, *others, "-o", target)  # of an inline function the first is linked
+        # the linker takes an inline function from the first file
+        build(*flags, changed, *others, "-o", target)
         for seed in SEEDS if flags == PLAIN else (1,):
             run = execute(target, seed, case)
             found = re.search(sign, run.stdout + run.stderr)
@@ -237,23 +238,23 @@ def noticed(folder, name, start, instead=";"):
 
 @pytest.fixture(scope="session")
 def removals(program, tmp_path_factory):
-    """All barriers removed one at a time, at once on all cores."""
+    """The results of removing each barrier alone, in parallel on all cores."""
     for flags in (PLAIN, TSAN):
         program("driver", flags)
     folder = tmp_path_factory.mktemp("removed")
-    jobs = {case.values: POOL.submit(noticed, folder, *case.values) for case in barriers()}
+    jobs = {case.values: POOL.submit(detected, folder, *case.values) for case in barriers()}
     name, start = next(case.values for case in barriers() if case.values[0] == "recur.cu")
-    return {**jobs, "none": POOL.submit(noticed, folder, name, start, BARRIER)}
+    return {**jobs, "none": POOL.submit(detected, folder, name, start, BARRIER)}
 
 
 @pytest.mark.parametrize(("name", "start"), barriers())
-def test_a_removed_barrier_is_noticed(removals, name, start):
+def test_a_removed_barrier_is_detected(removals, name, start):
     found = removals[name, start].result()
-    assert found, "nothing depends on it: it is superfluous, or driver.cpp lacks a case"
+    assert found, "nothing depends on it: it is superfluous, or driver.cpp needs another case"
     print(found)
 
 
-def test_nothing_is_noticed_where_no_barrier_is_removed(removals):
+def test_nothing_is_detected_if_no_barrier_is_removed(removals):
     assert removals["none"].result() is None
 
 
@@ -269,12 +270,12 @@ extern "C" void narrow_float(const float* in, __half* out, long n) {
 
 
 def assert_same_bits(found, want):
-    """Equal, zeros by sign too; of a NaN the sign and the payload are free."""
+    """Equal, including the sign of zeros. NaN may differ in sign and payload."""
     torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
     assert torch.equal(found.signbit()[~want.isnan()], want.signbit()[~want.isnan()])
 
 
-def test_half_precision_is_that_of_torch(tmp_path):
+def test_half_precision_conversions_equal_those_of_torch(tmp_path):
     (tmp_path / "convert.cpp").write_text(CONVERT)
     library = tmp_path / "convert.so"
     build(

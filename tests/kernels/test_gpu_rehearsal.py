@@ -26,14 +26,14 @@ from tests.support.cuda_checks import (
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="here it would be no rehearsal")
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
 
 
 def python(code):
     return [sys.executable, "-c", code]
 
 
-def test_a_failing_part_is_named_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+def test_a_failing_part_is_named_and_the_others_still_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OUT", str(tmp_path))
     parts = [
         gpu.Part("good", python("print('fine')"), 20),
@@ -44,10 +44,10 @@ def test_a_failing_part_is_named_and_the_others_go_on(tmp_path, capsys, monkeypa
     outcomes = gpu.carry_out_all(parts, tmp_path, 60)
     assert [o.state for o in outcomes] == ["ok", "FAILED", "not here", "ok"]
     assert [o.bad for o in outcomes] == [False, True, False, False]
-    told = capsys.readouterr().out
-    assert "bad one: FAILED" in told and "the reason" in told and "fine" not in told
-    whole = (tmp_path / "gpu.log").read_text()
-    assert "fine" in whole and "the reason" in whole and "kept" in whole
+    printed = capsys.readouterr().out
+    assert "bad one: FAILED" in printed and "the reason" in printed and "fine" not in printed
+    log = (tmp_path / "gpu.log").read_text()
+    assert "fine" in log and "the reason" in log and "kept" in log
 
 
 def test_a_part_over_its_limit_is_killed_with_its_children(tmp_path):
@@ -61,14 +61,14 @@ def test_a_part_over_its_limit_is_killed_with_its_children(tmp_path):
     outcome = gpu.carry_out(gpu.Part("slow", python(code), 3), 3, tmp_path)
     assert outcome.state == "OVER TIME" and outcome.bad and time.monotonic() - start < 20
     status = Path(f"/proc/{int(outcome.log)}/status")
-    for _ in range(50):  # killed, perhaps not yet collected by init
+    for _ in range(50):  # it is killed, but init may not have collected it yet
         if not status.exists() or "State:\tZ" in status.read_text():
             return
         time.sleep(0.1)
-    raise AssertionError("the child lives on")
+    raise AssertionError("the child is still alive")
 
 
-def test_time_is_kept_back_for_what_must_run(tmp_path):
+def test_time_is_reserved_for_required_parts(tmp_path):
     parts = [
         gpu.Part("long", python("import time; time.sleep(60)"), 60),
         gpu.Part("measurement", python("pass"), 10, must=True),
@@ -80,7 +80,7 @@ def test_time_is_kept_back_for_what_must_run(tmp_path):
 
 
 def test_the_copy_holds_every_module(tmp_path):
-    """Files are compared: an installed package could stand in for a module that is not copied."""
+    """Compare files, since an installed package could replace a module that is not copied."""
     copy = tmp_path / "tree"
     gpu.copy_tree(ROOT, copy, "*.so")
     for folder in ("fasthessian", "tests", "bench"):
@@ -93,7 +93,7 @@ def test_the_copy_holds_every_module(tmp_path):
 
 @without_gpu
 @pytest.mark.slow
-def test_rehearsal():
+def test_the_rehearsal_passes():
     before = sorted((ROOT / "bench" / "results").glob("*"))
     env = {key: value for key, value in os.environ.items() if key != "OUT"}
     left_out = "build,on the gpu,conformance triton,sanitizer,suite"
@@ -126,7 +126,7 @@ def test_tuning_checks_and_times_every_candidate(tmp_path):
     assert [row["what"] for row in rows] == names
 
 
-def test_the_rehearsed_parts_are_those_of_a_gpu(tmp_path):
+def test_the_rehearsal_has_the_same_parts_as_a_gpu_run(tmp_path):
     facts = {"gpu": True, "capability": "90", "nvcc": "some"}
     real, rehearsed = (gpu.parts_of(tmp_path, f, set()) for f in (facts, {"gpu": False}))
     assert [p.name for p in real] == [p.name for p in rehearsed]
@@ -142,22 +142,22 @@ def test_the_rehearsed_parts_are_those_of_a_gpu(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mlp", "pinn", "logistic"])
-def test_problem_body(name):
+def test_the_gpu_checks_of_problems_pass_on_a_cpu(name):
     check_problem(name, CPU)
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_curvatures_body(name):
+def test_the_gpu_checks_of_curvatures_pass_on_a_cpu(name):
     check_curvatures(name, CPU)
 
 
 @pytest.mark.parametrize("graph", [True, False])
-def test_quiet_body(graph):
+def test_the_gpu_check_of_steps_without_waits_passes_on_a_cpu(graph):
     check_quiet_steps(CPU, graph)
 
 
 @pytest.mark.parametrize("basis", ["full", "compressed"])
-def test_captured_body(basis):
+def test_the_gpu_check_of_captured_steps_passes_on_a_cpu(basis):
     check_captured(CPU, basis)
 
 
@@ -165,7 +165,7 @@ def planted(count):
     raise RuntimeError("planted")
 
 
-def test_other_bodies(monkeypatch):
+def test_the_other_gpu_checks_pass_on_a_cpu(monkeypatch):
     check_failed_capture(CPU, monkeypatch, planted)
     check_unchanged(CPU)
     check_launches(CPU, None)

@@ -1,4 +1,4 @@
-"""Arguments that the kernel contract forbids, and the choice of a backend."""
+"""Arguments that the kernel contract rejects, and the choice of a backend."""
 
 import pytest
 import torch
@@ -51,7 +51,7 @@ def test_bad_arguments_are_refused_in_one_line(row, call, message):
     assert "\n" not in str(caught.value)
 
 
-def test_select_prefers_native_and_names_its_reasons(monkeypatch):
+def test_select_prefers_native_and_says_why_a_backend_cannot_serve(monkeypatch):
     assert kernels.select("cpu", "reference") is reference
     monkeypatch.setenv("FASTHESSIAN_BACKEND", "reference")
     assert kernels.select("cpu") is reference

@@ -1,7 +1,7 @@
 """One conformance suite for every backend and instruction set, against float64 references.
 
-Tolerances are error budgets: kernels accumulate in float64 and round W once, so dots are within
-the rounding of float64 sums and a corrected W within one rounding of its own dtype.
+Tolerances are error budgets. Kernels accumulate in float64 and round W once. So dot products have
+the rounding of float64 sums, and a corrected W has one rounding in its own dtype.
 """
 
 import pytest
@@ -11,7 +11,7 @@ from fasthessian.kernels import reference
 from tests.support.backends import ROWS
 from tests.support.kernel_cases import F16, F32, F64, each_backend, rows
 
-SHAPES = [  # k, n, and numbers by which the rows are padded and shifted off alignment
+SHAPES = [  # k, n, and by how many numbers the rows are padded and shifted, so not aligned
     (0, 5, 0), (1, 1, 3), (3, 7, 3), (5, 1023, 0), (4, 1024, 0), (9, 1025, 3), (40, 4099, 5),
     (3, 0, 0), (101, 20001, 0),
 ]  # fmt: skip
@@ -19,7 +19,7 @@ TYPES = [(F32, F32), (F64, F64), (F32, F64), (F64, F32), (F16, F32), (F16, F64)]
 
 
 def expected(V, W, H=None, S=None):
-    """The contract in float64 with plain matrix products on the CPU, W rounded once."""
+    """The contract in float64 by plain matrix products on the CPU; W is rounded once."""
     V64, W64 = V.cpu().double(), W.cpu().double()
     if H is not None:
         W64 = W64 - H.cpu().T @ V64
@@ -36,7 +36,7 @@ def assert_within_rounding(found, want, scale, eps):
 
 
 def assert_same(found, want):
-    """Equal but for the order of a float64 sum: on a GPU it depends on the rows there may be."""
+    """Equal except for the order of a float64 sum, which depends on the rows of V on a GPU."""
     eps = torch.finfo(found.dtype).eps
     torch.testing.assert_close(found, want, rtol=4 * eps, atol=1e3 * torch.finfo(F64).eps)
 
@@ -44,7 +44,8 @@ def assert_same(found, want):
 def widths(row, vtype, wtype):
     if not row.slow or (vtype, wtype) == (F32, F32):
         return 1, 2, 3, 8
-    return (1, 2, 8) if vtype is F16 else (2,)  # whose rows are dealt out by the block's size
+    # with float16, the size of the block changes how threads share its rows
+    return (1, 2, 8) if vtype is F16 else (2,)
 
 
 @each_backend
@@ -73,7 +74,7 @@ def test_project_and_update_match_float64(row, k, n, vtype, wtype, pad):
         want_W, _, _ = expected(V, W, H)
         reach = magnitude * (1 + k * eps64 / eps)
         assert_within_rounding(corrected.double(), want_W, reach, eps)
-        _, want_C, want_G = expected(V, corrected)  # the dots are those of the numbers stored
+        _, want_C, want_G = expected(V, corrected)  # dot products use the stored numbers
         size = corrected.cpu().double().abs()
         assert_within_rounding(C, want_C, absolute @ size.T * root + 1e-300, eps64)
         assert_within_rounding(G, want_G, size @ size.T * root + 1e-300, eps64)
@@ -90,8 +91,8 @@ def test_project_and_update_match_float64(row, k, n, vtype, wtype, pad):
 @each_backend
 @pytest.mark.parametrize("vtype", [F32, F64, F16])
 @pytest.mark.parametrize(("k", "count", "n"), [(1, 0, 65), (9, 4, 1025), (40, 39, 4099)])
-def test_rows_beyond_the_count_take_no_part(row, vtype, k, count, n):
-    """Also where they hold NaN, and with the count on the device."""
+def test_rows_beyond_the_count_are_not_used(row, vtype, k, count, n):
+    """Even if they hold NaN, and if the count is on the device."""
     backend, wtype = row.module(), F64 if vtype is F64 else F32
     V, H = rows(k, n, vtype, 1, 0, row.device), rows(k, 2, F64, 3, 0, row.device)
     V[count:], H[count:] = float("nan"), float("nan")
@@ -116,7 +117,7 @@ def test_rows_beyond_the_count_take_no_part(row, vtype, k, count, n):
 @each_backend
 @pytest.mark.parametrize(("vtype", "wtype"), TYPES, ids=lambda t: str(t).removeprefix("torch."))
 @pytest.mark.parametrize("pad", [0, 3])
-def test_append_makes_a_row_and_the_next_candidate(row, vtype, wtype, pad):
+def test_append_stores_a_row_and_the_next_candidate(row, vtype, wtype, pad):
     backend = row.module()
     for k, n, count, b in ((1, 1, 0, 1), (3, 129, 2, 2), (10, 2051, 7, 2), (10, 2051, 9, 3)):
         H, S = rows(k, b, F64, 3, 0, row.device), rows(b, b, F64, 4, 0, row.device)
@@ -131,7 +132,7 @@ def test_append_makes_a_row_and_the_next_candidate(row, vtype, wtype, pad):
                 old.cpu().double().abs()
                 + H[:count].cpu().abs().T @ before[:count].cpu().double().abs()
             )
-            # half an ulp of the row's type, also among float16's subnormals, beside float64's own
+            # half an ulp of the row's dtype (of subnormals for float16), plus rounding in float64
             half = torch.finfo(vtype).eps / 2 * 3 * result[0].abs() + 3e-8 * (vtype is F16)
             row_error = (V[count].cpu().double() - 3 * result[0]).abs()
             assert bool((row_error <= half + 4 * torch.finfo(F64).eps * 3 * reach[0]).all())
@@ -142,7 +143,7 @@ def test_append_makes_a_row_and_the_next_candidate(row, vtype, wtype, pad):
 
 @each_backend
 def test_half_precision_rows_are_rounded_to_nearest_even(row):
-    """Every float16, the midpoints between neighbours, and beyond the largest."""
+    """Every float16, the midpoints between neighbours, and numbers beyond the largest float16."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     every = bits.view(F16)
     finite = every[torch.isfinite(every)].double().sort().values
@@ -162,7 +163,7 @@ def test_half_precision_rows_are_rounded_to_nearest_even(row):
 
 
 def recurrence(j, m, seed):
-    """C, G, T, gauges as a run with j rows has them: a candidate nearly orthogonal to the rows."""
+    """C, G, T, gauges of a run with j rows, whose candidate is nearly orthogonal to the rows."""
     generator = torch.Generator().manual_seed(seed)
     C = torch.randn(m, 2, generator=generator, dtype=F64)
     C[:, 0] *= 1e-7
@@ -194,11 +195,11 @@ def test_recurrence_matches_the_reference(row, j, m, scale):
 
 
 @each_backend
-@pytest.mark.parametrize("cause", ["nothing new", "zero", "nan in u", "nan in w"])
+@pytest.mark.parametrize("cause", ["inside the basis", "zero", "nan in u", "nan in w"])
 def test_recurrence_reports_a_dependent_candidate(row, cause):
     j, m = 4, 6
     C, G, T, gauges = (x.to(row.device) for x in recurrence(j, m, 2))
-    if cause == "nothing new":
+    if cause == "inside the basis":
         C[0, 0] = 1.5 - 1e-9
     elif cause == "zero":
         C.zero_(), G.zero_()
@@ -245,13 +246,13 @@ def test_same_bits_for_any_number_of_threads(row):
 
 
 @each_backend
-def test_same_bits_twice(row):
+def test_two_calls_have_the_same_bits(row):
     backend = row.module()
     V, H = rows(30, 9001, F32, 1, 0, row.device), rows(30, 2, F64, 3, 0, row.device)
     runs = []
     for seed in (1, 2):
         if hasattr(backend, "seed"):
-            backend.seed(seed)  # another order of the simulated threads
+            backend.seed(seed)  # a different order of the simulated threads
         W = rows(2, 9001, F32, 2, 0, row.device)
         runs.append((*backend.project_(V, W, H), W, *backend.project_(V, W)))
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

@@ -1,8 +1,9 @@
-"""The C++ kernels on a CPU: instruction sets, OpenMP, and every way in which a pass is cut up.
+"""The C++ kernels on a CPU: instruction sets, OpenMP, and every way in which a pass is divided.
 
-A pass takes rows of V by groups of 6, 4, 2 and 1, rows of W by 2 and 1, and columns by runs of
-up to 32768; the conformance suite (test_kernels.py) knows nothing of these and is too small for
-most. Matrix products in float64 are the reference, the budget is that of the suite.
+A pass reads rows of V in groups of 6, 4, 2 and 1, rows of W in groups of 2 and 1, and columns in
+runs of up to 32768. The conformance suite (test_kernels.py) does not depend on these numbers and is
+too small to reach most of them. Matrix products in float64 are the reference. The error budget is
+that of the suite.
 """
 
 import os
@@ -26,7 +27,7 @@ types = pytest.mark.parametrize(
 
 
 def window(k, n, dtype, seed):
-    """Random rows (k, n), off alignment, in a buffer that is NaN everywhere else."""
+    """Random rows (k, n) that are not aligned, in a buffer that is NaN everywhere else."""
     buffer = torch.full((k + 2, n + 40), float("nan"), dtype=dtype)
     inner = buffer[1 : k + 1, 3 : n + 3]
     inner.copy_(torch.randn(k, n, generator=torch.Generator().manual_seed(seed), dtype=F64))
@@ -35,11 +36,11 @@ def window(k, n, dtype, seed):
 
 def close(found, want, scale, eps):
     error = (found.double() - want).abs()
-    return bool((error <= 4 * eps * scale + 1e-300).all())  # False for NaN too
+    return bool((error <= 4 * eps * scale + 1e-300).all())  # also False for NaN
 
 
 def check(k, n, b, vtype, wtype):
-    """Every kind of pass over (k, n) and (b, n): values, and nothing read or written outside."""
+    """Check every kind of pass over V (k, n) and W (b, n): values, and no access outside."""
     eps64, eps = torch.finfo(F64).eps, torch.finfo(wtype).eps
     around, V = window(k, n, vtype, 1)
     outside = torch.isnan(around)
@@ -75,7 +76,7 @@ def check(k, n, b, vtype, wtype):
 
 
 def append(around, V, H, S, b, wtype):
-    """The last row of V becomes 0.5 of the first row of S (W - H^T V), W the last."""
+    """The last row of V becomes 0.5 times the first row of S (W - H^T V); W becomes the last."""
     k, n = V.shape
     before = V.clone()
     buffer, W = window(b, n, wtype, 2)
@@ -83,7 +84,7 @@ def append(around, V, H, S, b, wtype):
     native.update_(V, W, torch.cat([H, H[:1]]), S, count=k - 1, append=0.5)
     want = S @ (old.double() - H.T @ V64)
     scale = S.abs() @ (old.double().abs() + H.abs().T @ V64.abs()) * k
-    tiny = 2.0**-24 if V.dtype is F16 else 0.0  # half of the smallest subnormal, and then some
+    tiny = 2.0**-24 if V.dtype is F16 else 0.0  # the smallest subnormal; rounding is half of it
     row_eps = torch.finfo(V.dtype).eps
     assert close(V[k - 1], 0.5 * want[0], 0.5 * scale[0] + tiny / row_eps, row_eps)
     assert close(W[0], want[-1], scale[-1], torch.finfo(wtype).eps)
@@ -95,7 +96,7 @@ def append(around, V, H, S, b, wtype):
 @types
 @pytest.mark.parametrize("b", range(1, 9))
 def test_every_grouping_of_rows(b, vtype, wtype):
-    """Each remainder of 6, with a ragged last line of every type."""
+    """Each remainder of k by 6, with an incomplete last cache line for every dtype."""
     for k in range(26):
         check(k, 1024 + 37 + k, b, vtype, wtype)
 
@@ -103,22 +104,22 @@ def test_every_grouping_of_rows(b, vtype, wtype):
 @needs_native
 @types
 def test_runs_of_every_length(vtype, wtype):
-    """Long enough for the longest runs of each kind, and ending within a line; many short ones."""
+    """The longest runs of each kind, which end within a cache line, and many short runs."""
     for k, n, b in ((9, 300_011, 2), (5, 1_100_003, 3), (3, 2_200_003, 1), (8, 1_600_003, 2)):
         check(k, n, b, vtype, wtype)
-    check(0, 1_100_003, 1, vtype, wtype)  # 1075 runs of 1024, three to a chunk
+    check(0, 1_100_003, 1, vtype, wtype)  # 1075 runs of 1024, three per chunk
 
 
 @needs_native
 def test_short_runs_of_many_rows():
-    """A fused pass over so many rows that its runs are cut to the smallest width."""
+    """A fused pass over so many rows that its runs have the smallest width."""
     check(700, 5003, 2, F64, F64)
     check(1000, 1301, 1, F32, F32)
 
 
 @needs_native
 @pytest.mark.parametrize("vtype", [F16, F32])
-def test_infinity_and_nan_reach_their_columns_and_sums_only(vtype):
+def test_infinity_and_nan_reach_only_their_columns_and_sums(vtype):
     for bad in (float("inf"), float("nan")):
         V = torch.ones(12, 5000, dtype=vtype)
         V[9, 4321] = bad
@@ -135,13 +136,13 @@ def test_infinity_and_nan_reach_their_columns_and_sums_only(vtype):
 @pytest.mark.parametrize("suite", ["kernels", "vector_kernels", "softmax_curvature", "native"])
 @pytest.mark.slow
 def test_every_instruction_set_passes(suite, isa):
-    """The kernels' suites and this one in a process where FASTHESSIAN_ISA forces the level."""
+    """The test files of the kernels, in a process where FASTHESSIAN_ISA sets the instructions."""
     if MISSING is not None:
         pytest.skip(f"no native backend: {MISSING}")
     if isa not in native._native.isas():
         pytest.skip(f"this processor has no {isa}")
     if os.environ.get("FASTHESSIAN_ISA"):
-        pytest.skip("already inside the forced process")
+        pytest.skip("already in a process with FASTHESSIAN_ISA")
     path = str(Path(__file__).with_name(f"test_{suite}.py"))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", path]
     env = {**os.environ, "FASTHESSIAN_ISA": isa, "FASTHESSIAN_TEST_ROWS": "native"}
@@ -160,7 +161,7 @@ def test_unknown_instruction_set_is_named():
 
 
 @needs_native
-def test_one_openmp_runtime_is_mapped():
+def test_only_one_openmp_runtime_is_loaded():
     """A second libgomp would make every call that alternates with torch 1000 times slower."""
     code = "import fasthessian; print(open('/proc/self/maps').read())"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

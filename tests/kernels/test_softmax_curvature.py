@@ -1,6 +1,7 @@
 """softmax_curvature_ in every backend: (diag(p) - p p^T) u by rows, against wider arithmetic.
 
-The tolerance is an error budget: twice the error of torch's own expression in the same dtype.
+The tolerance is an error budget: twice the error of the same expression in torch, in the same
+dtype.
 """
 
 import numpy as np
@@ -14,7 +15,7 @@ from tests.support.kernel_cases import each_backend, marked
 
 F32, F64 = torch.float32, torch.float64
 INF, NAN = float("inf"), float("nan")
-SHAPES = [  # outer, classes, inner, and numbers by which U and Z are off alignment
+SHAPES = [  # outer, classes, inner, and by how many numbers U and Z are shifted
     (0, 5, 3, 0, 0), (3, 0, 2, 0, 0), (2, 4, 0, 0, 0), (1, 1, 1, 0, 0), (5, 1, 7, 1, 0),
     (9, 2, 1, 0, 0), (70, 10, 1, 0, 0), (3, 13, 1, 1, 1), (5, 64, 1, 0, 1), (2, 104, 2, 3, 1),
     (3, 101, 7, 0, 0), (2, 17, 37, 0, 3), (1, 5, 131, 2, 0), (2, 2056, 1, 0, 0), (1, 4099, 1, 1, 2),
@@ -29,7 +30,7 @@ wider = pytest.mark.skipif(
 
 
 def placed(values, dtype, pad, device):
-    """A contiguous copy that starts ``pad`` numbers into its memory."""
+    """A contiguous copy that starts ``pad`` numbers after the start of its memory."""
     buffer = torch.full((values.numel() + pad,), NAN, dtype=dtype, device=device)
     return buffer[pad:].view(values.shape).copy_(values)
 
@@ -43,14 +44,14 @@ def problem(shape, dtype, device="cpu", pads=(0, 0), spread=3.0, seed=1):
     return placed(U, dtype, pads[0], device), placed(Z, dtype, pads[1], device), scale.to(device)
 
 
-def plain(U, Z, scale):
-    """What one writes in torch, in the dtype of U."""
+def in_torch(U, Z, scale):
+    """The usual expression in torch, in the dtype of U."""
     p = torch.softmax(Z, 1)
     return scale[:, None].to(U.dtype) * (p * U - p * (p * U).sum(1, keepdim=True))
 
 
 def exact(U, Z, scale):
-    """(the product, of which magnitudes its rounding errors are parts) as NumPy's widest floats."""
+    """The product, and the magnitudes that its rounding is relative to, in NumPy's widest float."""
     u, z, s = (x.cpu().numpy().astype(np.longdouble) for x in (U, Z, scale.unsqueeze(1)))
     if z.size == 0:
         return z, z
@@ -61,12 +62,13 @@ def exact(U, Z, scale):
 
 
 def assert_within_budget(found, U, Z, scale):
-    """``found`` against twice torch's error, in the norm of each row and over all."""
+    """Compare ``found`` with twice the error of torch, by the norm of each row and of all rows."""
     want, magnitude = exact(U, Z, scale)
-    wide = [x.cpu().numpy().astype(np.longdouble) - want for x in (found, plain(U, Z, scale))]
+    wide = [x.cpu().numpy().astype(np.longdouble) - want for x in (found, in_torch(U, Z, scale))]
     eps = torch.finfo(U.dtype).eps
     sums = torch.finfo(F64).eps * U.shape[1] ** 0.5
-    for axis, tiny in ((1, 4 * eps + sums), (None, eps + sums)):  # torch may be lucky in a row
+    # in a single row, torch may be exact by chance
+    for axis, tiny in ((1, 4 * eps + sums), (None, eps + sums)):
         ours, torchs, reach = (np.sqrt((x**2).sum(axis)) for x in (*wide, magnitude))
         worst = (ours / (2 * torchs + tiny * reach + 1e-300)).max() if ours.size else 0
         assert worst <= 1, f"{worst:.2f} of the budget"
@@ -90,7 +92,7 @@ def test_within_twice_the_error_of_torch(row, dtype, shape):
 
 
 def ramp(shape):
-    """Logits whose maximum rises from class to class, far beyond what exp can hold."""
+    """Logits whose running maximum rises with every class, far beyond the range of exp."""
     return torch.linspace(-400, 400, shape[1], dtype=F64)[:, None].expand(shape).contiguous()
 
 
@@ -127,7 +129,7 @@ def test_logits_of_any_size(row, dtype, inner, make, classes):
 @each_backend
 @inners
 def test_equals_the_second_derivative_of_cross_entropy(row, inner):
-    """By double backward in float64, with weights of classes and ignored targets."""
+    """By double backward in float64, with class weights and ignored targets."""
     U, Z, _ = problem((6, 5, inner), F64)
     generator = torch.Generator().manual_seed(2)
     target = torch.randint(5, (6, inner), generator=generator)
@@ -140,7 +142,7 @@ def test_equals_the_second_derivative_of_cross_entropy(row, inner):
     valid = target != -100
     weights = torch.where(valid, weight[target.clamp(min=0)], 0.0)
     scale = (weights / weights.sum()).to(row.device)
-    Z[1], U[1] = NAN, INF  # of an ignored target nothing is used
+    Z[1], U[1] = NAN, INF  # rows of ignored targets are not used
     found = row.module().softmax_curvature_(U.to(row.device), Z.to(row.device), scale).cpu()
     torch.testing.assert_close(found, want, rtol=1e-13, atol=1e-16)
     assert not found[1].any() and not torch.signbit(found[1]).any()
@@ -192,7 +194,7 @@ def test_rows_of_scale_zero_are_zero_and_not_used(row, dtype, inner):
 @dtypes
 @inners
 def test_the_matrix_is_symmetric_semidefinite_with_zero_row_sums(row, dtype, inner):
-    """Column j of it from unit vector j; every row along ``inner`` has logits of its own."""
+    """Unit vector j gives column j. Each index of ``inner`` has its own logits."""
     classes, eps = 23, torch.finfo(dtype).eps
     _, Z, _ = problem((1, classes, inner), dtype, row.device)
     unit = torch.eye(classes, dtype=dtype, device=row.device)[:, :, None]
@@ -212,14 +214,14 @@ def test_the_matrix_is_symmetric_semidefinite_with_zero_row_sums(row, dtype, inn
 @each_backend
 @inners
 def test_constant_tangents_give_zero(row, inner):
-    """They are the null space: shifted logits have the same softmax."""
+    """Constant tangents are the null space, because shifted logits have the same softmax."""
     U, Z, scale = problem((3, 700, inner), F32, row.device)
     found = row.module().softmax_curvature_(torch.full_like(U, 1e3), Z, scale)
     assert float(found.abs().max()) <= 1e3 * 4 * torch.finfo(F32).eps * float(scale.abs().max())
 
 
 class Largest(TorchDispatchMode):
-    """The bytes of the largest result of torch's operations, views of ``given`` apart."""
+    """The bytes of the largest result of torch's operations, except views of ``given``."""
 
     def __init__(self, given):
         super().__init__()
@@ -245,11 +247,11 @@ def test_no_temporary_has_the_size_of_the_logits(row, shape):
 
 @each_backend
 @inners
-def test_same_bits_twice(row, inner):
+def test_two_calls_have_the_same_bits(row, inner):
     backend, runs = row.module(), []
     for seed in (1, 2):
         if hasattr(backend, "seed"):
-            backend.seed(seed)  # another order of the simulated threads
+            backend.seed(seed)  # a different order of the simulated threads
         U, Z, scale = problem((3, 1500, inner), F32, row.device)
         runs.append(backend.softmax_curvature_(U, Z, scale))
     assert torch.equal(*runs)

@@ -1,8 +1,9 @@
-"""Every Triton kernel compiles for GPUs that are not here, without spills and with 16-byte loads.
+"""Every Triton kernel compiles without a GPU, without spills and with 16-byte loads.
 
-For sm_90 every type of V and W in blocks of 1, 2, 4 and 8 rows, with and without H; S and append at
-2 and 8, where registers are scarcest. For sm_80, sm_100 and gfx942 those of a Lanczos step, those
-that are tight on any chip, and one of each other kernel.
+For sm_90: every dtype of V and W, with blocks of 1, 2, 4 and 8 rows, with and without H. S and
+append are compiled for 2 and 8 rows, where registers are scarcest. For sm_80, sm_100 and gfx942:
+the kernels of a Lanczos step, those that are short of registers on any chip, and one of each other
+kernel.
 """
 
 import functools
@@ -40,12 +41,12 @@ SUBSET = "|".join((
     r'"f32/f32", "b": 2, "aligned": true.*"total"',
     r'"m"|float32|sm_90.*float64',
 ))  # fmt: skip
-REGISTERS = 65536  # of a multiprocessor; a CDNA3 compute unit has twice as many
+REGISTERS = 65536  # per multiprocessor; a CDNA3 compute unit has twice as many
 
 
 @functools.cache
 def compiled(*arguments):
-    """The reports of tests/support/triton_aot.py, one a kernel."""
+    """The reports of tests/support/triton_aot.py, one per kernel."""
     script = Path(__file__).parents[1] / "support/triton_aot.py"
     run = subprocess.run(
         [sys.executable, str(script), *arguments], capture_output=True, text=True,
@@ -57,16 +58,16 @@ def compiled(*arguments):
 
 @functools.cache
 def table():
-    """The reports of SUBSET, a process for every processor there is."""
+    """The reports of SUBSET, by target, from parallel processes."""
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         found = list(pool.map(lambda target: compiled(target, "--only", SUBSET), TARGETS))
     return dict(zip(TARGETS, found, strict=True))
 
 
 def wide_loads(found):
-    """How many 16-byte loads a thread makes, from the shapes."""
+    """How many 16-byte loads a thread needs, computed from the shapes."""
     c = found["constants"]
-    if found["kernel"] == "curvature":  # U and Z, twice, of whole tiles and of the last
+    if found["kernel"] == "curvature":  # U and Z, two passes, for whole tiles and for the last tile
         numbers = 4 if found["types"] == "float32" else 2
         line = found["shape"][1] if found["shape"][2] == 1 else found["shape"][2]
         tiles = c["R"] * c["T"] * c["F"] // (found["threads"] * numbers)
@@ -74,7 +75,7 @@ def wide_loads(found):
     if not found["aligned"]:
         return 0
     v_bytes, w_bytes = (int(name[1:]) // 8 for name in found["types"].split("/"))
-    w_loads = w_bytes // v_bytes if w_bytes >= v_bytes else 0  # those of 8 bytes are not counted
+    w_loads = w_bytes // v_bytes if w_bytes >= v_bytes else 0  # 8-byte loads are not counted
     rows = c["BK"] + c["B"] * w_loads
     if found["kernel"] == "update":
         return rows
@@ -83,7 +84,7 @@ def wide_loads(found):
 
 
 def faults(found):
-    """What is wrong with a compiled kernel, in words."""
+    """Texts that say what is wrong with a compiled kernel."""
     backend = "hip" if found["target"].startswith("gfx") else "cuda"
     if found["outside"]:
         yield f"{found['outside']} bytes of spills or local memory"
@@ -93,7 +94,7 @@ def faults(found):
         yield f"{found['registers']} registers, more than {found['most']}"
     if found["kernel"] in ("project", "update") and found["wide"] != wide_loads(found):
         yield f"{found['wide']} loads of 16 bytes, not {wide_loads(found)}"
-    # those of the scales may come on top
+    # loads of the scales are additional
     if found["kernel"] == "curvature" and found["wide"] < wide_loads(found):
         yield f"{found['wide']} loads of 16 bytes, fewer than {wide_loads(found)}"
     most = {"project": 1024, "update": 0}.get(found["kernel"])  # for sums across threads
@@ -112,8 +113,8 @@ def test_kernels_compile_without_spills_and_with_wide_loads(target):
     assert not bad, bad
 
 
-def test_these_checks_can_fail():
-    """Too many rows at a time; a leading dimension of unknown divisibility; W by narrow parts."""
+def test_the_checks_find_planted_faults():
+    """Too many rows at a time, a leading dimension without known divisor, narrow loads of W."""
     case = r'"f16/f32", "b": 8, "aligned": true.*"S": true, "append": true'
     (found,) = compiled("sm_90", "--only", case, "--set", "BK=4,UNIT_V=1,PARTS=1")
     words = " ".join(faults(found))
@@ -123,7 +124,7 @@ def test_these_checks_can_fail():
 
 
 @pytest.mark.parametrize("kind", [DOTS, BOTH, UPDATE])
-def test_blocks_of_other_sizes_are_of_the_same_kernels(kind):
+def test_blocks_of_other_sizes_use_the_same_kernels(kind):
     for vtype, wtype in itertools.product(STORED, FLOATS):
         V = torch.empty(9, 64, dtype=vtype, device="meta")
         W = torch.empty(8, 64, dtype=wtype, device="meta")

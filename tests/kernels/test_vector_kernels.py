@@ -1,4 +1,4 @@
-"""The conformance suite of the kernels on one vector: random streams and packing, every backend."""
+"""Conformance of the kernels on one vector, in every backend: random streams and packing."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_random_streams_match_the_reference(row, dtype, n, offset):
 
 
 @each_backend
-def test_random_streams_are_pieces_of_one_stream(row):
+def test_an_offset_gives_a_piece_of_the_same_stream(row):
     for fill in (row.module().normal_, row.module().signs_):
         whole = fill(torch.empty(1000, device=row.device), 5, 0)
         parts = [fill(torch.empty(333, device=row.device), 5, 0),
@@ -33,8 +33,8 @@ def test_random_streams_are_pieces_of_one_stream(row):
         assert not torch.equal(whole, fill(torch.empty(1000, device=row.device), 6, 0))
 
 
-def test_philox_known_answers():
-    """The vectors published with Random123 for counter and key all zeros and all ones."""
+def test_philox_matches_a_published_answer():
+    """The published vector of Random123 for counter 0 and key 0."""
     words = reference._philox(torch.tensor([0]), 0, 0)
     assert words.tolist() == [[0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]]
 
@@ -56,7 +56,7 @@ def test_random_streams_have_the_right_moments(row):
 @each_backend
 @pytest.mark.parametrize("dtype", [F32, F64])
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.5])
-def test_pack(row, dtype, beta):
+def test_pack_concatenates_scales_and_adds(row, dtype, beta):
     sizes = [(3, 4), (0,), (1,), (), (40001,), (8, 2)] + [(5,)] * 300
     tensors = [
         rows(1, max(1, torch.Size(s).numel()), dtype, i).reshape(-1) for i, s in enumerate(sizes)

@@ -1,4 +1,4 @@
-"""Bad input to operators: the right exception, in one line that names the argument."""
+"""Bad input to operators raises the right exception, with a line that names the argument."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def of_complex() -> nn.Module:
 
 
 class Restarting:
-    """Iterable, but every pass goes on with one exhausted generator."""
+    """Iterable, but all passes share one generator, which is exhausted after the first pass."""
 
     def __init__(self) -> None:
         self.rest = iter([(X, Y)])

@@ -1,4 +1,4 @@
-"""Bad vectors, layouts and callables: the right exception, in one line."""
+"""Bad vectors, layouts and callables raise the right exception, with a message of one line."""
 
 from __future__ import annotations
 
@@ -86,12 +86,12 @@ def test_flat_layouts() -> None:
 )
 def test_matvecs(matvec: Any, kind: type[Exception], words: str) -> None:
     A = fh.SymmetricOperator(matvec, 4)
-    for _ in range(2):  # not only the first product
+    for _ in range(2):  # the second product must fail too
         refused(lambda: A @ torch.tensor([1.0, 2.0, 3.0, 4.0]), kind, words)
     assert A.matvecs == 0
 
 
-def test_a_matvec_that_fails_later_or_unchecked() -> None:
+def test_a_matvec_that_fails_later_or_without_the_check() -> None:
     A = fh.SymmetricOperator(lambda v: v * 1e30, 2)
     big = torch.full((2,), 1e30)
     refused(lambda: A @ big, ValueError, "SymmetricOperator.n=2.* returned NaN or Inf")

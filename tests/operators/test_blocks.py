@@ -1,4 +1,4 @@
-"""Diagonal blocks: which parameters, whose matrix, and many of them in one pass over the data."""
+"""Diagonal blocks: their parameters, their matrices, and products of all blocks in one pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ F32, F64 = torch.float32, torch.float64
 
 
 class Net(nn.Module):
-    """A parameter of its own, a list of stages, and blocks of sizes 1, 8, 15, 24 and 24."""
+    """A parameter of the model, a list of stages, and blocks of sizes 1, 8, 15, 24 and 24."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ def names(blocks: Any) -> dict[str, list[str]]:
 
 
 def places(A: Any, B: Any) -> Tensor:
-    """Where the parameters of the block B are in a vector of A."""
+    """The indices of the parameters of the block B in a vector of A."""
     index = A.unflatten(torch.arange(A.n, dtype=F64))
     return torch.cat([index[name].flatten() for name in names({"": B})[""]]).long()
 
@@ -82,13 +82,13 @@ def test_layers_are_the_modules_that_own_parameters() -> None:
     own = {"stem", "layers.0.0", "layers.0.2", "layers.1.0", "layers.1.2", "head"}
     assert set(found) == {*own, *roots}
     assert all(set(found[key]) == {f"{key}.weight", f"{key}.bias"} for key in own)
-    model, criterion, data = PROBLEMS["transformer"].make()  # the tied head is in the embedding
+    model, criterion, data = PROBLEMS["transformer"].make()  # the head is tied to the embedding
     layers = names(fh.Hessian(model, criterion, data).blocks("layer"))
     assert set(layers) == {"embed", "norm", "qkv", "out"} and layers["embed"] == ["embed.weight"]
 
 
 @pytest.mark.parametrize("wraps", [0, 1, 2])
-def test_stages_are_the_children_below_the_common_prefix(wraps: int) -> None:
+def test_stages_are_the_children_after_the_common_prefix(wraps: int) -> None:
     model, criterion, data = made()
     prefix = "inner." * wraps
     outer: nn.Module = model
@@ -130,7 +130,7 @@ def test_a_block_is_the_diagonal_block_of_the_dense_matrix(
     model, criterion, data = problem.make()
     A = curvature(model, criterion, data, engine=engine)
     if curvature is fh.EmpiricalFisher:
-        H = columns(fh.EmpiricalFisher(model, criterion, data))  # held to its definition elsewhere
+        H = columns(fh.EmpiricalFisher(model, criterion, data))  # see test_empirical_fisher.py
     else:
         H = (problem.dense if curvature is fh.Hessian else gauss_newton)(model, criterion, data)
     matvecs = A.matvecs
@@ -165,7 +165,7 @@ def test_a_block_is_an_operator() -> None:
 
 
 def equal(a: Any, b: Any) -> bool:
-    """All fields of two records, bit for bit."""
+    """Whether all fields of two records are equal, bit for bit."""
     pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in dataclasses.fields(a)]
     return all(torch.equal(x, y) if isinstance(x, Tensor) else x == y for x, y in pairs)
 
@@ -189,7 +189,7 @@ ALGORITHMS: dict[str, Any] = {
     ],
 )
 @pytest.mark.slow
-def test_together_they_give_the_bits_of_separate_runs(
+def test_blocks_together_have_the_bits_of_separate_runs(
     name: str, engine: str, dtype: torch.dtype
 ) -> None:
     run, options = ALGORITHMS[name], {"engine": engine}
@@ -204,7 +204,7 @@ def test_together_they_give_the_bits_of_separate_runs(
             assert blocks[key].matvecs == fresh.matvecs == found.matvecs
 
 
-def test_k_is_at_most_what_a_block_has() -> None:
+def test_a_small_block_returns_fewer_than_k_pairs() -> None:
     blocks = operator().blocks("layer")
     found = fh.eigsh(blocks, 9, tol=1e-6)
     assert {key: len(pairs.values) for key, pairs in found.items()} == {
@@ -237,7 +237,7 @@ def test_all_blocks_advance_in_one_pass_over_the_data(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
-def test_progress_grows_to_the_products_of_all(name: str) -> None:
+def test_progress_ends_at_the_products_of_all_blocks(name: str) -> None:
     calls: list[tuple[int, int | None]] = []
     blocks = operator().blocks("stage")
     with warnings.catch_warnings():
@@ -258,9 +258,9 @@ def test_a_warning_names_its_block() -> None:
         blocks = operator().blocks("stage")
         with pytest.warns(fh.ConvergenceWarning) as caught:
             found = run(blocks)
-        told = [str(warning.message) for warning in caught]
+        lines = [str(warning.message) for warning in caught]
         for key, result in found.items():
-            assert sum(key in line for line in told) == (not result.converged), (key, told)
+            assert sum(key in line for line in lines) == (not result.converged), (key, lines)
 
 
 BAD: dict[str, tuple[Any, type[Exception], str]] = {
@@ -280,13 +280,13 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
 
 
 @pytest.mark.parametrize("how", BAD)
-def test_bad_groupings_are_one_clear_line(how: str) -> None:
+def test_bad_groupings_are_refused_in_one_line(how: str) -> None:
     by, kind, words = BAD[how]
     A = operator()
     refused(lambda: A.blocks(by), kind, words)
 
 
-def test_bad_dictionaries_are_one_clear_line() -> None:
+def test_bad_dictionaries_are_refused_in_one_line() -> None:
     for algorithm in (fh.eigsh, fh.trace, fh.density):
         refused(lambda f=algorithm: f({}), ValueError, "empty dictionary")
         refused(lambda f=algorithm: f({"a": 3}), TypeError, "must be an operator, got int")

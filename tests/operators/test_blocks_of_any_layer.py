@@ -16,7 +16,7 @@ F64 = torch.float64
 
 
 class Quantised(nn.Module):
-    """Holds the weight of a Linear and rounds it, with a straight-through gradient."""
+    """Owns the weight of a Linear and rounds it, with a straight-through gradient."""
 
     def __init__(self, layer):
         super().__init__()
@@ -66,7 +66,7 @@ class Repeated(nn.Module):
 
 
 class Bare(nn.Module):
-    """Parameters of the model itself and in containers."""
+    """Parameters that belong to the model itself and to containers."""
 
     def __init__(self):
         super().__init__()
@@ -78,7 +78,7 @@ class Bare(nn.Module):
 
 
 class Cells(nn.Module):
-    """A recurrent cell called at every step."""
+    """A recurrent cell that is called at every step."""
 
     def __init__(self, kind):
         super().__init__()
@@ -92,7 +92,7 @@ class Cells(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """An LSTM read at its last step, alone or before a plain layer."""
+    """The last step of an LSTM, with or without a plain layer after it."""
 
     def __init__(self, plain):
         super().__init__()
@@ -120,7 +120,7 @@ class Frozen(nn.Module):
 
 
 class Functional(nn.Module):
-    """Plain layers that hold the weights, called as functions."""
+    """Weights of plain layers, which are used by functions instead of the layers."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class Functional(nn.Module):
 
 
 def two(first, second=None):
-    """Two linear layers, each wrapped; without ``second`` the second as the first."""
+    """Two wrapped linear layers. ``first`` wraps both if there is no ``second``."""
     return nn.Sequential(first(nn.Linear(4, 5)), nn.ReLU(), (second or first)(nn.Linear(5, 3)))
 
 
@@ -185,23 +185,23 @@ KINDS = (fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher, fh.Fisher)
 
 
 def problem(build):
-    """A model in float64 in eval mode, after some passes in training, and one batch."""
+    """A float64 model in eval mode, after some passes in training mode, and one batch."""
     torch.manual_seed(0)
     model = build().double()
     x, y = torch.randn(8, 4, dtype=F64), torch.randint(3, (8,))
     with torch.no_grad():
-        for _ in range(100):  # spectral_norm finds its vectors then
+        for _ in range(100):  # so that the vectors of spectral_norm converge
             model.train()(x)
     return model.eval(), nn.CrossEntropyLoss(), (x, y)
 
 
 def norm_by_formula(v, g, dim=0):
-    """weight_norm; the second derivative of torch's own is wrong."""
+    """weight_norm by its formula, because torch's own second derivative is wrong."""
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def dense(model, criterion, data, monkeypatch):
-    """The Hessian (n, n) by plain torch; models with hooks cannot be copied."""
+    """The Hessian (n, n) by plain torch, without copies, since some models have hooks."""
     named = dict(model.named_parameters())
     sizes = [p.numel() for p in named.values()]
 
@@ -237,7 +237,7 @@ def test_the_blocks_of_the_hessian(name, monkeypatch):
     exact = dense(*made, monkeypatch)
     for engine in EACH_ENGINE:
         if engine == "difference" and "quantised" in name:
-            continue  # rounding jumps, which differences see
+            continue  # rounding has jumps, which differences cannot ignore
         A = fh.Hessian(*made, engine=engine)
         for by in WAYS:
             limit = 1e-5 if engine == "difference" else 1e-11
@@ -299,7 +299,7 @@ def test_a_global_forward_hook_that_changes_outputs():
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.spectral_norm, spectral])
-def test_training_mode_leaves_the_vectors_of_spectral_norm(wrap):
+def test_training_mode_does_not_change_the_vectors_of_spectral_norm(wrap):
     model, criterion, data = problem(lambda: two(wrap, plain))
     before = {name: b.clone() for name, b in model.named_buffers()}
     H = fh.Hessian(model, criterion, data, mode="train")

@@ -1,4 +1,4 @@
-"""``check()`` where batches cannot be cut in two: its row says so, the others are evaluated."""
+"""``check()`` if batches cannot be halved: the row says so, and other rows are evaluated."""
 
 import math
 import re
@@ -16,7 +16,7 @@ CE = nn.CrossEntropyLoss()
 
 
 class Convolved(nn.Module):
-    """Node classification on a graph that is given by edges, or by a sparse adjacency."""
+    """Node classification on a graph, given by edges or by a sparse adjacency matrix."""
 
     def __init__(self):
         super().__init__()
@@ -30,7 +30,7 @@ class Convolved(nn.Module):
 
 
 class TimeFirst(nn.Module):
-    """An LSTM with torch's default of time in the first dimension, read at the last step or all."""
+    """An LSTM with time in the first dimension (torch's default); outputs the last or all steps."""
 
     def __init__(self, last):
         super().__init__()
@@ -58,7 +58,7 @@ class Pooled(nn.Module):
 
 
 class Normed(nn.Module):
-    """Batch statistics in evaluation too, which one sample does not have."""
+    """Uses batch statistics in eval mode too. A single sample has none."""
 
     def __init__(self):
         super().__init__()
@@ -95,7 +95,7 @@ def ctc(z, y):
 
 
 class FixedSizeError(Exception):
-    """An error of the user's own, without words."""
+    """An exception class of the user, raised without a message."""
 
 
 def for_four(z, y):
@@ -162,7 +162,7 @@ def problem(case):
 
 
 @pytest.mark.parametrize("name", SKIPPED)
-def test_the_row_says_why_and_the_others_are_evaluated(name):
+def test_the_row_says_why_and_the_other_rows_are_evaluated(name):
     made = problem(SKIPPED[name])
     H = fh.Hessian(*made, engine="difference" if name == "ctc" else "auto")
     check = H.check()
@@ -206,23 +206,23 @@ def test_samples_in_the_second_dimension_are_cut_there(steps_in_time):
 
 
 def each_step(z, y):
-    """Root mean squares over the samples of one step, which couple them."""
+    """Root mean squares over the samples of each step, which couple the samples."""
     return (z - y).square().mean((0, 2)).sqrt().mean()
 
 
 def pairs(z, y):
-    """Samples attract each other."""
+    """A loss of pairs of samples, which couples them."""
     return (z - z.mean(0)).square().mean() + F.mse_loss(z, y)
 
 
-def test_no_alarm_and_no_ok_where_either_dimension_may_be_the_samples():
+def test_the_row_does_not_apply_if_two_dimensions_may_be_the_samples():
     torch.manual_seed(0)
     data = normal(8, 5, 3), normal(8, 5, 2)
     check = fh.Hessian(nn.Linear(3, 2).double(), each_step, data).check()
     assert check.ok and "does not apply: halves along the second dimension" in str(check)
 
 
-def test_samples_that_couple_still_raise_the_alarm():
+def test_coupled_samples_still_fail_the_check():
     torch.manual_seed(0)
     mlp = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
     lstm = nn.LSTM(3, 4, batch_first=True).double()
@@ -253,7 +253,7 @@ def test_a_batch_that_cannot_be_cut_into_microbatches_is_refused():
         ValueError,
         r"microbatch must be None: .*sparse_coo tensor of shape \(10, 10\), which cannot be cut",
     )
-    fh.Hessian(model, criterion, data, microbatch=None)  # the way out
+    fh.Hessian(model, criterion, data, microbatch=None)  # the advice of the message
     model, data = Whole().double(), (normal(5, 3), classes(5))
     refused(
         lambda: fh.Hessian(model, CE, data, microbatch=4),
@@ -263,14 +263,14 @@ def test_a_batch_that_cannot_be_cut_into_microbatches_is_refused():
 
 
 class Noisy(nn.Linear):
-    """Draws random numbers in evaluation too, as variational autoencoders do."""
+    """Draws random numbers in eval mode too, like variational autoencoders."""
 
     def forward(self, x):
         return super().forward(x) + torch.randn_like(x[:, :1])
 
 
 @pytest.mark.parametrize("weights", ["auto", len])
-def test_losses_that_draw_random_numbers_have_no_parts(weights):
+def test_batches_are_not_cut_if_the_loss_draws_random_numbers(weights):
     model, x = Noisy(3, 3).double(), normal(6, 3)
     A = fh.Hessian(model, lambda model, x: model(x).square().square().mean(), x, weights=weights)
     check = A.check()

@@ -1,4 +1,4 @@
-"""Complex parameters count as the real numbers of ``torch.view_as_real``."""
+"""Complex parameters are treated as the real numbers of ``torch.view_as_real``."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ EXACT = ("retained", "recompute", "forward")
 
 
 class Fourier(nn.Module):
-    """One layer of a Fourier neural operator between linear ones; an odd number of reals first."""
+    """A Fourier layer between linear layers, after an odd number of real parameters."""
 
     def __init__(self):
         super().__init__()
@@ -28,7 +28,7 @@ class Fourier(nn.Module):
 
 
 class Magnitudes(nn.Module):
-    """A complex linear layer with a bias, read by the magnitude; conjugates on the way."""
+    """The magnitude of a complex linear layer with a bias, with conjugates in between."""
 
     def __init__(self):
         super().__init__()
@@ -41,7 +41,7 @@ class Magnitudes(nn.Module):
 
 
 class Unitary(nn.Module):
-    """A complex matrix through its exponential, and a complex bias that is real at the end."""
+    """The exponential of a complex matrix, and a complex bias; the output is real."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ def problem(name, dtype=F64):
 
 
 def real_numbers(model):
-    """The parameters as one real vector, and a function of it that names them."""
+    """The parameters as one real vector, and a function from such a vector to named parameters."""
     named = dict(model.named_parameters())
     pieces = [torch.view_as_real(p) if p.is_complex() else p for p in named.values()]
     pieces = [p.detach() for p in pieces]
@@ -198,7 +198,7 @@ def test_single_precision_and_a_closure():
         assert error(columns(C), exact) < (3e-2 if engine == "difference" else 1e-4)
 
 
-def test_parameters_that_change_are_followed():
+def test_products_use_the_changed_parameters():
     model, _, _ = made = problem("magnitudes")
     A = fh.Hessian(*made)
     columns(A)
@@ -241,9 +241,9 @@ def test_complex_outputs():
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
-def test_dtypes_that_are_not_supported_and_the_way_out():
+def test_unsupported_dtypes_and_their_advice():
     model, criterion, data = problem("fourier", torch.float32)
-    model.double()  # which leaves complex parameters as they are
+    model.double()  # this does not convert complex parameters
     made = model, criterion, (data[0].double(), data[1])
     refused(
         lambda: fh.Hessian(*made),

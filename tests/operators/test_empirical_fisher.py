@@ -1,4 +1,4 @@
-"""The empirical Fisher matrix against its definition: a sum of g g' by plain torch, in float64."""
+"""The empirical Fisher matrix equals its definition, a sum of g g' by plain torch in float64."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ each_engine = pytest.mark.parametrize("engine", EACH_ENGINE)
 
 
 def bound(engine: str) -> float:
-    """As in the table of engines: what a central difference in float64 leaves, or rounding."""
+    """The error bound of test_engine_table.py: of central differences in float64, or rounding."""
     return 1e-6 if engine == "difference" else 1e-10
 
 
 def of_targets(model: nn.Module, criterion: Any, x: Tensor, y: Tensor) -> Tensor:
-    """sum_i w_i g_i g_i' over the valid targets; over sum_i w_i for a mean."""
+    """sum_i w_i g_i g_i' over the valid targets, divided by sum_i w_i for a mean."""
     options = {"ignore_index": criterion.ignore_index, "reduction": "none"}
     g = jacobian(model, (x, y), lambda z: F.cross_entropy(z, y, **options))
     valid = y.flatten() != criterion.ignore_index
@@ -100,7 +100,7 @@ SMOOTHED = {
 
 @pytest.mark.parametrize("shape", [(), (4,)])
 @pytest.mark.parametrize("how", SMOOTHED)
-def test_ignored_targets_count_for_nothing_in_other_cross_entropies(how: str, shape: Any) -> None:
+def test_ignored_targets_do_not_count_in_other_cross_entropies(how: str, shape: Any) -> None:
     model, x, y = net(*shape)
     criterion = SMOOTHED[how]
     smoothing = criterion.label_smoothing

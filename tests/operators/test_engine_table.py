@@ -1,9 +1,9 @@
-"""Every engine on every problem, for every curvature: the dense matrix of plain torch.
+"""Every engine gives the dense matrix of plain torch, for every problem and every curvature.
 
-Engines that differentiate exactly are held to 1e-10 in
-float64. A central difference of step h has the error h^2 |H''| + eps |g| / h, at best about
-eps^(2/3) times a constant of the problem: 4e-11 in float64 and 2e-5 in float32. 1e-6 and 1e-2
-leave factors of 3e4 and 4e2 for the constant.
+The bound for engines that differentiate exactly is 1e-10 in float64. A central difference with step
+h has the error h^2 |H''| + eps |g| / h. At best, this is about eps^(2/3) times a constant of the
+problem; eps^(2/3) is 4e-11 in float64 and 2e-5 in float32. The bounds 1e-6 and 1e-2 allow constants
+of 3e4 and 4e2.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def exact(name: str) -> Tensor:
 
 
 def fisher(model: nn.Module, criterion: Any, data: Any) -> Tensor:
-    """Mean of g g' over the valid targets of a cross-entropy, else over the samples."""
+    """Mean of g g' over the valid targets of a cross-entropy; for other losses over samples."""
     y = data[-1]
     if isinstance(criterion, nn.CrossEntropyLoss):
         g = jacobian(model, data, lambda z: F.cross_entropy(z, y, reduction="none"))
@@ -65,7 +65,7 @@ def fisher(model: nn.Module, criterion: Any, data: Any) -> Tensor:
 def test_the_hessian_is_the_dense_matrix(name: str, dtype: torch.dtype, engine: str) -> None:
     problem = PROBLEMS[name]
     if problem.closure and engine == "forward":
-        return  # refused, see below
+        return  # it is refused, see below
     A = problem.operator(*problem.make(dtype), engine=engine)
     assert A.dtype is dtype and A.engine.startswith("retained" if engine == "auto" else engine)
     assert mismatch(A, exact(name)) < bound(engine, dtype)
@@ -142,15 +142,15 @@ def test_the_losses_of_torch_on_real_targets(how: str, engine: str) -> None:
     y = torch.rand(11, 3, dtype=F64, generator=torch.Generator().manual_seed(1))
     for curvature, want in ((fh.Hessian, problem.dense), (fh.GaussNewton, gauss_newton)):
         if how in ("huber", "soft margin") and engine == "forward":
-            continue  # unknown to torch's forward derivatives, see below
+            continue  # torch has no forward derivative of these, see below
         if how == "kl" and curvature is fh.GaussNewton:
-            continue  # linear in the outputs
+            continue  # the loss is linear in the outputs
         A = curvature(model, criterion, (x, y), engine=engine)
         assert mismatch(A, want(model, criterion, (x, y))) < 10 * bound(engine, F64)
 
 
 @each_engine
-def test_vectors_blocks_and_parameters_in_motion(engine: str) -> None:
+def test_chosen_parameters_zero_and_scaled_vectors_and_changed_parameters(engine: str) -> None:
     model, criterion, data = PROBLEMS["mlp"].make()
     A = fh.Hessian(model, criterion, data, engine=engine, params=["2.weight", "0.bias"])
     names = ["0.bias", "2.weight"]  # of 0.weight (30), 0.bias (6), 2.weight (18), 2.bias (3)
@@ -166,14 +166,14 @@ def test_vectors_blocks_and_parameters_in_motion(engine: str) -> None:
         v = torch.linspace(-1, 1, 24, dtype=F64)
         assert (A @ v - want @ v).norm() < bound(engine, F64) * (want @ v).norm()
         assert not (A @ (0 * v)).any()
-        small = A @ (1e-12 * v)  # a step is scale-free: as good for a tiny vector, or a huge one
+        small = A @ (1e-12 * v)  # steps do not depend on the size of v
         assert (1e12 * small - want @ v).norm() < bound(engine, F64) * (want @ v).norm()
         large = A @ (1e12 * v)
         assert (1e-12 * large - want @ v).norm() < bound(engine, F64) * (want @ v).norm()
 
 
 @each_engine
-def test_the_model_is_left_as_it_was(engine: str) -> None:
+def test_the_model_is_unchanged(engine: str) -> None:
     model, criterion, data = PROBLEMS["cnn"].make()
     model.train()
     before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -186,7 +186,7 @@ def test_the_model_is_left_as_it_was(engine: str) -> None:
         assert torch.equal(random, torch.get_rng_state())
 
 
-def test_what_an_engine_does_not_support_is_one_clear_line() -> None:
+def test_unsupported_engines_are_refused_in_one_line() -> None:
     w = torch.ones(3, requires_grad=True)
     refused(
         lambda: fh.Hessian.from_closure(lambda: w.pow(3).sum(), [w], engine="forward"),
@@ -197,10 +197,10 @@ def test_what_an_engine_does_not_support_is_one_clear_line() -> None:
         refused(lambda c=curvature: c(*made, engine="reverse"), ValueError, "engine must be one of")
 
 
-def test_what_torch_cannot_differentiate_forward_is_one_clear_line() -> None:
+def test_losses_without_forward_derivatives_are_refused_in_one_line() -> None:
     model, _, (x, _) = PROBLEMS["mlp"].make()
     y = torch.rand(11, 3, dtype=F64)
-    lstm = nn.LSTM(5, 3)  # in float32 by a library
+    lstm = nn.LSTM(5, 3)  # in float32, a library computes it
 
     def last(z: Any, y: Tensor) -> Tensor:
         return (z[0] * y).square().mean()
@@ -216,7 +216,7 @@ def test_what_torch_cannot_differentiate_forward_is_one_clear_line() -> None:
 
 
 class Cube(torch.autograd.Function):
-    """x^3, whose derivative torch cannot differentiate."""
+    """x^3, with a derivative that torch cannot differentiate."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

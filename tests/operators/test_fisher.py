@@ -1,4 +1,4 @@
-"""The Fisher matrices against their definitions: sums of g g' by plain torch, in float64."""
+"""The Fisher matrices equal their definitions: sums of g g' by plain torch, in float64."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ each_engine = pytest.mark.parametrize("engine", EACH_ENGINE)
 
 
 def bound(engine: str) -> float:
-    """As in the table of engines: what a central difference in float64 leaves, or rounding."""
+    """The error bound of test_engine_table.py: of central differences in float64, or rounding."""
     return 1e-6 if engine == "difference" else 1e-10
 
 
@@ -49,10 +49,10 @@ def test_a_function_with_its_options_is_the_module(curvature: Any) -> None:
 
 
 def drawn(criterion: Any, *shape: int) -> tuple[nn.Module, Any, tuple[Tensor, Tensor]]:
-    """The problem with targets of the criterion's kind, which the Fisher matrix must not read."""
+    """A problem with valid targets for the criterion; the Fisher matrix must not read them."""
     model, x, y = net(*shape)
     with torch.no_grad():
-        model.last.weight.mul_(4)  # so that the model has an opinion
+        model.last.weight.mul_(4)  # so that predictions are not uniform
     if not isinstance(criterion, nn.CrossEntropyLoss):
         y = torch.randint(2, (9, 3, *shape)).to(F64)
     return model, criterion, (x, y)
@@ -69,10 +69,10 @@ FISHERS = {
 
 @pytest.mark.parametrize("shape", [(), (4,)], ids=["vectors", "sequences"])
 @pytest.mark.parametrize("how", FISHERS)
-def test_its_mean_over_seeds_and_samples_is_the_gauss_newton_matrix(
+def test_the_mean_over_seeds_and_samples_is_the_gauss_newton_matrix(
     how: str, shape: tuple[int, ...]
 ) -> None:
-    """v'Fv is off by at most 5 standard errors, over seeds and over samples alike."""
+    """The error of the mean of v'Fv is at most 5 standard errors, over seeds and over samples."""
     made = drawn(FISHERS[how], *shape)
     G = gauss_newton(*made)
     v = torch.randn(len(G), dtype=F64, generator=torch.Generator().manual_seed(4))
@@ -84,7 +84,7 @@ def test_its_mean_over_seeds_and_samples_is_the_gauss_newton_matrix(
         stderr = found.std() / seeds**0.5
         assert (found.mean() - v @ G @ v).abs() < 5 * stderr < v @ G @ v, samples
         spread.append(float(found.std()))
-    assert spread[1] < 0.4 * spread[0]  # 1 / sqrt(50) = 0.14 of it
+    assert spread[1] < 0.4 * spread[0]  # with more samples the spread is smaller
     many = columns(fh.Fisher(*made, samples=200))
     assert (many - G).norm() < 0.25 * G.norm()
     assert error(many.T, many) < 1e-14
@@ -93,7 +93,7 @@ def test_its_mean_over_seeds_and_samples_is_the_gauss_newton_matrix(
 
 @each_engine
 @pytest.mark.parametrize("name", ["mlp", "transformer", "gru", "logistic"])
-def test_the_draws_are_those_of_the_seed_for_every_engine(name: str, engine: str) -> None:
+def test_every_engine_draws_the_same_targets_for_a_seed(name: str, engine: str) -> None:
     problem = PROBLEMS[name]
     model, criterion, data = problem.make()
     state = torch.get_rng_state()
@@ -106,9 +106,9 @@ def test_the_draws_are_those_of_the_seed_for_every_engine(name: str, engine: str
         bare = torch.linalg.eigvalsh((H + H.T) / 2)
         assert bare.min() > -bound(engine) * bare.max()
         rank = int((bare > 1e-4 * bare.max()).sum())
-        assert 1 < rank <= 2 * 11  # one g for each target and draw
+        assert 1 < rank <= 2 * 11  # one g per target and draw
     plain = fh.Fisher(model, criterion, data, samples=2, seed=3) @ torch.eye(A.n, dtype=F64)[:5]
-    assert error(H[:5], plain) < bound(engine)  # the same draws, by other derivatives
+    assert error(H[:5], plain) < bound(engine)  # the same draws, with derivatives by another engine
     other = fh.Fisher(model, criterion, data, samples=2, seed=4, engine=engine)
     assert error(other @ torch.eye(A.n, dtype=F64)[:5], plain) > 1e-3
 
@@ -123,8 +123,8 @@ def test_targets_are_drawn_and_not_read() -> None:
 
 @pytest.mark.parametrize("how", ["mean", "sum", "weights"])
 @pytest.mark.parametrize("criterion", ["cross entropy", "mse", "bce"])
-def test_batches_cut_anyhow_have_the_same_expectation(criterion: str, how: str) -> None:
-    """With an ignored batch, and batches of one: G of the whole is the limit all the same."""
+def test_the_expectation_does_not_depend_on_the_batches(criterion: str, how: str) -> None:
+    """G of all data is the limit even with batches of one sample and an ignored batch."""
     if how == "weights" and criterion != "cross entropy":
         return
     made = {"mse": nn.MSELoss, "bce": nn.BCEWithLogitsLoss}
@@ -134,7 +134,7 @@ def test_batches_cut_anyhow_have_the_same_expectation(criterion: str, how: str) 
     cuts = [(x[a:b], y[a:b]) for a, b in ((0, 1), (1, 2), (2, 9))]
     for data in (cuts, DataLoader(TensorDataset(x, y), 4)):
         A = fh.Fisher(model, loss, data, samples=1000)
-        assert mismatch(A, G) < 0.15  # about 1 / sqrt(1000), times the spread of a draw
+        assert mismatch(A, G) < 0.15  # the spread of a draw times 1 / sqrt(1000)
 
 
 def own_loss(z: Tensor, y: Tensor) -> Tensor:
@@ -153,13 +153,13 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("how", UNKNOWN)
-def test_a_criterion_without_a_known_likelihood_is_one_clear_line(how: str) -> None:
+def test_a_criterion_without_a_known_likelihood_is_refused_in_one_line(how: str) -> None:
     real = how in ("l1", "positive weight", "bce weight")
     made = drawn(nn.MSELoss() if real else nn.CrossEntropyLoss())
     refused(lambda: fh.Fisher(made[0], UNKNOWN[how], made[2]), TypeError, "criterion")
 
 
-def test_bad_samples_seeds_and_models_are_one_clear_line() -> None:
+def test_bad_samples_seeds_and_models_are_refused_in_one_line() -> None:
     made = drawn(nn.CrossEntropyLoss())
     for samples in (0, -1):
         refused(lambda s=samples: fh.Fisher(*made, samples=s), ValueError, "samples")
@@ -198,13 +198,13 @@ def test_broadcast_targets_of_a_sum_count_each_time() -> None:
     x, y = torch.randn(5, 4, dtype=F64), torch.randn(5, 3, dtype=F64)
     criterion = nn.MSELoss(reduction="sum")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch's, of broadcasting
+        warnings.simplefilter("ignore")  # torch warns of broadcasting
         G = columns(fh.GaussNewton(model, criterion, (x, y)))
         assert mismatch(fh.Fisher(model, criterion, (x, y), samples=2000), G) < 0.15
 
 
 class Own(nn.Module):
-    """A model with a loss of its own on labels, which is not the cross-entropy of its logits."""
+    """A model that returns its own loss; none is the mean cross-entropy of its logits."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -221,13 +221,13 @@ class Own(nn.Module):
         return {"loss": loss, "logits": z}
 
 
-def test_a_models_own_loss_is_recognised() -> None:
+def test_a_model_loss_that_is_not_a_cross_entropy_is_detected() -> None:
     torch.manual_seed(0)
     batch = {"x": torch.randn(8, 4, dtype=F64), "labels": torch.randint(3, (8,))}
     for how in ("scaled", "counted"):
         model = Own(how)
         refused(lambda m=model: fh.Fisher(m, None, batch), TypeError, "the model's own loss")
-        G = fh.GaussNewton(model, None, batch)  # by the loss's own second derivative
+        G = fh.GaussNewton(model, None, batch)  # by the second derivative of the loss
         assert error(columns(G), columns(fh.Hessian(model, None, batch))) < 1e-12
     for curvature in (fh.GaussNewton, fh.EmpiricalFisher, fh.Fisher):
         refused(

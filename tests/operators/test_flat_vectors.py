@@ -1,4 +1,4 @@
-"""Flat vectors and padded rows, and operators from a callable."""
+"""Flat vectors, padded rows, and operators from a callable."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_flatten_reads_non_contiguous_tensors_and_scalars() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("n", [1, 15, 16, 17, 511, 512, 1024, 2048, 4099])
-def test_rows_start_on_cache_lines_and_not_a_page_apart(n: int, dtype: torch.dtype) -> None:
+def test_rows_are_aligned_to_cache_lines_and_not_to_pages(n: int, dtype: torch.dtype) -> None:
     V = empty_rows(3, n, dtype, "cpu")
     assert V.shape == (3, n) and not V.any()
     stride = V.stride(0) * V.element_size()
@@ -47,7 +47,7 @@ def test_rows_start_on_cache_lines_and_not_a_page_apart(n: int, dtype: torch.dty
     assert all(row.data_ptr() % 64 == 0 for row in V)
 
 
-def test_a_request_writes_strided_rows_and_nothing_else() -> None:
+def test_a_request_writes_only_its_strided_rows() -> None:
     made = PROBLEMS["mlp"].make()
     A = PROBLEMS["mlp"].operator(*made)
     n = A.n
@@ -104,7 +104,7 @@ def test_the_symmetry_probe_is_made_once_and_not_counted() -> None:
 
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e12])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_symmetry_probe_sees_one_per_cent_at_any_scale(
+def test_the_symmetry_probe_detects_one_per_cent_at_any_scale(
     dtype: torch.dtype, scale: float
 ) -> None:
     n = 200
@@ -128,7 +128,7 @@ def test_a_matvec_that_differentiates_works_under_no_grad() -> None:
     assert Hv.tolist() == [6.0, 12.0] and not Hv.requires_grad
 
 
-def test_callables_multiply_tensors_made_under_inference_mode() -> None:
+def test_callables_accept_tensors_made_under_inference_mode() -> None:
     M = _symmetric(4)
     A = fh.SymmetricOperator(lambda v: M @ v, 4, dtype=torch.float64)
     with torch.inference_mode():
@@ -138,7 +138,7 @@ def test_callables_multiply_tensors_made_under_inference_mode() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_to_scipy_serves_arpack(dtype: torch.dtype) -> None:
+def test_to_scipy_works_with_arpack(dtype: torch.dtype) -> None:
     linalg = pytest.importorskip("scipy.sparse.linalg")
     made = PROBLEMS["mlp"].make(dtype)
     A = PROBLEMS["mlp"].operator(*made)

@@ -1,4 +1,4 @@
-"""The Gauss-Newton matrix against J' M J from torch's jacobian and hessian, in float64."""
+"""The Gauss-Newton matrix equals J' M J by torch's jacobian and hessian, in float64."""
 
 import collections
 
@@ -25,7 +25,7 @@ def test_gauss_newton_is_the_dense_matrix(name, engine):
     assert single.dtype is F32 and error(single, dense(*made)) < 2e-5
 
 
-def test_gauss_newton_is_the_hessian_of_a_linear_model_only():
+def test_gauss_newton_is_the_hessian_only_for_a_linear_model():
     made = PROBLEMS["logistic"].make()
     assert error(columns(fh.GaussNewton(*made)), columns(fh.Hessian(*made))) < 1e-14
     made = PROBLEMS["mlp"].make()
@@ -67,7 +67,7 @@ def test_chosen_parameters_and_an_output_with_logits():
     assert error(columns(G), dense(plain, criterion, (x, y))[15:, 15:]) < 1e-13
 
 
-def test_it_follows_the_parameters_and_serves_every_algorithm():
+def test_gauss_newton_uses_changed_parameters_and_works_in_every_algorithm():
     made = PROBLEMS["cnn"].make()
     G = fh.GaussNewton(*made)
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_it_follows_the_parameters_and_serves_every_algorithm():
                                atol=0)  # fmt: skip
     found = fh.trace(G, rtol=0.2)
     assert found.interval[0] <= want.trace() <= found.interval[1]
-    # quadrature of a positive semidefinite matrix has no negative node
+    # nodes of a quadrature are not negative for a positive semidefinite matrix
     assert fh.density(G, steps=20).nodes.min() > -1e-12 * values[-1]
 
 
@@ -89,7 +89,7 @@ def test_a_criterion_linear_in_the_outputs_has_no_curvature():
     assert not columns(G).any()
 
 
-def test_the_model_is_left_as_it_was():
+def test_the_model_is_unchanged():
     model, criterion, data = PROBLEMS["cnn"].make()
     model.train()
     before = {name: t.clone() for name, t in model.state_dict().items()}
@@ -101,7 +101,7 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
 
 
-def test_what_gauss_newton_does_not_support_is_one_clear_line():
+def test_unsupported_losses_and_models_are_refused_in_one_line():
     model, criterion, data = PROBLEMS["mlp"].make()
     refused(
         lambda: fh.GaussNewton(model, None, data), TypeError,

@@ -1,4 +1,4 @@
-"""Hugging Face models built from a configuration, unchanged: mapping batches, their own loss."""
+"""Unmodified Hugging Face models, built from a configuration: mapping batches, built-in losses."""
 
 import json
 import sys
@@ -18,11 +18,11 @@ from tests.support.models import columns, error, refused
 pytestmark = pytest.mark.slow
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-HALF_SINGLE = 1e-6  # their language models compute the loss in float32, whatever the model
+HALF_SINGLE = 1e-6  # language models always compute the loss in float32
 
 
 def dense(model, batch):
-    """H, G = J'MJ and E = sum of g g' over the terms, (n, n) each, by torch's functional API."""
+    """H, G = J'MJ and E = sum of g g' over the terms, each (n, n), by torch's functional API."""
     names = [name for name, _ in model.named_parameters()]
     values = tuple(model.parameters())
 
@@ -100,7 +100,7 @@ def test_a_padding_row_has_no_gradient_by_any_engine():
     assert A.check().ok
 
 
-def test_a_tied_padding_row_is_refused_where_it_would_show():
+def test_a_tied_padding_row_is_refused_by_engines_without_graphs():
     config = made(bert)[0].config
     model = transformers.BertForMaskedLM(config).double()
     tokens = torch.tensor([[1, 2, 3, 0]])
@@ -136,7 +136,7 @@ def test_blocks_of_only_the_adapters_and_of_stages():
     ]  # fmt: skip
 
 
-def test_analyze_takes_a_language_model(tmp_path, monkeypatch, capsys):
+def test_analyze_accepts_a_language_model(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     module = types.ModuleType("mine")

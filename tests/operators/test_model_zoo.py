@@ -1,4 +1,4 @@
-"""Layers in common use: the matrices are those of plain torch."""
+"""The matrices of models with common layers equal those of plain torch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ each_engine = pytest.mark.parametrize("engine", EACH_ENGINE)
 
 
 def bound(engine: str) -> float:
-    """As in the table of engines: what a central difference in float64 leaves, or rounding."""
+    """The error bound of test_engine_table.py: of central differences in float64, or rounding."""
     return 1e-6 if engine == "difference" else 1e-10
 
 
@@ -44,9 +44,9 @@ def test_a_layer_gives_the_dense_matrices(name: str, engine: str) -> None:
 @pytest.mark.parametrize("engine", ["retained", "forward"])
 @pytest.mark.parametrize("name", ZOO)
 def test_a_layer_gives_the_dense_matrix_in_single_precision(name: str, engine: str) -> None:
-    """torch has other kernels there, not all of which it can differentiate."""
+    """In float32 torch uses other kernels, and cannot differentiate some of them twice."""
     if (name, engine) == ("LSTM", "forward"):
-        return  # refused, see the table of engines
+        return  # it is refused, see test_engine_table.py
     model, criterion, (x, y) = zoo(name)
     want = dense(model, criterion, (x, y))
     data = x.float() if x.is_floating_point() else x, y
@@ -54,8 +54,8 @@ def test_a_layer_gives_the_dense_matrix_in_single_precision(name: str, engine: s
 
 
 @pytest.mark.parametrize("curvature", [fh.Hessian, fh.GaussNewton, fh.EmpiricalFisher])
-def test_a_padded_embedding_is_served_where_its_row_stays_out(curvature: Any) -> None:
-    """Its row has no gradient by torch's rule, though the loss depends on it."""
+def test_every_matrix_omits_the_padding_row_of_an_embedding(curvature: Any) -> None:
+    """torch gives the padding row no gradient, although the loss depends on it."""
     torch.manual_seed(3)
     model = nn.Sequential(nn.Embedding(6, 4, padding_idx=0), *tail(12)).double()
     nn.init.normal_(model[0].weight)
@@ -71,7 +71,7 @@ def test_a_padded_embedding_is_served_where_its_row_stays_out(curvature: Any) ->
 
 @each_engine
 @pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.InstanceNorm1d])
-def test_norms_of_the_batch_in_training(norm: Any, engine: str) -> None:
+def test_batch_normalisation_in_training_mode(norm: Any, engine: str) -> None:
     torch.manual_seed(0)
     layers = (nn.Conv1d(2, 3, 2), norm(3, affine=True, track_running_stats=True), nn.Tanh())
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(9, 2)).double()
@@ -79,7 +79,7 @@ def test_norms_of_the_batch_in_training(norm: Any, engine: str) -> None:
         nn.init.normal_(p, 0.3, 0.5)
     data = torch.randn(6, 2, 4, dtype=F64), torch.randint(2, (6,))
     plain = copy.deepcopy(model)
-    plain[1].track_running_stats = False  # without them eval mode has the batch's statistics
+    plain[1].track_running_stats = False  # then eval mode uses batch statistics
     plain[1].running_mean = plain[1].running_var = None
     want = dense(plain, nn.CrossEntropyLoss(), data)
     statistics = model[1].running_mean.clone()
@@ -89,7 +89,7 @@ def test_norms_of_the_batch_in_training(norm: Any, engine: str) -> None:
 
 
 class Masked(nn.Module):
-    """Dropout that remembers its last mask, times 1 / (1 - p), and can hold to a given one."""
+    """Dropout that stores its last mask, times 1 / (1 - p), and can use a given mask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class Masked(nn.Module):
 
 
 @each_engine
-def test_dropout_in_training_has_one_mask_for_each_batch(engine: str) -> None:
+def test_dropout_in_training_mode_has_one_mask_per_batch(engine: str) -> None:
     torch.manual_seed(0)
     masked = Masked()
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), masked, nn.Linear(6, 3)).double()
@@ -123,17 +123,17 @@ def test_dropout_in_training_has_one_mask_for_each_batch(engine: str) -> None:
     plain = copy.deepcopy(model)
     plain[2].held = torch.cat(masked.masks)
     zeros = int((plain[2].held == 0).sum())
-    assert 8 < zeros < 32  # 0.4 of 48
+    assert 8 < zeros < 32  # 0.4 of 48 entries are dropped on average
     assert loss == pytest.approx(float(criterion(plain(x), y).detach()), rel=1e-12)
     assert mismatch(A, dense(plain, criterion, (x, y))) < bound(engine)
-    nothing = fh.Hessian(model, criterion, batches, engine=engine)  # eval mode: no mask at all
+    nothing = fh.Hessian(model, criterion, batches, engine=engine)  # eval mode has no mask
     plain[2].held = torch.ones(8, 6, dtype=F64)
     assert mismatch(nothing, dense(plain, criterion, (x, y))) < bound(engine)
 
 
 @pytest.mark.parametrize("old", [True, False])
 def test_weight_norm_whose_second_derivative_is_wrong_in_torch(old: bool) -> None:
-    """Against central differences, since torch's own double backward is what is wrong."""
+    """The reference is central differences, because torch's double backward is wrong."""
     norm = nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm
     torch.manual_seed(0)
     with warnings.catch_warnings():

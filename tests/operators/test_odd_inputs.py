@@ -1,4 +1,4 @@
-"""Unusual inputs of real users, which a simple implementation gets wrong or fails on."""
+"""Unusual inputs that users have, where a simple implementation is wrong or fails."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ def classifier():
         return nn.Linear(3, 2), [(torch.randn(5, 3), torch.arange(5) % 2) for _ in range(2)]
 
 
-V = torch.linspace(-1.0, 2.0, 8)  # not constant: softmax's Hessian sends equal shifts to zero
+V = torch.linspace(-1.0, 2.0, 8)  # not constant, because softmax ignores equal shifts
 
 
 class Loader:
@@ -32,7 +32,7 @@ class Loader:
         return iter([tuple(t.clone() for t in batch) for batch in self.batches])
 
 
-def test_class_weights_changed_in_place_are_followed():
+def test_products_use_class_weights_changed_in_place():
     model, batches = classifier()
     for engine in ("retained", "recompute"):
         criterion = nn.CrossEntropyLoss(weight=torch.ones(2))
@@ -78,7 +78,7 @@ def test_a_loader_may_yield_missing_values_and_empty_tensors():
         ({"sparse": True}, "set its sparse to False"),
     ],
 )
-def test_embeddings_that_are_not_supported_say_so_and_stay_untouched(options, message):
+def test_unsupported_embeddings_are_refused_and_not_changed(options, message):
     model = nn.Sequential(nn.Embedding(4, 3, **options), nn.Flatten(), nn.Linear(6, 2))
     before = model[0].weight.clone()
     data = torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1])
@@ -87,7 +87,7 @@ def test_embeddings_that_are_not_supported_say_so_and_stay_untouched(options, me
     assert torch.equal(model[0].weight, before)
 
 
-def test_data_that_do_not_fit_are_one_line():
+def test_data_that_do_not_fit_are_refused_in_one_line():
     model, _ = classifier()
     for data in (
         (torch.randn(8, 5), torch.zeros(8, dtype=torch.int64)),
@@ -115,7 +115,7 @@ def test_a_landscape_without_a_finite_loss_is_drawn():
         ("trace", "interval", "x"),
     ],
 )
-def test_results_whose_parts_disagree_are_damaged(part, field, value):
+def test_results_with_inconsistent_parts_are_refused_as_damaged(part, field, value):
     content = {
         "top": {"values": [1.0], "residuals": [0.1], "converged": True, "matvecs": 1},
         "trace": {
@@ -135,7 +135,7 @@ def test_results_whose_parts_disagree_are_damaged(part, field, value):
 
 
 def command(tmp_path, *arguments, **env):
-    """Exit code and stderr of ``fasthessian`` in a folder with a small problem file."""
+    """Exit code and stderr of the command ``fasthessian`` in a folder with a problem file."""
     (tmp_path / "p.py").write_text(
         "import torch\n"
         "def ok():\n"
@@ -157,7 +157,7 @@ def test_a_file_name_or_a_function_with_arguments_is_explained(tmp_path):
         assert code == 2 and errors.count("\n") == 0 and hint in errors, errors
 
 
-def test_a_span_that_overflows_loses_nothing(tmp_path):
+def test_a_span_that_overflows_does_not_lose_results(tmp_path):
     options = [
         "--top",
         "2",
@@ -177,7 +177,7 @@ def test_a_span_that_overflows_loses_nothing(tmp_path):
     assert (tmp_path / "out" / "result.json").exists()
 
 
-def test_an_unknown_instruction_set_stops_instead_of_slowing(tmp_path):
+def test_an_unknown_instruction_set_is_an_error_and_not_a_slow_fallback(tmp_path):
     if fh.kernels.native.unavailable() is not None:
         pytest.skip(f"no native backend: {fh.kernels.native.unavailable()}")
     code, errors = command(tmp_path, "analyze", "p:ok", "--top", "2", FASTHESSIAN_ISA="mmx")
@@ -187,8 +187,8 @@ def test_an_unknown_instruction_set_stops_instead_of_slowing(tmp_path):
 
 
 @pytest.mark.parametrize("basis", ["full", "compressed"])
-def test_a_default_device_of_the_users_moves_nothing(basis):
-    """Nothing is made on torch.set_default_device's, here one without memory."""
+def test_a_default_device_of_the_user_has_no_effect(basis):
+    """No tensor is created on torch's default device, which is one without memory here."""
     d = torch.arange(1.0, 21.0)
     A = fh.SymmetricOperator(lambda v: d * v, 20)
     with torch.device("meta"):

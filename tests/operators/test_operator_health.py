@@ -1,4 +1,4 @@
-"""An operator checks itself, and after a lack of memory it works on and holds no memory."""
+"""Self-checks of an operator; after an out-of-memory error it works and holds no memory."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from tests.support.out_of_memory import Hungry
 F32, F64 = torch.float32, torch.float64
 
 
-class Lying:
-    """Says one reduction, and makes another."""
+class WrongReduction:
+    """Has an attribute ``reduction`` that is not the reduction that it computes."""
 
     def __init__(self, says: str, makes: str) -> None:
         self.reduction, self.makes = says, makes
@@ -31,7 +31,7 @@ class Lying:
 
 
 class WrongTwice(torch.autograd.Function):
-    """x^3 with a right derivative whose own derivative is wrong."""
+    """x^3 with a right first derivative and a wrong second derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ class WrongTwice(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return grad * 3 * x.detach() ** 2  # constant in x to autograd
+        return grad * 3 * x.detach() ** 2  # autograd treats this as constant in x
 
 
 class Cubed(nn.Module):
@@ -89,7 +89,7 @@ def test_kinks_are_distinguished_from_wrong_derivatives() -> None:
     assert not check.ok and not check.forward < 1e-3, str(check)
 
 
-def test_what_a_loss_detaches_is_no_kink() -> None:
+def test_a_detached_part_of_the_loss_is_not_reported_as_a_kink() -> None:
     model, _, (x, y) = PROBLEMS["mlp"].make()
 
     def focal(z: Tensor, y: Tensor) -> Tensor:
@@ -116,8 +116,10 @@ def test_a_wrong_problem_fails_its_check(dtype: torch.dtype) -> None:
     model, _, (x, y) = PROBLEMS["mlp"].make(dtype)
     for says, makes in (("mean", "sum"), ("sum", "mean")):
         for data in ((x, y), [(x[:3], y[:3]), (x[3:], y[3:])]):
-            # what a criterion says is not relied on: its terms are counted
-            H, honest = (fh.Hessian(model, Lying(word, makes), data) for word in (says, makes))
+            # the attribute is not used: the terms of the loss are counted
+            H, honest = (
+                fh.Hessian(model, WrongReduction(word, makes), data) for word in (says, makes)
+            )
             v = torch.ones(H.n, dtype=dtype)
             assert torch.equal(H @ v, honest @ v) and H.check().ok and honest.check().ok
         coupled = fh.Hessian(model, lambda z, y: F.cross_entropy(z, y).sqrt(), (x, y)).check()
@@ -126,7 +128,7 @@ def test_a_wrong_problem_fails_its_check(dtype: torch.dtype) -> None:
         A = fh.Hessian(model, lambda z, y: (z * z.detach().exp()).mean(), (x, y))
     wrong = A.check()
     assert wrong.ok is False and wrong.difference > 0.1
-    torch.manual_seed(0)  # its second derivative is made by local differences
+    torch.manual_seed(0)  # central differences replace its second derivative
     assert fh.Hessian(Cubed().to(dtype), nn.CrossEntropyLoss(), (x, y)).check().ok
 
 
@@ -136,7 +138,7 @@ def test_a_wrong_problem_fails_its_check(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("when", ["forward", "backward"])
 @pytest.mark.parametrize("engine", ["recompute", "difference"])
 @each_curvature
-def test_out_of_memory_names_an_option_and_leaves_nothing(
+def test_out_of_memory_names_an_option_and_keeps_no_memory(
     curvature: Any, engine: str, when: str
 ) -> None:
     inner, criterion, data = PROBLEMS["mlp"].make()
@@ -163,7 +165,7 @@ def test_out_of_memory_with_kept_graphs() -> None:
     A = fh.Hessian(model, criterion, data, engine="retained")
     v = torch.linspace(-1, 1, A.n, dtype=F64)
     before = A @ v
-    with torch.no_grad():  # the graphs are rebuilt, and that fails
+    with torch.no_grad():  # so that graphs are rebuilt, which fails
         inner[0].bias.add_(0.0)
     model.when = "forward"
     refused(lambda: A @ v, MemoryError, "microbatch|engine|memory_budget|precision")
@@ -176,7 +178,7 @@ import ctypes, torch, fasthessian as fh
 from torch import nn
 
 def resident():
-    ctypes.CDLL(None).malloc_trim(0)  # what is free in the allocator is not held
+    ctypes.CDLL(None).malloc_trim(0)  # return the free memory of the allocator
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) for line in status if line.startswith("VmRSS")) / 1024
 
@@ -198,8 +200,8 @@ print(resident() - first)
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads VmRSS from /proc")
-def test_operators_that_are_dropped_hold_no_memory() -> None:
-    """An activation is half a MiB: fifty operators that keep one would hold 25."""
+def test_deleted_operators_hold_no_memory() -> None:
+    """An activation has half a MiB. Fifty operators that each kept one would hold 25 MiB."""
     run = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-300:]
     assert float(run.stdout) < 8

@@ -60,7 +60,7 @@ def test_weight_decay_is_a_multiple_of_the_identity(curvature: Any, engine: str)
         torch.testing.assert_close(B @ w, same @ w + 0.3 * w, rtol=1e-7, atol=1e-9)
 
 
-def test_weight_decay_of_chosen_parameters_closures_and_bad_ones() -> None:
+def test_weight_decay_with_chosen_parameters_with_closures_and_bad_values() -> None:
     model, criterion, batches = ragged()
     A = fh.Hessian(model, criterion, batches, params=["2.weight"], weight_decay=2.0)
     bare = fh.Hessian(model, criterion, batches, params=["2.weight"])
@@ -104,7 +104,7 @@ def test_loss_and_gradient_are_those_at_theta_plus_an_offset() -> None:
 
 
 class Named(nn.Module):
-    """Takes its inputs by name, and returns its own loss where there are labels."""
+    """Accepts its inputs by name, and returns a loss if there are labels."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ def test_microbatches_give_the_same_matrix(curvature: Any, engine: str) -> None:
 
 
 @pytest.mark.parametrize(("engine", "passes"), [("recompute", 1), ("retained", 0)])
-def test_microbatches_are_no_larger_than_asked(engine: str, passes: int) -> None:
+def test_microbatches_are_not_larger_than_requested(engine: str, passes: int) -> None:
     model, criterion, (x, y) = PROBLEMS["mlp"].make()
     sizes: list[int] = []
     handle = model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
@@ -175,13 +175,13 @@ def contrastive(z: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(z @ z.T / 0.5, torch.arange(len(z)).roll(1))
 
 
-def test_what_cannot_be_cut_is_refused_by_name() -> None:
+def test_batches_that_cannot_be_cut_are_refused_with_the_reason() -> None:
     model, criterion, data = PROBLEMS["cnn"].make()
     refused(
         lambda: fh.Hessian(model, criterion, data, mode="train", microbatch=2),
         ValueError, "norm1|BatchNorm",
     )  # fmt: skip
-    fh.Hessian(model, criterion, data, microbatch=2)  # in eval mode its statistics are fixed
+    fh.Hessian(model, criterion, data, microbatch=2)  # in eval mode the statistics are fixed
     model, _, (x, y) = PROBLEMS["mlp"].make()
     for bad in (0, -1, 1.5, "2"):
         refused(
@@ -205,7 +205,7 @@ def test_a_criterion_that_couples_the_samples_is_refused(how: str) -> None:
     fh.Hessian(model, contrastive, data, **options)
 
 
-def test_rounding_of_a_loss_in_bfloat16_is_no_coupling() -> None:
+def test_rounding_of_a_loss_in_bfloat16_is_not_reported_as_coupling() -> None:
     _, criterion, (x, y) = PROBLEMS["mlp"].make(torch.bfloat16)
     for seed in range(5):
         torch.manual_seed(seed)
@@ -228,23 +228,24 @@ def test_bf16_products_are_within_the_error_that_the_engine_states(
     if curvature in (fh.Hessian, fh.GaussNewton):
         exact = dense if curvature is fh.Hessian else gauss_newton
         relative = mismatch(A, exact(*PROBLEMS[name].make()))
-    else:  # held to their definitions elsewhere
+    else:  # other tests compare these with their definitions
         relative = mismatch(A, columns(curvature(model, criterion, data)).double())
     assert 1e-5 < relative < 0.05
     assert "bf16" in A.engine and "relative error" in A.engine
-    told = float(A.engine.split("relative error ")[1].split()[0])
-    assert told / 5 < relative < 5 * told  # one vector's error, against that of four
+    stated = float(A.engine.split("relative error ")[1].split()[0])
+    # the stated error is from one vector, this one from four
+    assert stated / 5 < relative < 5 * stated
     assert all(p.dtype is F32 for p in model.parameters())
 
 
-def test_precisions_that_are_not_supported_are_one_clear_line() -> None:
+def test_unsupported_precisions_are_refused_in_one_line() -> None:
     made = PROBLEMS["mlp"].make(F32)
     for curvature in CURVATURES:
         refused(lambda c=curvature: c(*made, precision="tf32"), ValueError, "tf32")
         refused(lambda c=curvature: c(*made, precision="fp8"), ValueError, "precision must be")
 
 
-def test_weights_of_sums_and_of_callables_are_those_of_whole_batches() -> None:
+def test_weights_are_those_of_whole_batches_for_sums_and_callables() -> None:
     model, criterion, batches = ragged()
     summed = nn.CrossEntropyLoss(reduction="sum", ignore_index=criterion.ignore_index)
     for loss, weights in ((summed, [3.0, 1.0, 2.0]), (criterion, lambda batch: 1.0)):
@@ -288,7 +289,7 @@ def test_a_model_that_differentiates_inside_can_be_cut_and_checked() -> None:
 
 
 class Functional(Forces):
-    """Differentiates inside by torch.func, which allows no hooks on what autograd saves."""
+    """Differentiates inside by torch.func, which allows no hooks on saved tensors."""
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.func.grad(lambda x: self.energy(x).sum())(x)

@@ -1,4 +1,4 @@
-"""Hessian products against the dense Hessian, and at the point where the model stands."""
+"""Hessian products equal the dense Hessian at the current parameters of the model."""
 
 from __future__ import annotations
 
@@ -204,7 +204,7 @@ def _step(model: nn.Module) -> None:
     torch.optim.SGD(model.parameters(), 0.1).step()
 
 
-def _behind_autograd(model: nn.Module) -> None:
+def _without_autograd(model: nn.Module) -> None:
     for p in model.parameters():
         p.data.add_(0.1)
 
@@ -233,9 +233,9 @@ def _loaded(model: nn.Module) -> None:
 
 
 @each_engine
-@pytest.mark.parametrize("change", [_step, _behind_autograd, _replaced, _statistics, _frozen,
+@pytest.mark.parametrize("change", [_step, _without_autograd, _replaced, _statistics, _frozen,
                                     _statistics_replaced, _loaded])  # fmt: skip
-def test_products_follow_a_changed_model(change: Any, engine: str) -> None:
+def test_products_use_the_changed_model(change: Any, engine: str) -> None:
     model, criterion, data = PROBLEMS["cnn"].make()
     model.conv1.weight.requires_grad_(False)
     A = fh.Hessian(model, criterion, data, engine=engine)
@@ -248,7 +248,7 @@ def test_products_follow_a_changed_model(change: Any, engine: str) -> None:
 
 
 @each_engine
-def test_products_of_a_closure_follow_its_parameters(engine: str) -> None:
+def test_products_of_a_closure_use_its_changed_parameters(engine: str) -> None:
     w = torch.tensor([1.0, 2.0], requires_grad=True)
     A = fh.Hessian.from_closure(lambda: w.pow(4).sum(), [w], engine=engine)
     assert torch.equal(A @ torch.ones(2), torch.tensor([12.0, 48.0]))
@@ -257,14 +257,14 @@ def test_products_of_a_closure_follow_its_parameters(engine: str) -> None:
 
 
 @each_engine
-def test_writes_that_change_no_value_do_no_harm(engine: str) -> None:
+def test_products_are_right_after_writes_that_change_no_value(engine: str) -> None:
     model, criterion, data = PROBLEMS["cnn"].make()
     A = fh.Hessian(model, criterion, data, engine=engine)
     H = columns(A)
     for written in (model.parameters(), model.buffers(), data[:1]):
         with torch.no_grad():
             for t in written:
-                t.mul_(1)  # autograd refuses graphs whose tensors were written
+                t.mul_(1)  # autograd rejects graphs whose tensors were written
         assert torch.equal(columns(A), H)
 
 

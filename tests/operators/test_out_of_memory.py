@@ -1,4 +1,4 @@
-"""Running out of memory: a MemoryError whose advice works, and an operator that goes on."""
+"""Out of memory: the advice of the MemoryError works, and the operator can still be used."""
 
 import operator
 import re
@@ -16,7 +16,7 @@ WORDS = "memory of cpu: an allocation of .* failed.*microbatch="
 
 
 class Wide(nn.Module):
-    """Asks for 4 PiB where the batch has more than ``most`` samples, or a graph is kept."""
+    """Allocates 4 PiB if the batch has more than ``most`` samples, or if a graph is kept."""
 
     def __init__(self, inner, most=2):
         super().__init__()
@@ -62,7 +62,7 @@ def test_while_the_operator_is_built_and_the_advice_works(curvature, engine):
 
 @each_curvature
 @pytest.mark.parametrize("call", ["gradient", "loss", "_evaluation.coupling", "check"])
-def test_in_other_calls_and_the_operator_goes_on(curvature, call):
+def test_in_other_calls_and_the_operator_works_again(curvature, call):
     inner, criterion, data = problem()
     model = Hungry(inner)
     A = curvature(model, criterion, data)
@@ -70,7 +70,7 @@ def test_in_other_calls_and_the_operator_goes_on(curvature, call):
     before = A @ v, A.gradient(), A.loss()
     model.when = "forward"
     refused(operator.attrgetter(call)(A), MemoryError, WORDS)
-    assert not A._kept.graphs  # what was kept is free
+    assert not A._kept.graphs  # the kept graphs were freed
     model.when = "never"
     assert torch.equal(A @ v, before[0]) and torch.equal(A.gradient(), before[1])
     assert A.loss() == before[2] and A.check().ok
@@ -106,7 +106,7 @@ def test_a_closure_is_not_told_to_cut_its_batch():
     assert error(again @ torch.eye(H.n, dtype=F64), exact) < 1e-12
 
 
-def test_coupling_is_seen_in_what_fits():
+def test_coupling_is_found_in_the_parts_that_fit_into_memory():
     inner, criterion, data = problem()
 
     def pairs(z, y):

@@ -1,4 +1,4 @@
-"""Wrapped models and mixed dtypes: the matrix of the module inside, in the vectors' precision."""
+"""Wrapped models have the matrix of the module inside; models may mix float dtypes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ each_engine = pytest.mark.parametrize("engine", EACH_ENGINE)
 
 
 def bound(engine: str) -> float:
-    """As in the table of engines: what a central difference in float64 leaves, or rounding."""
+    """The error bound of test_engine_table.py: of central differences in float64, or rounding."""
     return 1e-6 if engine == "difference" else 1e-10
 
 
@@ -43,7 +43,7 @@ def group(tmp_path: Path) -> Iterator[None]:
 
 
 def compiled(model: nn.Module) -> Any:
-    return torch.compile(model, backend="aot_eager")  # has no double backward
+    return torch.compile(model, backend="aot_eager")  # aot_eager has no double backward
 
 
 WRAPPERS: dict[str, tuple[str, Callable[[nn.Module], Any]]] = {
@@ -84,7 +84,7 @@ def test_a_wrapper_gives_the_matrix_of_the_module_inside(name: str) -> None:
 
 
 class Mixed(nn.Module):
-    """A first layer in another precision than the last."""
+    """The first layer has another precision than the last."""
 
     def __init__(self, first: torch.dtype, last: torch.dtype) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Mixed(nn.Module):
 def test_half_precision_parameters_have_operators_in_float32(
     last: torch.dtype, engine: str
 ) -> None:
-    """bfloat16 has 8 bits: rounding of each factor is 4e-3, of a product of several a few of it."""
+    """bfloat16 has 8 bits: each factor is rounded by 4e-3, a product by a few times as much."""
     torch.manual_seed(0)
     model = Mixed(BF16, last)
     x, y = torch.randn(12, 5).bfloat16(), torch.randint(3, (12,))

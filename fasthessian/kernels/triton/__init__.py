@@ -1,1 +1,1 @@
-"""The kernel contract in Triton: the backend, and its kernels by what they read."""
+"""The kernel contract in Triton: the backend, and kernels on rows, on vectors and on logits."""

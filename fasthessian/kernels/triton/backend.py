@@ -1,6 +1,6 @@
-"""The kernel contract in Triton: NVIDIA and AMD GPUs, and its interpreter on a CPU.
+"""The kernel contract in Triton, for NVIDIA and AMD GPUs, and for a CPU by Triton's interpreter.
 
-Triton is imported at first use. If ``TRITON_INTERPRET=1`` is set then, CPU tensors are served.
+Triton is imported at first use. With ``TRITON_INTERPRET=1`` at that time, CPU tensors are served.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from fasthessian.kernels.triton.tiles import (
 
 NAME = "triton"
 OLDEST = (3, 6)
-CHUNK_BYTES = 1 << 16  # of W per program: read again for every BK rows of V, so it must fit L1
-STEPS = 8  # most tiles per program of project: they share one sum across threads
-SUM_OUTPUTS = 8  # sums over chunks per program: it reads 64 bytes of every chunk
-PROGRAMS = 4  # most programs in the interpreter, where each takes milliseconds
+CHUNK_BYTES = 1 << 16  # of W per program; must fit L1, since it is read again per BK rows of V
+STEPS = 8  # maximum of tiles per program of project, which share one sum across threads
+SUM_OUTPUTS = 8  # sums over chunks per program, which reads 64 bytes of every chunk
+PROGRAMS = 4  # maximum of programs in the interpreter, where each takes milliseconds
 PACKED = 4096  # numbers per program of pack
-TABLES = 64  # pointer tables of pack kept
+TABLES = 64  # maximum of cached pointer tables of pack
 
 
 def unavailable(device: torch.device | str = "cpu") -> str | None:
@@ -77,7 +77,7 @@ def _interpreted() -> bool:
 def _cannot_compile() -> str | None:
     try:
         version: str = importlib.import_module("triton").__version__
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         return f"Triton does not import ({type(error).__name__}: {error}); reinstall it"
     numbers = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if numbers and numbers < OLDEST:  # a private build may have no version number
@@ -94,7 +94,7 @@ def describe() -> str:
         return "not installed"
     try:
         version = importlib.import_module("triton").__version__
-    except Exception as error:  # whatever a broken installation raises
+    except Exception as error:  # a broken installation may raise anything
         return f"does not import ({type(error).__name__}: {error})"
     return f"{version}, {'interpreted' if _interpreted() else 'compiled at first use'}"
 
@@ -124,7 +124,7 @@ def _launch(kernel: Any, device: torch.device, programs: int, *args: Any, **opti
 
 
 def _at(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """The context that kernels run in; the interpreter's NumPy must not warn of NaN or overflow."""
+    """The context that kernels run in. The interpreter's NumPy must not warn of NaN or overflow."""
     return np.errstate(all="ignore") if device.type == "cpu" else torch.cuda.device(device)
 
 
@@ -136,14 +136,14 @@ def _cut(V: Tensor, W: Tensor, kind: int) -> tuple[Tile, int]:
         return shape._replace(T=groups, BK=4 * shape.BK), 2
     columns = shape.T * shape.F
     most = CHUNK_BYTES // (shape.B * columns * W.itemsize)
-    if kind == BOTH:  # a program reads its columns of V twice: few enough to stay in L2
+    if kind == BOTH:  # a program reads its columns of V twice, so they must fit L2
         most = shape.B // 4
     fair = n // (columns * 4 * _hardware(V.device)[0])
     return shape, max(1, min(most, STEPS, fair))
 
 
 def _rows(A: Tensor, aligned: bool) -> tuple[Tensor, int, int]:
-    """A, its leading dimension in units, and the unit: 16 bytes of numbers, or 1 if not aligned."""
+    """A, its leading dimension in units, and the unit in numbers: 16 bytes, or 1 if not aligned."""
     ld, unit = (A.stride(0) if A.shape[0] > 1 else 0), (16 // A.itemsize if aligned else 1)
     return A, ld // unit, unit
 
@@ -162,7 +162,7 @@ def project_(
     """``W -= H^T V`` if H is given, then return ``C = V W^T`` (k, b) and ``G = W W^T`` (b, b)."""
     check_block(V, W, H, count=count)
     if H is not None and torch.version.hip is not None:
-        # on ROCm a barrier does not order stores to global memory: the dots need another kernel
+        # on ROCm a barrier does not order stores to global memory: dot products need a new kernel
         update_(V, W, H, count=count)
         H = None
     (k, n), b, device = V.shape, W.shape[0], V.device
@@ -200,10 +200,10 @@ def update_(
     count: Count = None,
     append: float | None = None,
 ) -> Tensor:
-    """``W = S (W - H^T V)``: project_ without the dots; S (b, b) mixes rows, default identity.
+    """``W = S (W - H^T V)``: project_ without dot products. S (b, b) is by default the identity.
 
     With ``append``, row ``count`` of V becomes ``append`` times the first row of the result, and
-    the first row of W becomes its last row. W's other rows do not change.
+    the first row of W becomes its last row. The other rows of W do not change.
     """
     check_block(V, W, H, S, count, append)
     (k, n), b = V.shape, W.shape[0]
@@ -266,7 +266,7 @@ _tables: OrderedDict[Any, tuple[Tensor, Tensor]] = OrderedDict()
 
 
 def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    """``numbers`` on the device, without waiting: an earlier copy, or one from pinned memory."""
+    """``numbers`` on the device without waiting: a cached copy, or a new one by pinned memory."""
     if device.type == "cpu":
         return torch.tensor(numbers, dtype=torch.int64)
     key = (device, torch.cuda.current_stream(device), numbers)
@@ -280,7 +280,7 @@ def _table(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: float = 0.0) -> Tensor:
-    """``out = beta * out + alpha * concat(tensors)``; beta = 0 does not read out."""
+    """``out = beta * out + alpha * concat(tensors)``; with beta = 0, out is not read."""
     check_pack(out, tensors)
     n, device = out.numel(), out.device
     if n == 0:
@@ -293,8 +293,8 @@ def pack_(out: Tensor, tensors: Sequence[Tensor], alpha: float = 1.0, beta: floa
     ]
     with _at(device):
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            # a captured graph would read the table's host memory again at each replay, when it has
-            # been reused; torch.cat passes its pointers by value
+            # each replay would read the table's host memory again, which may have been reused by
+            # then; torch.cat passes its pointers by value
             flat = torch.cat([piece.view(-1) for piece in pieces])
             return reference.pack_(out, [flat], alpha, beta)
         table = _table((*bases, *ends), device)

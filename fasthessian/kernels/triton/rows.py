@@ -1,21 +1,21 @@
 """The Triton kernels that read the rows of V: ``project`` and ``update``. Imports triton.
 
 A column tile has T groups of F numbers; F numbers of V are 16 bytes. All tensors of a kernel have
-the axes (rows of W, rows of V, T F columns), with length 1 where they do not vary. So each thread
-owns one group of every row, loads are 16 bytes wide, sums over rows and groups stay in registers,
-and no tile changes its layout through shared memory. In Triton 3.6 and 3.7 other axes, or another
-order of them, lose this. All arithmetic is in float64. Only the last tile masks columns. It is
-compiled separately (FULL = False), so any n is read 16 bytes at a time.
+the axes (rows of W, rows of V, T F columns); an axis that a tensor does not use has length 1. So
+each thread owns one group of every row, loads are 16 bytes wide, sums over rows and groups stay in
+registers, and no tile changes its layout through shared memory. In Triton 3.6 and 3.7 this does not
+hold with other axes or another order of the axes. All arithmetic is in float64. Only the last tile
+masks columns. It is compiled separately (FULL = False), so any n is read 16 bytes at a time.
 
-PARTS is the number of 16-byte loads per group of W. It is 0 where rows are not aligned: a thread
-then owns F numbers that are T apart, so that a warp still loads neighbours.
+PARTS is the number of 16-byte loads per group of W. It is 0 if rows are not aligned. A thread then
+owns F numbers with a distance of T, so that a warp still loads neighbours.
 """
 
 import triton
 import triton.language as tl
 
-INTERPRETED = triton.knobs.runtime.interpret  # as it was when the kernels were made
-# a new value of these must not compile a new kernel
+INTERPRETED = triton.knobs.runtime.interpret  # its value when the kernels were created
+# a new value of these arguments must not compile a new kernel
 PROJECT_SIZES = ["ldv", "ldw", "hk", "hb", "count", "k", "b", "n", "steps"]
 UPDATE_SIZES = ["ldv", "ldw", "hk", "hb", "si", "sr", "count", "b", "n"]
 
@@ -25,7 +25,7 @@ def _place(
     A, ld, rows, live, start, n,
     i: tl.constexpr, PARTS: tl.constexpr, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to part i of every thread's numbers of rows (., ., 1), and a mask."""
+    """Pointers to part i of the numbers of each thread in rows (., ., 1), and a mask."""
     if PARTS == 0:
         j = tl.arange(0, T * F)
         group, own = j % T, j // T * T
@@ -34,7 +34,7 @@ def _place(
         j = tl.arange(0, T * P)
         group, own = j // P * F, i * P + j % P
     mask = rows < live
-    if not FULL:  # a thread keeps the number of columns left, not the position of each
+    if not FULL:  # a thread stores the number of remaining columns, not their positions
         left = tl.minimum(n - start, T * F).to(tl.int32) - group
         mask = mask & (own < left)[None, None, :]
     return A + start + rows.to(tl.int64) * ld + (group + own)[None, None, :], mask
@@ -55,9 +55,9 @@ def _load(
     A, ld, rows, live, start, n,
     PARTS: tl.constexpr, T: tl.constexpr, F: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Rows (., ., 1) of A at columns start .. start + T F, 0 where a row is not live.
+    """Rows (., ., 1) of A at columns start .. start + T F; 0 for rows that are not live.
 
-    The thread that loaded the parts joins them, so no data moves between threads.
+    Each thread joins the parts that it loaded, so no data moves between threads.
     """
     if PARTS < 2:
         at, mask = _place(A, ld, rows, live, start, n, 0, PARTS, T, F, FULL)
@@ -112,9 +112,9 @@ def _store(
 
 @triton.jit
 def _small(M, i, si, j, sj, mask):
-    """M[i, j] for i and j along the first two axes: (., ., 1), of fewer numbers than threads.
+    """M[i, j] for i and j along the first two axes: (., ., 1), with fewer numbers than threads.
 
-    With more numbers Triton would choose a layout for them and convert V's tiles to it.
+    With more numbers, Triton would choose a layout for them and convert V's tiles to it.
     """
     return tl.load(M + i * si + j * sj, mask=mask, other=0.0).to(tl.float64)
 
@@ -142,9 +142,9 @@ def _dots(
     B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr,
     PARTS_A: tl.constexpr, PARTS_W: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """P[row, r] = A[row] . W[r] over ``steps`` tiles; W comes from L1 after the first rows.
+    """P[row, r] = A[row] . W[r] over ``steps`` tiles. After the first rows, W is read from L1.
 
-    Each thread adds up its tiles; then there is one sum across threads per BK rows.
+    Each thread adds up its tiles. Then there is one sum across threads per BK rows.
     """
     r = tl.arange(0, B)
     for first in range(0, live, BK):
@@ -175,7 +175,7 @@ def _chunk(
             at = start + step * (T * F)
             w = _subtract(V, ldv, W, ldw, H, hk, hb, live, b, at, n, B, BK, T, F, PARTS, FULL)
             _store(W, ldw, r, b, at, n, w, PARTS, T, F, FULL)
-        tl.debug_barrier()  # the dots read what other threads stored
+        tl.debug_barrier()  # the dot products read numbers that other threads stored
     GK: tl.constexpr = B if B < BK else BK
     _dots(W, ldw, b, W, ldw, b, P + k.to(tl.int64) * b, start, steps, n,
           B, GK, T, F, PARTS, PARTS, FULL)  # fmt: skip
@@ -189,12 +189,13 @@ def project(
     B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr,
     UNIT_V: tl.constexpr, UNIT_W: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """W -= H^T V unless H is None, then P[program] = [V W^T; W W^T] (k + b, b) of its columns.
+    """W -= H^T V if H is given, then P[program] = [V W^T; W W^T] (k + b, b) for its columns.
 
     Leading dimensions are given in units, so that the compiler knows their divisibility.
     """
     live = _rows_that_take_part(count, ON_DEVICE)
-    chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # the masked one starts first
+    # the masked chunk starts first
+    chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     start = chunk * steps * (T * F)
     mine = P + chunk * (k + b) * b
     if start + steps * (T * F) <= n:
@@ -219,7 +220,7 @@ def total(
     P, out, count, k: tl.int64, b: tl.int32, chunks: tl.int32,
     BC: tl.constexpr, BO: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = sum over chunks of P[chunk, i], i < (k + b) b, in fixed order; 0 beyond count."""
+    """out[i] = sum of P[chunk, i] over chunks, in fixed order; 0 for rows from ``count`` to k."""
     live = _rows_that_take_part(count, ON_DEVICE)
     size = (k + b) * b
     i = tl.program_id(0).to(tl.int64) * BO + tl.arange(0, BO)
@@ -243,7 +244,7 @@ def _mixed(S, si, sr, i, w, b, B: tl.constexpr):
 
 @triton.jit
 def _row(i: tl.constexpr, w, B: tl.constexpr):
-    """Row i of w: (1, 1, T F), as a sum of bits, which the compiler reduces to a selection."""
+    """Row i of w: (1, 1, T F). The compiler turns this sum of bits into a selection."""
     r = tl.arange(0, B)[:, None, None]
     bits = tl.where(r == i, w.to(tl.int64, bitcast=True), 0)
     return tl.sum(bits, axis=0, keep_dims=True).to(tl.float64, bitcast=True)
@@ -260,10 +261,10 @@ def _update_tile(
     w = _subtract(V, ldv, W, ldw, H, hk, hb, live, b, start, n, B, BK, T, F, PARTS, FULL)
     free = V + live.to(tl.int64) * ldv
     if S is None:
-        if APPEND:  # rows other than the first, then than the last, are masked by their index
+        if APPEND:  # the index masks all rows except the first, then all except the last
             _store(free, 0, r, 1, start, n, w * scale, min(PARTS, 1), T, F, FULL)
             _store(W, 0, tl.where(r == b - 1, 0, 1), 1, start, n, w, PARTS, T, F, FULL)
-        else:  # row by row, here and with S: the addresses of all rows do not fit the registers
+        else:  # row by row (with S too), since the addresses of all rows do not fit registers
             for i in tl.static_range(B):
                 x = _row(i, w, B)
                 _store(W, ldw, one + i, b, start, n, x, PARTS, T, F, FULL)
@@ -285,9 +286,10 @@ def update(
     B: tl.constexpr, BK: tl.constexpr, T: tl.constexpr, F: tl.constexpr, PARTS: tl.constexpr,
     UNIT_V: tl.constexpr, UNIT_W: tl.constexpr, APPEND: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """W' = S (W - H^T V), to W or, with APPEND, its first row to V[count] and its last to W[0]."""
+    """Store W' = S (W - H^T V) in W. With APPEND: its first row in V[count], its last in W[0]."""
     live = _rows_that_take_part(count, ON_DEVICE)
-    chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)  # the masked one starts first
+    # the masked chunk starts first
+    chunk = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64)
     start = chunk * (T * F)
     if start + T * F <= n:
         _update_tile(V, ldv * UNIT_V, W, ldw * UNIT_W, H, hk, hb, S, si, sr, live, b, start, n,

@@ -1,9 +1,9 @@
 """The Triton kernel of ``softmax_curvature_``. Imports triton.
 
 Tensors have the axes (rows, groups of classes, F classes of a group). Each thread owns a group. It
-keeps its own sums, relative to the largest logit it has read, so no thread waits for another before
-the row has been read. F is the axis of registers: its classes are adjacent where rows are aligned;
-otherwise the groups are. Either way a warp loads neighbouring numbers.
+keeps its own sums, relative to the largest logit that it has read, so no thread waits for another
+one before the row has been read. The axis F is in registers. If rows are aligned, the classes of a
+group are adjacent; otherwise the groups are adjacent. In both cases a warp loads neighbours.
 """
 
 import triton
@@ -12,7 +12,7 @@ import triton.language as tl
 
 @triton.jit
 def _origin(top):
-    """What is subtracted from logits: their maximum, or 0 while all are -inf."""
+    """The number that is subtracted from logits: their maximum, or 0 if all are -inf."""
     return tl.where(top == float("-inf"), 0.0, top)
 
 
@@ -23,18 +23,18 @@ def _shrink(top, most):
 
 
 @triton.jit
-def _load(U, Z, at, way, left, live, FULL: tl.constexpr):
-    """Logits and tangents in float32 or float64; -inf and 0 where there are none."""
+def _load(U, Z, at, index, left, live, FULL: tl.constexpr):
+    """Logits and tangents in float32 or float64; -inf and 0 beyond the last class."""
     mask = live
     if not FULL:
-        mask = mask & (way < left)
+        mask = mask & (index < left)
     return tl.load(Z + at, mask=mask, other=float("-inf")), tl.load(U + at, mask=mask, other=0.0)
 
 
 @triton.jit
-def _add(U, Z, at, way, left, live, top, total, dot, FULL: tl.constexpr):
-    z, u = _load(U, Z, at, way, left, live, FULL)
-    numbers = tl.where(z == z, z, float("-inf"))  # the interpreter warns of NaN alone
+def _add(U, Z, at, index, left, live, top, total, dot, FULL: tl.constexpr):
+    z, u = _load(U, Z, at, index, left, live, FULL)
+    numbers = tl.where(z == z, z, float("-inf"))  # only because the interpreter warns of NaN
     most = tl.maximum(top, tl.max(numbers, axis=2, keep_dims=True))
     shrink = _shrink(top, most)
     e = tl.exp(z - _origin(most)).to(tl.float64)
@@ -44,11 +44,11 @@ def _add(U, Z, at, way, left, live, top, total, dot, FULL: tl.constexpr):
 
 
 @triton.jit
-def _write(U, Z, at, way, left, live, used, exists, zero, mean, weight, FULL: tl.constexpr):
-    z, u = _load(U, Z, at, way, left, live, FULL)
+def _write(U, Z, at, index, left, live, used, exists, zero, mean, weight, FULL: tl.constexpr):
+    z, u = _load(U, Z, at, index, left, live, FULL)
     mask = exists
     if not FULL:
-        mask = mask & (way < left)
+        mask = mask & (index < left)
     tl.store(U + at, tl.where(used, tl.exp(z - zero) * weight * (u - mean), 0.0), mask=mask)
 
 
@@ -59,8 +59,8 @@ def curvature(
 ):  # fmt: skip
     """Write ``u = scale (p u - p (p . u))``, ``p = softmax(z)``, for R rows.
 
-    ``line`` is the number of classes (FLAT), or else of adjacent rows. It is given in units, so
-    that the compiler knows its divisibility.
+    ``line`` is the number of classes if FLAT, otherwise the number of adjacent rows. It is given in
+    units of UNIT, so that the compiler knows its divisibility.
     """
     r = tl.arange(0, R)[:, None, None]
     t, f = tl.arange(0, T)[None, :, None], tl.arange(0, F)[None, None, :]
@@ -80,25 +80,25 @@ def curvature(
         row = program // tiles * gap + column
         base = program // tiles * gap * count + column
     if UNIT > 1:
-        way = t * F + f
+        index = t * F + f
     else:
-        way = f * T + t
+        index = f * T + t
     factor = tl.load(scale + row, mask=exists, other=0.0)
     used = factor != 0
     if FLAT:
         live = exists & used
-    else:  # with a mask that differs between rows, 16 bytes would take four loads
+    else:  # with a mask that differs between rows, 16 bytes would need four loads
         live = exists
-    at = base + way * gap
+    at = base + index * gap
 
     whole = count // (T * F) * (T * F)
     top = tl.full((R, T, 1), float("-inf"), Z.dtype.element_ty)
     total = tl.zeros((R, T, 1), tl.float64)
     dot = tl.zeros((R, T, 1), tl.float64)
     for k in range(0, whole, T * F):
-        top, total, dot = _add(U, Z, at + k * gap, way, 0, live, top, total, dot, True)
+        top, total, dot = _add(U, Z, at + k * gap, index, 0, live, top, total, dot, True)
     for k in range(whole, count, T * F):
-        top, total, dot = _add(U, Z, at + k * gap, way, count - k, live, top, total, dot, False)
+        top, total, dot = _add(U, Z, at + k * gap, index, count - k, live, top, total, dot, False)
     most = tl.max(top, axis=1, keep_dims=True)
     shrink = _shrink(top, most)
     total = tl.sum(total * shrink, axis=1, keep_dims=True)
@@ -106,6 +106,6 @@ def curvature(
     weight = (factor / total).to(U.dtype.element_ty)
     zero = _origin(most)
     for k in range(0, whole, T * F):
-        _write(U, Z, at + k * gap, way, 0, live, used, exists, zero, mean, weight, True)
+        _write(U, Z, at + k * gap, index, 0, live, used, exists, zero, mean, weight, True)
     for k in range(whole, count, T * F):
-        _write(U, Z, at + k * gap, way, count - k, live, used, exists, zero, mean, weight, False)
+        _write(U, Z, at + k * gap, index, count - k, live, used, exists, zero, mean, weight, False)

@@ -1,4 +1,4 @@
-"""Sizes that the Triton kernels are compiled for."""
+"""The sizes that the Triton kernels are compiled for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-THREADS = 128  # per program
+THREADS = 128  # threads per program
 
 
 def power(number: int, least: int = 1) -> int:
@@ -20,17 +20,17 @@ class Tile(NamedTuple):
     T: int  # groups of F numbers, one per thread
     F: int  # numbers of V in 16 bytes
     B: int  # rows of W, rounded up to a power of two
-    BK: int  # rows of V at a time: 16 bytes of each are in flight in every thread
-    registers: int  # limit per thread: the 65,536 of a multiprocessor give 512 threads 128 each
-    parts: int  # loads of 16 bytes that F numbers of W take; 0: a row of V or W is not aligned
+    BK: int  # rows of V at a time; each thread loads 16 bytes of each at once
+    registers: int  # limit per thread: with 128, the 65,536 of a multiprocessor serve 512 threads
+    parts: int  # 16-byte loads for F numbers of W; 0 if a row of V or W is not aligned
 
 
-# Keys: bytes per number of V and, where it matters, ``parts``. Lines: 1, 2, 4 and 8 rows of W.
-# Columns: (BK, registers) of project without H, of project with H, and of update. More registers
-# leave fewer threads that wait for memory at a time; with a lower BK each thread has fewer loads in
-# flight. None of these spills (tests/kernels/test_triton_aot.py). The number of tiles per program
-# depends on the length n (`_cut` in backend.py), and nothing on the number of rows k, since a
-# captured step serves every k. ``make tune`` compares these with others, by k, n and type.
+# Keys: bytes per number of V and, if it matters, ``parts``. Lines: 1, 2, 4 and 8 rows of W.
+# Columns: (BK, registers) of project without H, of project with H, and of update. With more
+# registers, fewer threads run at a time. With a lower BK, each thread has fewer loads in flight.
+# None of these kernels spills (tests/kernels/test_triton_aot.py). The number of tiles per program
+# depends on the length n (`_cut` in backend.py). Nothing depends on the number of rows k, because a
+# captured step serves every k. ``make tune`` compares these sizes with others, by k, n and type.
 TABLE = {
     (8,): (
         ((8, 80), (8, 80), (8, 80)),
@@ -61,7 +61,7 @@ DOTS, BOTH, UPDATE = range(3)
 
 
 def tile(V: Tensor, W: Tensor, kind: int) -> Tile:
-    """The sizes for V and W. They do not depend on the number of V's rows, nor do the sums."""
+    """The sizes for V and W. Neither they nor the order of sums depend on V's number of rows."""
     power = (W.shape[0] - 1).bit_length()
     aligned = _aligned(V, V.stride(0)) and _aligned(W, W.stride(0) if W.shape[0] > 1 else 0)
     parts = max(1, W.itemsize // V.itemsize) if aligned else 0
@@ -76,7 +76,7 @@ def _aligned(A: Tensor, ld: int) -> bool:
 
 
 class LogitsTile(NamedTuple):
-    """The sizes of ``softmax.curvature``: rows, groups of F classes, threads of a program."""
+    """The sizes of ``softmax.curvature``: rows, groups of F classes, threads per program."""
 
     R: int
     T: int
@@ -100,7 +100,7 @@ def logits_tile(U: Tensor, unit: int, programs: int | None) -> LogitsTile:
     if programs is not None:
         R = power(-(-outer // programs) if inner == 1 else inner)
         return LogitsTile(R, power(-(-groups // programs)), F, THREADS)
-    if inner == 1:  # few long rows at a time, so that the second pass finds them in the cache
+    if inner == 1:  # few long rows at a time, so that they are in the cache for the second pass
         threads = THREADS if classes < 8192 else 4 * THREADS
         T = min(groups, threads)
         return LogitsTile(threads // T, T, F, threads)

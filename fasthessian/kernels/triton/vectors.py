@@ -7,7 +7,7 @@ from fasthessian.kernels import contract
 
 CANCELLED = tl.constexpr(contract.CANCELLED)
 TWO_PI = tl.constexpr(6.283185307179586)
-# a new value of these must not compile a new kernel
+# a new value of these arguments must not compile a new kernel
 RECUR_SIZES = ["ldc", "ldt", "lda", "count", "k"]
 
 
@@ -17,7 +17,7 @@ def recur(
     k: tl.int32, shrink: tl.float64, H, S,
     R: tl.constexpr, L: tl.constexpr, ON_DEVICE: tl.constexpr,
 ):  # fmt: skip
-    """``reference.recur_`` by one program; M is its T, in tiles (R, L), and shrink 1 / scale."""
+    """``reference.recur_`` by one program. M is T, read in tiles (R, L); shrink is 1 / scale."""
     if ON_DEVICE:
         j = tl.load(count).to(tl.int32)
     else:
@@ -40,7 +40,7 @@ def recur(
     t = (tl.load(G + 1) - tl.sum(sz, axis=0)) / nu2
 
     worst = tl.zeros((R,), tl.float64)
-    broken = tl.zeros((R,), tl.int32)  # NaN, which a maximum would lose
+    broken = tl.zeros((R,), tl.int32)  # counts NaN, because a maximum would lose it
     for first in range(0, j, R):
         i = first + tl.arange(0, R)
         products = tl.zeros((R, L), tl.float64)
@@ -59,7 +59,7 @@ def recur(
     asymmetry = tl.where(tl.sum(broken, axis=0) > 0, float("nan"), tl.max(worst, axis=0))
     alpha = t - tl.sum(ls, axis=0)
 
-    tl.debug_barrier()  # what is written below has been read by all threads
+    tl.debug_barrier()  # all threads have read the numbers that are overwritten below
     for first in range(0, j, L):
         i = first + tl.arange(0, L)
         coupled = tl.where(fresh, nu * tl.load(link_row + i, mask=i < j, other=0.0), 0.0)
@@ -97,7 +97,7 @@ def _philox(counter, kind: tl.constexpr, seed):
 
 @triton.jit
 def _spread(out, word, start, n):
-    """The 32 bits of each word to out[start ..] as +-1, a set bit as -1."""
+    """Write the 32 bits of each word to out[start ..] as +-1; a set bit is -1."""
     bit = tl.arange(0, 32)[None, :]
     value = 1 - 2 * ((word[:, None] >> bit.to(tl.uint32)) & 1).to(tl.int32)
     i = start[:, None] + bit
@@ -108,7 +108,7 @@ def _spread(out, word, start, n):
 def signs(
     out, n: tl.int64, seed: tl.uint64, first: tl.int64, skip: tl.int64, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """The bits of Philox blocks ``first`` .., 128 per block, without the first ``skip``."""
+    """The bits of the Philox blocks from ``first`` on, 128 per block, without ``skip`` bits."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     x0, x1, x2, x3 = _philox(first + block, 0, seed)
     start = block * 128 - skip
@@ -120,10 +120,10 @@ def signs(
 
 @triton.jit
 def _cos_sin(c):
-    """Cosine and sine of 2 pi (c + 1/2) 2^-32, c of 32 bits.
+    """Cosine and sine of 2 pi (c + 1/2) 2^-32, where c has 32 bits.
 
-    Taylor series about the nearest quarter turn, which is found exactly; their error is below
-    rounding. The functions of libdevice need a stack, to reduce huge angles.
+    By Taylor series around the nearest quarter turn, which is found exactly. Their error is below
+    rounding. The functions of libdevice would need a stack to reduce huge angles.
     """
     quarter = (c + 0x20000000) >> 30
     rest = (c << 2).to(tl.int32, bitcast=True) >> 2  # in 2^-30 quarter turns
@@ -155,7 +155,7 @@ def _normal_pair(a, c):
 def normal(
     out, n: tl.int64, seed: tl.uint64, first: tl.int64, skip: tl.int64, BLOCKS: tl.constexpr
 ):  # fmt: skip
-    """The normals of Philox blocks ``first`` .., four per block, without the first ``skip``."""
+    """The normals of the Philox blocks from ``first`` on, 4 per block, without ``skip`` ones."""
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     x0, x1, x2, x3 = _philox(first + block, 1, seed)
     pairs = tl.join(_normal_pair(x0, x1), _normal_pair(x2, x3))  # (BLOCKS, 2, pair)
@@ -169,10 +169,10 @@ def pack(
     out, table, tensors: tl.int32, n: tl.int64, chunk: tl.int64, alpha: tl.float64,
     beta: tl.float64, BN: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """Write alpha * concat (+ beta * out) to elements chunk * program .. of out.
+    """Write alpha * concat (+ beta * out) to ``chunk`` elements of out per program.
 
-    ``table`` (2, tensors): where element 0 of out would be in the memory of each tensor, and the
-    element after its last.
+    ``table`` (2, tensors) holds, for each tensor, the address that element 0 of out would have in
+    it, and the index in out of the element after its last.
     """
     done = tl.program_id(0).to(tl.int64) * chunk
     stop = tl.minimum(done + chunk, n)

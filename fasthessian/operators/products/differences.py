@@ -1,4 +1,4 @@
-"""How far a derivative is from central differences."""
+"""The distance between a derivative and central differences."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# Accepted relative distance of a product from central differences of gradients: their rounding
-# (some losses are float32 in every model), and activations that switch sides within the step.
+# The largest accepted relative distance between a product and central differences of gradients.
+# Differences have rounding (some losses are always float32), and a step may cross kinks.
 DIFFERENCE = {torch.float32: 5e-2, torch.float64: 1e-3}
 
 
@@ -17,12 +17,12 @@ def distances(at: Callable[[float], Tensor], unit: float, want: Tensor) -> tuple
 
     Args:
         at: a function of h.
-        unit: the scale of h; the steps are eps^(1/3) of it and near that, by the dtype.
+        unit: the scale of h; the steps are about eps^(1/3) of it, with eps of the dtype.
         want: the derivative to be checked.
 
     Returns:
-        The smallest distance of a difference to ``want``, and the smallest distance between two
-        differences. Both are relative to ``want``, or to ``at(0) / unit`` where ``want`` is 0.
+        The smallest distance between a difference and ``want``, and the smallest distance between
+        two differences. Both are relative to ``want``, or to ``at(0) / unit`` if ``want`` is 0.
     """
     size = float(want.double().norm()) or float(at(0.0).double().norm()) / unit or 1.0
     unit *= torch.finfo(want.dtype).eps ** (1 / 3)

@@ -1,4 +1,4 @@
-"""How the products of one part are made: by double backward, forward mode, or differences."""
+"""The engines: products of one part by double backward, forward mode, or differences."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ from fasthessian.operators.torch_state.scopes import UndoLog, scope
 from fasthessian.vectors import like, real
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
-# Words of torch's errors for operations that it cannot differentiate twice, or in forward mode.
+# Words in torch's errors for operations that it cannot differentiate twice, or in forward mode.
 NOT_TWICE = ("not implemented", "not been implemented", "differentiate twice")
 NOT_FORWARD = ("forward AD", "forward mode AD", "jvp", "ZeroTensors", "setup_context",
                "functorch transform", *NOT_TWICE)  # fmt: skip
 
-Gradient = Callable[[Sequence[int]], Sequence[Tensor]]  # with respect to parameters at places
+Gradient = Callable[[Sequence[int]], Sequence[Tensor]]  # positions of parameters -> gradients
 
 
 class Graph:
-    """The products of one part of the loss; a subclass makes the pieces of one (``_pieces``)."""
+    """The products of one part of the loss; a subclass computes them by parameter (``_pieces``)."""
 
     def __init__(self, params: Sequence[Tensor], weight: float) -> None:
         self._params, self._weight = params, weight
-        self.layers: Layers | None = None  # serves blocks of single layers, where it is kept
-        self.padded: dict[int, int | slice] = {}  # rows without gradient, by place
+        self.layers: Layers | None = None  # factors of single layers, if they are kept
+        self.padded: dict[int, int | slice] = {}  # parameter's position -> rows without gradient
 
     def products(self, requests: Sequence[Request], *, first: bool, keep: bool) -> None:
-        """Add ``weight * H v`` to each row of each ``out``, or write it there if ``first``.
+        """Add ``weight * H v`` to each row of each ``out``, or overwrite the row if ``first``.
 
-        The graph can serve again only if ``keep``.
+        The graph can be used again only if ``keep``.
         """
         left = sum(len(request.V) for request in requests)
         for request in requests:
@@ -53,7 +53,7 @@ class Graph:
                         tangents[i] = tangents[i].clone()
                         tangents[i][self.padded[place]] = 0
                 pieces: Sequence[Tensor] | None
-                with _named(isinstance(self, Forward)):
+                with _engine_advice(isinstance(self, Forward)):
                     if self.layers is not None and self.layers.serves(places):
                         pieces = self.layers.pieces(places, tangents)
                     else:
@@ -67,7 +67,7 @@ class Graph:
     def _pieces(
         self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool
     ) -> Sequence[Tensor] | None:
-        """The product by parameter, unweighted; None if the block is 0."""
+        """The product without weight, split by parameter; None if it is 0."""
         raise NotImplementedError
 
 
@@ -79,8 +79,8 @@ class DoubleBackward(Graph):
         grads: tuple[Tensor | None, ...] = (None,) * len(params)
         if loss.requires_grad:
             grads = torch.autograd.grad(loss, params, create_graph=True, allow_unused=True)
-        # A gradient that is constant in the parameters has no rows in H. Of the others only the
-        # edges of the graph are kept, so that their values need not stay in memory.
+        # The rows of H are 0 for a gradient that is constant in the parameters. For the others,
+        # only the edges of the graph are kept, so the values of the gradients can be freed.
         self._edges = {
             i: get_gradient_edge(g)
             for i, g in enumerate(grads)
@@ -107,8 +107,8 @@ class DoubleBackward(Graph):
 class Forward(Graph):
     """H v as the derivative of the gradient along v, by forward over reverse; no graph is kept.
 
-    ``loss(places, values)`` is the loss of the part with ``values`` for the parameters at
-    ``places``. Reverse over forward is avoided: torch 2.13 is silently wrong there.
+    ``loss(places, values)`` is the loss of the part if the parameters at the positions ``places``
+    are ``values``. Reverse over forward is avoided, because torch 2.13 is silently wrong there.
     """
 
     def __init__(
@@ -134,11 +134,11 @@ class Forward(Graph):
 
 
 class Difference(Graph):
-    """H v as the central difference of gradients at theta +- h v: no second derivative is needed.
+    """H v as the central difference of gradients at theta +- h v, without second derivatives.
 
-    ``gradient(places)`` is the gradient of the part at the current parameters. The error is of the
-    order eps^(2/3) of the dtype relative to the third derivative, about 1e-4 in float32. It is not
-    bounded at kinks (ReLU): a step of any size crosses some of them.
+    ``gradient(places)`` is the gradient of the part at the current parameters. The error is about
+    eps^(2/3) of the dtype relative to the third derivative: about 1e-4 in float32. With kinks
+    (ReLU) the error is not bounded, because a step of any size crosses some of them.
     """
 
     def __init__(self, gradient: Gradient, params: Sequence[Tensor], weight: float) -> None:
@@ -156,9 +156,9 @@ class Difference(Graph):
 def difference(
     function: Callable[[], Sequence[Tensor]], params: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> Sequence[Tensor] | None:
-    """Central difference of a function of the parameters along the tangents; None along 0.
+    """Central difference of a function of the parameters along the tangents; None if they are 0.
 
-    The step keeps its size relative to the parameters, whatever the size of the tangents.
+    The step is relative to the size of the parameters; it does not depend on that of the tangents.
     """
     size = _norm(tangents)
     if not size:
@@ -186,13 +186,13 @@ def _norm(tensors: Sequence[Tensor]) -> float:
 
 
 @contextlib.contextmanager
-def _named(forward: bool) -> Iterator[None]:
-    """Say which engine would serve if torch does not have the derivative."""
+def _engine_advice(forward: bool) -> Iterator[None]:
+    """If torch does not have the derivative, name an engine that works."""
     try:
         yield
     except RuntimeError as error:  # NotImplementedError is one
         first = str(error).splitlines()[0]
-        if "RuntimeError: KeyboardInterrupt" in str(error):  # a Ctrl-C inside TorchScript
+        if "RuntimeError: KeyboardInterrupt" in str(error):  # Ctrl-C inside TorchScript
             raise KeyboardInterrupt from error
         if forward and any(words in str(error) for words in NOT_FORWARD):
             raise UnsupportedError(
@@ -208,14 +208,14 @@ def _named(forward: bool) -> Iterator[None]:
 
 
 def gradient(loss: Tensor, params: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradient of the loss, zeros where it does not depend on a parameter."""
+    """The gradient of the loss, with zeros for parameters that it does not depend on."""
     if not loss.requires_grad:
         return [torch.zeros_like(p) for p in params]
     return torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
 
 
 def unused(loss: Tensor, params: Sequence[Tensor], places: Sequence[int]) -> list[int]:
-    """The places of the parameters that no gradient reaches."""
+    """The positions of the parameters that no gradient reaches."""
     if not loss.requires_grad:
         return list(places)
     grads = torch.autograd.grad(loss, [params[i] for i in places], allow_unused=True)
@@ -223,14 +223,14 @@ def unused(loss: Tensor, params: Sequence[Tensor], places: Sequence[int]) -> lis
 
 
 def examine(loss: Tensor, params: Sequence[Tensor], freed: str, twice: bool = True) -> list[int]:
-    """Check that the loss depends on the parameters and can be differentiated (``twice``).
+    """Check that the loss depends on the parameters and can be differentiated once or ``twice``.
 
-    Returns the places of the parameters that no gradient reaches. ``freed`` is the message for a
-    loss whose graph is gone.
+    Returns the positions of the parameters that no gradient reaches. ``freed`` is the message for a
+    loss whose graph was freed.
 
     For a custom function marked ``once_differentiable`` torch returns a second derivative of zero
-    without an error: the error node is not on the path to the parameters. A seed that requires
-    gradients makes every such node appear in the graph, also after constants.
+    without an error, because its error node is not on the path to the parameters. If the gradient
+    of the output requires gradients, every such node is in the graph, even next to constants.
     """
     grads: tuple[Tensor | None, ...] = ()
     if loss.requires_grad:
@@ -258,7 +258,7 @@ def examine(loss: Tensor, params: Sequence[Tensor], freed: str, twice: bool = Tr
 
 
 def nodes_from(starts: Iterable[Node | None]) -> Iterator[Node]:
-    """All nodes of the graph that can be reached from some of its nodes, those included."""
+    """The given nodes of a graph, and all nodes that can be reached from them."""
     nodes = list(starts)
     seen = set(nodes)
     while nodes:
@@ -272,9 +272,9 @@ def nodes_from(starts: Iterable[Node | None]) -> Iterator[Node]:
 
 
 def coarsest(loss: Tensor) -> torch.dtype:
-    """The dtype with the fewest bits in which a part of the loss is computed.
+    """The dtype with the fewest bits that any part of the loss is computed in.
 
-    It is not that of the parameters where the model sets autocast or converts its outputs.
+    It differs from that of the parameters if the model uses autocast or converts its outputs.
     """
     found = {loss.dtype}
     for node in nodes_from([loss.grad_fn]):
@@ -285,9 +285,10 @@ def coarsest(loss: Tensor) -> torch.dtype:
 
 @contextlib.contextmanager
 def metered(params: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
-    """A function that returns the bytes saved by graphs built inside, parameters excluded.
+    """Measure graphs that are built inside this context, which cannot be used after its end.
 
-    The graphs cannot be used after the end of the context.
+    The value of the context is a function that returns the bytes that the graphs save, without the
+    parameters.
     """
     saved: list[Tensor] = []
 
@@ -305,5 +306,5 @@ def metered(params: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
         with saved_tensors_hooks(pack, saved.__getitem__):
             yield total
     finally:
-        # a graph that holds its tensors through hooks is a cycle that the collector cannot see
+        # a graph that holds its tensors through hooks is a cycle that the collector cannot free
         saved.clear()

@@ -1,9 +1,9 @@
 """Whether double backward gives the second derivative of custom autograd functions.
 
 At the first calls of each Python function, the derivative of its backward b(x, u) is compared with
-central differences of b. If they disagree, the function is replaced by `functions.Local`, provided
-that this agrees, and refused otherwise. Operations of torch are not checked: torch's own tests
-compare their second derivatives with differences.
+central differences of b. If they disagree, the function is replaced by `functions.Local`. If this
+disagrees too, the function is refused. Operations of torch are not checked, because torch's own
+tests compare their second derivatives with differences.
 """
 
 from __future__ import annotations
@@ -31,47 +31,48 @@ from fasthessian.operators.products.functions import (
 from fasthessian.operators.torch_state.random_state import seeded
 
 LOW = (torch.bfloat16, torch.float16)
-# Accepted relative distance from differences; steps relative to eps^(1/3), the usual one first
+# Largest accepted relative distance from differences
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2}
 LOW_TOLERANCE = 0.15
+# Steps relative to eps^(1/3); the first is the usual one
 STEPS, LOW_STEPS = (1.0, 0.1, 10.0, 100.0), (1.0, 0.4)
-LARGEST = 0.1  # step in 32 or 64 bits
-# Number of random c in c'b; a wrong term hides in one with a probability of about the tolerance
+LARGEST = 0.1  # largest step in 32 or 64 bits
+# Number of random c in c'b. One c misses a wrong term with a probability of about the tolerance
 PROBES, FINE_PROBES = 3, 2
-INEXACT, NOISY = 2e-2, 0.1  # accepted error of a replacement, and where differences are noisy
-FLOOR = 4.0  # times eps |b| / h, the rounding of a difference of b
-RESOLVED = 0.25  # relative: how much two steps may disagree
+INEXACT, NOISY = 2e-2, 0.1  # accepted error of a replacement; the second if differences are noisy
+FLOOR = 4.0  # accepted rounding of a difference of b, in units of eps |b| / h
+RESOLVED = 0.25  # largest accepted relative distance between the differences of two steps
 
 
 class Verdict(NamedTuple):
-    """What was found of a function; it is right if nothing is set."""
+    """The result of the check of a function. The function is right if no field is set."""
 
     treatment: Treatment | None = None
-    wrong: bool = False  # and there is no treatment
+    wrong: bool = False  # it is wrong and has no treatment
     unknown: bool = False  # differences are inconclusive
 
 
 RIGHT, WRONG, UNKNOWN = Verdict(), Verdict(wrong=True), Verdict(unknown=True)
 
 
-class _Seen(NamedTuple):
+class _Trial(NamedTuple):
     """The derivative of b along a direction of one x or u, by differences."""
 
     place: int
     direction: Tensor
     slope: Sequence[Optional]
-    rounding: float  # of the slope
+    rounding: float  # error of the slope by rounding
     tolerance: float
-    mask: Sequence[Optional] | None = None  # of the entries of b where two steps agree
+    mask: Sequence[Optional] | None = None  # True for entries of b where two steps agree
     step: float = 0.0
-    error: float = 0.0  # relative
+    error: float = 0.0  # relative error of the slope
 
 
 def judge(call: Call) -> Verdict:
     """Compare the function's second derivative with differences, at the inputs of a call."""
     verdict = UNKNOWN
     if any(x.dtype in WIDER for x in call.inputs):
-        verdict = _judged(call, wide=True)  # differences have less rounding there
+        verdict = _judged(call, wide=True)  # differences have less rounding in wider dtypes
     return verdict if verdict.treatment or verdict is RIGHT else _judged(call, wide=False)
 
 
@@ -82,7 +83,7 @@ def _judged(call: Call, wide: bool) -> Verdict:
             return own.verdict()
         other = _Judge(call.widened(), wide=True)
         return other.verdict() if other.like(own) else UNKNOWN
-    except Exception as error:  # the user's code cannot be called again, or not with these dtypes
+    except Exception as error:  # the user's code may not accept another call or these dtypes
         if isinstance(error, RuntimeError) and out_of_memory(error) and not wide:
             raise
         return UNKNOWN
@@ -110,7 +111,7 @@ class _Judge:
         self._c = [[self._random(g) for g in self._b] for _ in range(probes)]
 
     def like(self, other: _Judge) -> bool:
-        """Whether the gradients are those that the same call has in another dtype."""
+        """Whether the gradients agree with those of the same call in another dtype."""
         same = [y is None for y in self._b] == [y is None for y in other._b]
         return same and _norm(_minus(self._b, other._b)) <= other._tolerance * self._size
 
@@ -124,29 +125,29 @@ class _Judge:
             if out_of_memory(error):
                 raise
             return RIGHT  # torch raises, so no wrong derivative is returned
-        every, wrong, unknown = [], False, False
+        trials, wrong, unknown = [], False, False
         for place, x in enumerate((*self._call.inputs, *self._u)):
             d = self._random(x)
             if d is None:
                 continue
             slope, rounding = self._slope(place, d, self._steps[0])
-            seen = _Seen(place, d, slope, rounding, self._tolerance, step=self._steps[0])
-            if not self._misfit(seen, self._c, made) <= seen.tolerance:
-                looked = self._look_closer(seen)
-                if looked is None:
+            trial = _Trial(place, d, slope, rounding, self._tolerance, step=self._steps[0])
+            if not self._misfit(trial, self._c, made) <= trial.tolerance:
+                refined = self._refined(trial)
+                if refined is None:
                     unknown = True
                     continue
-                seen = looked
-                c = [_masked(c, seen.mask) for c in self._c]
-                misfit = self._misfit(seen, c, [self._differentiated(each) for each in c])
-                wrong |= misfit > seen.tolerance
-            every.append(seen)
+                trial = refined
+                c = [_masked(c, trial.mask) for c in self._c]
+                misfit = self._misfit(trial, c, [self._differentiated(each) for each in c])
+                wrong |= misfit > trial.tolerance
+            trials.append(trial)
         if not wrong:
             return UNKNOWN if unknown else RIGHT
-        return WRONG if self._returns_what_it_wrote() else self._treated(every)
+        return WRONG if self._returns_modified_input() else self._treated(trials)
 
-    def _returns_what_it_wrote(self) -> bool:
-        """Whether an output is an input that was written into, which ``Local`` cannot imitate."""
+    def _returns_modified_input(self) -> bool:
+        """Whether an output is an input that was changed in place; ``Local`` cannot do this."""
         given: list[Any] = []
 
         def apply(*args: Any) -> Any:
@@ -160,58 +161,60 @@ class _Judge:
                  if isinstance(x, Tensor) and x.data_ptr() in places]  # fmt: skip
         return any(not torch.equal(x, y) for x, y in pairs)
 
-    def _treated(self, every: Sequence[_Seen]) -> Verdict:
-        step, error = max(seen.step for seen in every), max(seen.error for seen in every)
-        noise = max(seen.tolerance for seen in every)
+    def _treated(self, trials: Sequence[_Trial]) -> Verdict:
+        step, error = max(trial.step for trial in trials), max(trial.error for trial in trials)
+        noise = max(trial.tolerance for trial in trials)
         for transpose in TRANSPOSES:
             how = Treatment(transpose, step, error, self._wide)
             apply = functools.partial(Local.apply, how, self._call.function)
             misfit = 0.0
             try:
-                for seen in every:
-                    c = [_masked(c, seen.mask) for c in self._c]
+                for trial in trials:
+                    c = [_masked(c, trial.mask) for c in self._c]
                     made = [self._differentiated(each, apply) for each in c]
-                    misfit = max(misfit, self._misfit(seen, c, made))
+                    misfit = max(misfit, self._misfit(trial, c, made))
             except (RuntimeError, ValueError) as error_:
                 if isinstance(error_, RuntimeError) and out_of_memory(error_):
                     raise
                 continue
-            # an approximate gradient, as of an adaptive solver, has an error of this size
+            # an approximate gradient (of an adaptive solver, for example) has an error of this size
             if misfit <= max(INEXACT, self._tolerance, min(NOISY, noise)):
                 return Verdict(how._replace(error=max(error, misfit)))
         return WRONG
 
-    def _look_closer(self, seen: _Seen) -> _Seen | None:
-        """The slope in the two steps that agree best, where they agree; None if no two agree."""
+    def _refined(self, trial: _Trial) -> _Trial | None:
+        """The slope by the two steps that agree best, masked; None if no two steps agree."""
         steps = sorted(self._steps)
-        found = [self._slope(seen.place, seen.direction, step) for step in steps]
-        best: _Seen | None = None
+        found = [self._slope(trial.place, trial.direction, step) for step in steps]
+        best: _Trial | None = None
         for i, step in enumerate(steps[1:]):
             (a, _), (b, rounding) = found[i], found[i + 1]
-            mask = _settled(a, b, step / steps[i])
+            mask = _agreement(a, b, step / steps[i])
             a, b = _masked(a, mask), _masked(b, mask)
             gap, size = _norm(_minus(a, b)), _norm(b)
             error = gap / size if size else float(gap > 0)
             if best is None or error < best.error:
                 tolerance = max(self._tolerance, 4 * error)
-                best = _Seen(seen.place, seen.direction, b, rounding, tolerance, mask, step, error)
+                best = _Trial(
+                    trial.place, trial.direction, b, rounding, tolerance, mask, step, error
+                )
         return best if best is not None and best.error <= RESOLVED else None
 
     def _misfit(
-        self, seen: _Seen, c: Sequence[Sequence[Optional]], made: Sequence[Sequence[Optional]]
+        self, trial: _Trial, c: Sequence[Sequence[Optional]], made: Sequence[Sequence[Optional]]
     ) -> float:
         """The relative distance of a derivative from the slope, minus rounding."""
         gaps = [
-            abs(_dot([by[seen.place]], [seen.direction]) - _dot(each, seen.slope))
+            abs(_dot([by[trial.place]], [trial.direction]) - _dot(each, trial.slope))
             for each, by in zip(c, made, strict=True)
         ]
-        beyond = max(gaps) - FLOOR * seen.rounding
+        beyond = max(gaps) - FLOOR * trial.rounding
         if math.isnan(beyond):
             return math.inf
-        return beyond / (_norm(seen.slope) or 1e-300) if beyond > 0 else 0.0
+        return beyond / (_norm(trial.slope) or 1e-300) if beyond > 0 else 0.0
 
     def _slope(self, place: int, d: Tensor, step: float) -> tuple[Sequence[Optional], float]:
-        """The derivative of b along d, and its rounding."""
+        """The derivative of b along d, and its error by rounding."""
         count = len(self._call.at)
         if place < count:
             directions: list[Optional] = [None] * count
@@ -245,11 +248,11 @@ class _Judge:
         return made.to(like)
 
 
-def _settled(a: Sequence[Optional], b: Sequence[Optional], ratio: float) -> list[Optional]:
-    """Where two slopes agree; b was made with a step ``ratio`` times as large as that of a.
+def _agreement(a: Sequence[Optional], b: Sequence[Optional], ratio: float) -> list[Optional]:
+    """Masks of the entries where two slopes agree; b's step is ``ratio`` times as large as a's.
 
-    They disagree at a kink. There the two ends of a step lie on different sides, for any step; or
-    the gap is far larger than that of other entries.
+    They disagree at a kink. There, the two ends of both steps lie on different sides of the kink,
+    or the gap is far larger than for other entries.
     """
     found: list[Optional] = []
     for x, y in zip(a, b, strict=True):

@@ -1,4 +1,4 @@
-"""Custom autograd functions that a loss applies: each is checked, and replaced if it is wrong."""
+"""Custom autograd functions of a loss: each is checked, and replaced if it is wrong."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from fasthessian.operators.products.linear_cross_entropy import FORMULAS
 from fasthessian.operators.torch_state.scopes import Scope, UndoLog, scope, set_attribute
 from fasthessian.operators.torch_state.workarounds import functorch_level
 
-KNOWN = (Tensor, nn.Parameter)  # other subclasses of tensors have rules of their own
+KNOWN = (Tensor, nn.Parameter)  # other subclasses of tensors may define their own rules
 OWN = "fasthessian."
 BUILT_IN = re.compile(
     r"\w+Backward\d+|(struct )?torch::autograd::(AccumulateGrad|CopyBackwards|CopySlices)"
 )
-# Its second derivative is wrong in torch 2.13. Rewrites of layers avoid it where they can.
+# Its second derivative is wrong in torch 2.13. The layer rewrites avoid it if they can.
 DISTRUSTED = ("WeightNormInterfaceBackward0",)
 
-# Every application of a custom function passes through this class, even if the user holds its
-# ``apply``. It is a private name of torch: if it is missing, no function is seen or checked.
-_place: Any = getattr(autograd, "_SingleLevelFunction", None)
+# Every call of a custom function goes through ``apply`` of this class, even if the user has stored
+# the function's ``apply``. The name is private to torch. Without it, no function is checked.
+_base_class: Any = getattr(autograd, "_SingleLevelFunction", None)
 
 
 @dataclass
@@ -40,34 +40,34 @@ class _Kind:
 
 
 class Functions:
-    """The custom functions of one loss, and what was found of each.
+    """The custom functions of one loss, and their verdicts.
 
-    ``watching`` acts in all threads, as checkpointed layers run again in backward threads. The
+    ``watching`` acts in all threads, because checkpointed layers run again in backward threads. The
     caller holds the lock of the process.
     """
 
     _open: list[Functions] = []  # noqa: RUF012
 
     def __init__(self) -> None:
-        # torch.func.vmap makes a class for each call: none is held
+        # torch.func.vmap makes a class per call, so references are weak
         self._kinds: WeakKeyDictionary[Function, dict[Any, _Kind]] = WeakKeyDictionary()
-        self._errors: dict[str, float] = {}  # of the second derivative, by function replaced
-        self._learns = False
+        self._errors: dict[str, float] = {}  # replaced function -> error of its second derivative
+        self._checks_more = False
 
     def watching(self) -> Scope[None]:
-        """Inside, functions are checked at their first calls, and replaced if they are wrong."""
+        """Inside this scope, functions are checked at their first call, and replaced if wrong."""
         return _watching(self)
 
-    def learning(self) -> Scope[None]:
-        """Inside, more calls than the first of each kind are checked."""
-        return set_attribute(self, "_learns", True)
+    def checking_more(self) -> Scope[None]:
+        """Inside this scope, some later calls of each kind are checked too."""
+        return set_attribute(self, "_checks_more", True)
 
     def verdict(self, function: Function, args: tuple[Any, ...]) -> Verdict:
         """The verdict on a call that is about to be made."""
         kind = self._kinds.setdefault(function, {}).setdefault(tuple(map(_kind, args)), _Kind())
-        if not kind.calls or (self._learns and kind.verdict is RIGHT):
+        if not kind.calls or (self._checks_more and kind.verdict is RIGHT):
             calls = kind.calls + 1
-            if not calls & (calls - 1):  # the 1st, 2nd, 4th, ...: a state may start at 0
+            if not calls & (calls - 1):  # the 1st, 2nd, 4th, ... call: first inputs may be 0
                 kind.verdict = judge(Call.of(function, args))
                 if kind.verdict.treatment is not None:
                     name = function.__qualname__
@@ -77,16 +77,16 @@ class Functions:
         return kind.verdict
 
     @property
-    def met(self) -> bool:
-        """Whether the loss applies custom functions."""
+    def found(self) -> bool:
+        """Whether a custom function was found in the loss."""
         return bool(self._kinds)
 
     def replaces(self, function: Function) -> bool:
         """Whether some call of the function is replaced."""
         return any(kind.verdict.treatment for kind in self._kinds.get(function, {}).values())
 
-    def words(self) -> str:
-        """For ``engine``, which functions were replaced."""
+    def note(self) -> str:
+        """Text for ``engine`` that names the replaced functions."""
         return "".join(
             f"; second derivative of {name} by central differences, because its backward makes no "
             f"graph of it: relative error {error:.0e}"
@@ -98,12 +98,13 @@ class Functions:
         return max(self._errors.values(), default=0.0)
 
     def unchecked(self, loss: Tensor, functions: bool = False, beyond: Any = None) -> list[str]:
-        """Names of the nodes between a loss and node ``beyond`` that no check has seen.
+        """Names of the unchecked nodes between a loss and the node ``beyond``.
 
-        With ``functions``, all custom functions count: torch.func differentiates them anew.
+        With ``functions``, all custom functions count, because torch.func differentiates them
+        again.
 
         Raises:
-            RuntimeError: a function was checked, is wrong, and cannot be replaced.
+            RuntimeError: a checked function is wrong and cannot be replaced.
         """
         found: dict[str, None] = dict.fromkeys(self._errors if functions else ())
         nodes: list[Any] = [loss.grad_fn]
@@ -130,20 +131,20 @@ class Functions:
 
 @scope
 def _watching(undo: UndoLog, functions: Functions) -> None:
-    undo(_reopen, [*Functions._open])
+    undo(_stop_watching, [*Functions._open])
     Functions._open.append(functions)
-    if _place is not None:
-        _place.apply = classmethod(_apply)
+    if _base_class is not None:
+        _base_class.apply = classmethod(_apply)
 
 
-def _reopen(before: list[Functions]) -> None:
-    if not before and "apply" in vars(_place or object):
-        del _place.apply
+def _stop_watching(before: list[Functions]) -> None:
+    if not before and "apply" in vars(_base_class or object):
+        del _base_class.apply
     Functions._open[:] = before
 
 
 def wrong(name: str) -> str:
-    """The message that refuses a function."""
+    """The message for a function that is wrong and cannot be replaced."""
     return (
         f"the second derivative of {name} in the loss is wrong: its backward makes no graph of all "
         f"that it depends on; write its backward with differentiable operations, or use "
@@ -158,8 +159,8 @@ def _kind(x: Any) -> Any:
 
 
 def _apply(cls: Function, *args: Any, **named: Any) -> Any:
-    """Replaces ``apply`` of custom functions while a loss is watched."""
-    normal = super(_place, cls).apply
+    """The replacement of ``apply`` of custom functions while a loss is watched."""
+    normal = super(_base_class, cls).apply
     if named or is_unwatched() or cls.__module__.startswith(OWN):
         return normal(*args, **named)
     if not torch.is_grad_enabled():

@@ -1,9 +1,9 @@
-"""Custom autograd functions whose backward pass has no usable graph, and their replacement.
+"""The replacement of custom autograd functions whose backward pass has no usable graph.
 
-torch drops derivatives without an error if the backward b(x, u) of a function makes no graph: if it
-runs under ``no_grad``, leaves torch, or scales a gradient that was made in the forward pass.
-`Local` has the value and the first derivative of such a function. Its second derivative is a
-central difference of b only, so kinks elsewhere in the network do not matter.
+torch drops derivatives without an error if the backward b(x, u) of a function makes no graph. This
+happens if it runs under ``no_grad``, leaves torch, or scales a gradient that was computed in the
+forward pass. `Local` has the value and the first derivative of such a function. Its second
+derivative is a central difference of b alone, so kinks elsewhere in the network do not matter.
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ class Treatment(NamedTuple):
     """How the second derivative of a function is made."""
 
     transpose: str  # how J c is made, one of TRANSPOSES
-    step: float  # of central differences, relative to the inputs
-    error: float  # of these differences, relative; an estimate
-    wide: bool  # differences are made in the next wider dtype, which the function also takes
+    step: float  # step of central differences, relative to the inputs
+    error: float  # estimated relative error of these differences
+    wide: bool  # whether differences are made in the next wider dtype
 
 
-# J c, the derivative of b with respect to u: from the graph of b in u; as b(x, c) if J is
-# symmetric, as for elementwise functions; or as the central difference of the function's outputs.
+# How to compute J c, the derivative of b with respect to u: from the graph of b in u; as b(x, c) if
+# J is symmetric (for elementwise functions); or as the central difference of the outputs.
 TRANSPOSES = ("graph", "symmetric", "difference")
 
 
 class Call(NamedTuple):
-    """One application of a custom function, which can be repeated at other inputs."""
+    """One call of a custom function. It can be repeated with other inputs."""
 
     function: Function
     args: tuple[Any, ...]
-    at: tuple[int, ...]  # places of the inputs that require gradients
-    parameters: frozenset[int]  # those of them that are leaves
-    autocast: tuple[str, torch.dtype, bool]  # as it was when the call was made
+    at: tuple[int, ...]  # positions of the inputs that require gradients
+    parameters: frozenset[int]  # positions of those inputs that are leaves
+    autocast: tuple[str, torch.dtype, bool]  # the state of autocast during the call
 
     @staticmethod
     def of(function: Function, args: tuple[Any, ...]) -> Call:
-        """The call of a function with these arguments; a parameter passed twice counts once."""
+        """The call of a function with these arguments. A parameter passed twice counts once."""
         at = [i for i, x in enumerate(args) if isinstance(x, Tensor) and x.requires_grad]
         first = {id(args[i]): i for i in reversed(at)}
         at = [i for i in at if not args[i].is_leaf or first[id(args[i])] == i]
@@ -83,10 +83,10 @@ class Call(NamedTuple):
         return self._replace(args=args, parameters=frozenset(), autocast=(kind, dtype, False))
 
     def run(self, apply: Callable[..., Any] | None = None) -> tuple[Any, list[Tensor]]:
-        """What the function returns, with a graph of its own, and the inputs of that graph.
+        """The function's outputs, with a graph of their own, and the inputs of that graph.
 
-        Parameters are passed themselves: the function may also read them from a module. Other
-        tensors are copied, since the function may write into them.
+        Parameters are not copied, because the function may also read them from a module. Other
+        tensors are copied, because the function may write into them.
         """
         given = list(self.args)
         inner = {i: x if i in self.parameters else x.detach().requires_grad_()
@@ -95,7 +95,8 @@ class Call(NamedTuple):
         with (
             unwatched(),
             torch.enable_grad(),
-            saved_tensors_hooks(_same, _same),  # a checkpoint around the call counts what is saved
+            # a surrounding checkpoint counts saved tensors
+            saved_tensors_hooks(_identity, _identity),
         ):
             for i, x in enumerate(given):
                 if isinstance(x, Tensor) and not (x.is_leaf and x.requires_grad):
@@ -104,7 +105,7 @@ class Call(NamedTuple):
                 return (apply or self.function.apply)(*given), list(inner.values())
 
     def slopes(self, u: Sequence[Optional]) -> list[Optional]:
-        """b(x, u): the gradients of the inputs from those of the outputs."""
+        """b(x, u): the gradients of the inputs, given the gradients u of the outputs."""
         out, inner = self.run()
         used = [(y, c) for y, c in zip(outputs(out), u, strict=True)
                 if c is not None and isinstance(y, Tensor) and y.requires_grad]  # fmt: skip
@@ -117,11 +118,11 @@ class Call(NamedTuple):
     def difference(
         self, of: Callable[[Call], Sequence[Optional]], directions: Sequence[Optional], step: float
     ) -> tuple[list[Optional], float]:
-        """Central difference of ``of`` as the inputs move along the directions.
+        """Central difference of ``of`` when the inputs move along the directions.
 
         Returns:
-            The differences, and the factor h of the directions, such that no input moves by more
-            than ``step`` of its norm. Both are 0 if all directions are.
+            The differences, and the factor h of the directions. No input moves by more than
+            ``step`` times its norm. Both are 0 if all directions are 0.
         """
         size = [norm(d) / _scale(x) for x, d in zip(self.inputs, directions, strict=True)
                 if d is not None]  # fmt: skip
@@ -138,7 +139,7 @@ class Call(NamedTuple):
 
 @scope
 def _moved(undo: UndoLog, call: Call, directions: Sequence[Optional], shift: float) -> Call:
-    """The call with its inputs moved, parameters in place."""
+    """The call with moved inputs; parameters are moved in place."""
     there: list[Tensor] = []
     keep_values(undo, [call.args[i] for i in call.parameters])
     for i, x, d in zip(call.at, call.inputs, directions, strict=True):
@@ -154,7 +155,7 @@ class Local(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, how: Treatment, function: Function, *args: Any) -> Any:
-        """What the function returns."""
+        """The function's outputs."""
         call = Call.of(function, args)
         out, _ = call.run()
         ys = [y.detach() if isinstance(y, Tensor) else y for y in outputs(out)]
@@ -162,7 +163,7 @@ class Local(torch.autograd.Function):
                  if isinstance(y, Tensor) and not own.requires_grad]  # fmt: skip
         ctx.mark_non_differentiable(*fixed)
         ctx.set_materialize_grads(False)
-        # a parameter must later be the same tensor; torch saves all others
+        # torch saves all tensors except parameters: the backward must use the same tensor
         ctx.saved = [i for i, x in enumerate(args)
                      if isinstance(x, Tensor) and not (x.is_leaf and x.requires_grad)]  # fmt: skip
         ctx.save_for_backward(*[args[i] for i in ctx.saved])
@@ -185,7 +186,7 @@ class Local(torch.autograd.Function):
 
 
 class LocalBackward(torch.autograd.Function):
-    """``b(x, u)``; its derivative in x is by central differences, in u by the treatment."""
+    """``b(x, u)``. Its derivative in x is a central difference; the treatment defines that in u."""
 
     @staticmethod
     def forward(ctx: Any, how: Treatment, call: Call, *tensors: Optional) -> tuple[Optional, ...]:
@@ -205,7 +206,7 @@ class LocalBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *c: Optional) -> tuple[Optional, ...]:
-        """The cotangents of x and u from those of b."""
+        """The gradients of x and u, given the gradients c of b."""
         how, count = ctx.how, len(c)
         saved = ctx.saved_tensors
         x = [own if own is not None else kept
@@ -216,10 +217,10 @@ class LocalBackward(torch.autograd.Function):
         gx: Sequence[Optional] = [None] * count
         gu: Sequence[Optional] = [None] * len(u)
         if any(d is not None for d in c):
-            if _asked(ctx, ctx.edges[:count]):
+            if _is_needed(ctx, ctx.edges[:count]):
                 # b is a gradient, so its Jacobian in x is symmetric
                 gx, _ = call.difference(lambda moved: moved.slopes(u), c, how.step)
-            if _asked(ctx, ctx.edges[count:]):
+            if _is_needed(ctx, ctx.edges[count:]):
                 gu = _transposed(call, u, c, how)
         tensors = [*x, *saved[count:]]
         return None, None, *[g if g is None else g.to(like.dtype)
@@ -229,7 +230,7 @@ class LocalBackward(torch.autograd.Function):
 def _transposed(
     call: Call, u: Sequence[Optional], c: Sequence[Optional], how: Treatment
 ) -> Sequence[Optional]:
-    """J c for each output, J being the Jacobian of the function."""
+    """J c for each output, where J is the Jacobian of the function."""
     if how.transpose == "symmetric":
         return call.slopes(c)
     if how.transpose == "difference":
@@ -243,7 +244,7 @@ def differentiated(
     c: Sequence[Optional],
     apply: Callable[..., Any] | None = None,
 ) -> tuple[list[Optional], list[Optional]]:
-    """The derivatives of c'b(x, u) in x and in u by the graph of b; zeros if it has none.
+    """The derivatives of c'b(x, u) in x and in u by the graph of b; zeros without a graph.
 
     Raises:
         RuntimeError: torch does not have the derivative.
@@ -252,7 +253,7 @@ def differentiated(
     u = [d if d is None else d.detach().requires_grad_() for d in u]
     ys, ds = zip(*[(y, d) for y, d in zip(outputs(out), u, strict=True) if d is not None],
                  strict=True)  # fmt: skip
-    with unwatched(), torch.enable_grad(), saved_tensors_hooks(_same, _same):
+    with unwatched(), torch.enable_grad(), saved_tensors_hooks(_identity, _identity):
         b = torch.autograd.grad(ys, inner, ds, create_graph=True, allow_unused=True)
         curved = [(y, d) for y, d in zip(b, c, strict=True)
                   if y is not None and y.requires_grad and d is not None]  # fmt: skip
@@ -268,7 +269,7 @@ def differentiated(
 
 
 def _differentiable(b: Sequence[Tensor]) -> None:
-    """Raise RuntimeError for a backward marked once_differentiable: torch would return zeros."""
+    """Raise RuntimeError if a backward is once_differentiable, because torch would return zeros."""
     nodes: list[Any] = [y.grad_fn for y in b]
     seen = {None}
     while nodes:
@@ -286,17 +287,17 @@ def outputs(out: Any) -> Sequence[Any]:
 
 
 def widened(x: Optional) -> Optional:
-    """Numbers in the next wider dtype, without a graph."""
+    """A copy of x in the next wider dtype, without a graph."""
     return x if x is None else x.detach().to(WIDER.get(x.dtype, x.dtype))
 
 
 def norm(x: Tensor) -> float:
-    """The norm of all numbers of x."""
+    """The Euclidean norm of all entries of x."""
     return float(torch.linalg.vector_norm(x.detach(), dtype=torch.float64))
 
 
 def _scale(x: Tensor) -> float:
-    size = norm(x)  # uninitialised memory, which the function will fill, may hold anything
+    size = norm(x)  # an output buffer may be uninitialised, and hold NaN or Inf
     return size if size and math.isfinite(size) else 1.0
 
 
@@ -304,22 +305,22 @@ _thread = threading.local()
 
 
 def is_unwatched() -> bool:
-    """Whether this thread applies custom functions without checks and replacements."""
+    """Whether this thread calls custom functions without checks and replacements."""
     return getattr(_thread, "unwatched", False)
 
 
 @scope
 def unwatched(undo: UndoLog) -> None:
-    """Inside, this thread applies custom functions without checks and replacements."""
+    """Inside this scope, this thread calls custom functions without checks and replacements."""
     undo(setattr, _thread, "unwatched", is_unwatched())
     _thread.unwatched = True
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _asked(ctx: Any, edges: Sequence[int | None]) -> bool:
-    """Whether the running differentiation asks for one of these inputs."""
+def _is_needed(ctx: Any, edges: Sequence[int | None]) -> bool:
+    """Whether the current backward pass needs the gradient of one of these inputs."""
     nodes = [ctx.next_functions[edge][0] for edge in edges if edge is not None]
     return any(node is not None and will_run(node) for node in nodes)

@@ -1,4 +1,4 @@
-"""Graphs that are kept from product to product, until something that they depend on changes."""
+"""Graphs that are kept between products, until something that they depend on changes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ class KeptGraphs(Kept):
     """The kept graphs of a loss, and the detector of changes that make them stale.
 
     Args:
-        loss: the loss; ``follow`` surveys it anew after its data or its criterion changed.
-        parameters: returns the parameters by name as they are now, checked.
+        loss: the loss. ``follow`` surveys it again after a change of its data or its criterion.
+        parameters: checks and returns the current parameters by name.
 
     Attributes:
-        capacity: how many parts keep their graph, in the order of the pass.
-        graphs: those of the first parts.
-        complete: every part has its graph, so that the data need not be read.
-        copies: of buffers, as long as nothing changes.
-        detector: compares what the loss depends on with the product before.
-        surveys: how often the data or the criterion changed, so that the loss was surveyed anew.
+        capacity: the number of parts that keep their graph, in the order of the pass.
+        graphs: the graphs of the first parts.
+        complete: every part has its graph, so the data need not be read.
+        copies: copies of buffers; they are dropped when something changes.
+        detector: compares the state that the loss depends on with that of the previous product.
+        surveys: how often the loss was surveyed again, because its data or criterion changed.
     """
 
     def __init__(self, loss: Loss, parameters: Callable[[], dict[str, Tensor]]) -> None:
@@ -42,23 +42,23 @@ class KeptGraphs(Kept):
         self.copies: Copies = {}
         self.detector = ChangeDetector(loss.entries)
         self.surveys = 0
-        self._changes = 0, ""  # changes found so far, and what changed last
-        self._runs: dict[object, int] = {}  # the threads of runs, see ``run``
+        self._changes = 0, ""  # number of changes so far, and what changed last
+        self._runs: dict[object, int] = {}  # the thread of each active run, see ``run``
         self._polling = False  # whether a poll was interrupted
 
     @property
     def every_part(self) -> bool:
-        """Whether every part of the loss keeps its graph, once it is built."""
+        """Whether every part of the loss keeps its graph after the graph is built."""
         return self.capacity >= self._loss.count and self._loss.fixed_order
 
     def follow(self, deferred: bool, whole: bool = True, data: bool = False) -> dict[str, Tensor]:
-        """The parameters as they are now; stale graphs are dropped.
+        """Drop stale graphs, and return the current parameters.
 
         See ``ChangeDetector.poll`` for the arguments.
         """
         now = self._parameters()
         data |= threading.get_ident() not in self._runs.values()
-        interrupted, self._polling = self._polling, True  # what an interrupted poll found is lost
+        interrupted, self._polling = self._polling, True  # interrupted polls lose changes
         change = self.detector.poll(deferred, whole, data)
         if change.stale or interrupted:
             self.forget()
@@ -83,22 +83,22 @@ class KeptGraphs(Kept):
         return self._changes
 
     def run(self) -> Scope[None]:
-        """See ``Kept``: with few parameters, comparing the data costs as much as a product."""
+        """See ``Kept``. With few parameters, comparing the data would cost as much as a product."""
         return _running(self._runs)
 
     def rebuild(self) -> str | None:
         """See ``Kept``.
 
-        A capture fails if a graph of the user's own holds the nodes at which gradients of the
-        parameters arrive, and with them another stream.
+        A capture fails if a graph of the user holds the nodes that accumulate the gradients of the
+        parameters, because these nodes belong to another stream.
         """
         with process_lock():
             self.forget()
             params = self._parameters()
-            for p in params.values():  # a node that nobody holds is made anew each time
-                _marks(p)["fasthessian"] = True
+            for p in params.values():  # a node that nobody holds is created at each access
+                _metadata(p)["fasthessian"] = True
             for name, p in params.items():
-                if _marks(p).pop("fasthessian", False):
+                if _metadata(p).pop("fasthessian", False):
                     return f"a loss or an output computed earlier is still alive and uses {name!r}"
             return None
 
@@ -114,7 +114,7 @@ def _running(undo: UndoLog, runs: dict[object, int]) -> None:
     runs[token] = threading.get_ident()
 
 
-def _marks(p: Tensor) -> dict[str, bool]:
-    """Notes on the node of the graph at which the gradient of p arrives."""
-    marks: Any = get_gradient_edge(p).node.metadata
-    return cast("dict[str, bool]", marks)
+def _metadata(p: Tensor) -> dict[str, bool]:
+    """The metadata of the node that accumulates the gradient of p."""
+    metadata: Any = get_gradient_edge(p).node.metadata
+    return cast("dict[str, bool]", metadata)

@@ -1,10 +1,11 @@
-"""Blocks of single layers by factors: products with all layers cost less than one full product.
+"""Blocks of single layers by factors: products with all blocks cost less than one full product.
 
-The output s of a linear layer is linear in its parameters: s = B theta. With J = dz/ds, a matrix
-J' M J of the loss has the block B' J' M J B of that layer. J is kept: one row per sample and class,
-made by one backward pass per class, which requires that samples are independent. A product then
-takes two local products, B v and B' w, and reads J twice; no other layer is involved. The Hessian
-has the same block if z is piecewise linear in s, as in ReLU networks; this is checked.
+The output s of a linear layer is linear in its parameters: s = B theta. Let J = dz/ds for the
+outputs z of the model. The block of the layer is then B' J' M J B, where M is the second derivative
+of the loss by z. J is kept. It has one row per sample and class, and needs one backward pass per
+class; samples must be independent. A product then consists of two local products, B v and B' w, and
+reads J twice. It involves no other layer. The Hessian has the same block if z is piecewise linear
+in s (in ReLU networks, for example); this is checked.
 """
 
 from __future__ import annotations
@@ -23,27 +24,27 @@ from fasthessian.operators.products.linearised import Linearised, Middle
 from fasthessian.operators.torch_state.layer_rewrites import no_folding
 from fasthessian.operators.torch_state.scopes import UndoLog, restore_dict, scope
 
-MOST = 64  # classes: with more, reading J costs more than a pass through the layers
+MOST = 64  # classes; with more of them, reading J costs more than a pass through the layers
 LINEAR = (nn.Linear, _ConvNd, _BatchNorm, nn.LayerNorm, nn.GroupNorm, nn.Embedding)
-ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-10}  # relative, of sums in two orders
+ROUNDING = {torch.float32: 1e-4, torch.float64: 1e-10}  # relative error of a sum by its order
 
 
 class Layer(NamedTuple):
     """One layer of one part: its parameters, B and J."""
 
-    places: tuple[int, ...]  # of its parameters among all
+    places: tuple[int, ...]  # positions of its parameters among all parameters
     params: tuple[Tensor, ...]
-    output: Tensor  # of the layer, with a graph of only its own parameters
+    output: Tensor  # s, with a graph that contains only the layer's parameters
     linear: Linearised  # B
-    jacobian: Tensor  # J (N, C, numbers in the output of a sample)
+    jacobian: Tensor  # J (N, C, number of outputs of the layer per sample)
 
     def tangent(self, places: Sequence[int], tangents: Sequence[Tensor]) -> Tensor:
-        """J B v (N, C) for v by parameter."""
+        """J B v (N, C), for v given by parameter."""
         inner = [self.places.index(place) for place in places]
         s = self.linear(inner, tangents)
         if s is None:  # an unused parameter
             return self.jacobian.new_zeros(self.jacobian.shape[:2])
-        # a row from the left is six times as fast on a CPU as a column from the right
+        # on a CPU, row times matrix is six times as fast as matrix times column
         return torch.bmm(s.reshape(len(s), 1, -1), self.jacobian.transpose(1, 2)).squeeze(1)
 
     def pull(self, places: Sequence[int], u: Tensor) -> Sequence[Tensor]:
@@ -63,25 +64,25 @@ class Layers:
         self._of = {place: layer for layer in layers for place in layer.places}
 
     def serves(self, places: Sequence[int]) -> bool:
-        """Whether the parameters at ``places`` are all of one layer known here."""
+        """Whether the parameters at ``places`` all belong to one of these layers."""
         layer = self._of.get(places[0])
         return layer is not None and all(place in layer.places for place in places)
 
     def pieces(self, places: Sequence[int], tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The product by parameter, unweighted."""
+        """The product without weight, split by parameter."""
         layer = self._of[places[0]]
         return layer.pull(places, self._middle(layer.tangent(places, tangents)))
 
 
 class Call(NamedTuple):
-    """Inputs and output of a module, by edges of the graph, as tensors may be overwritten."""
+    """Inputs and output of a call of a module; as edges of the graph, since tensors may change."""
 
     inputs: tuple[Any, ...]
-    nodes: tuple[Any, ...]  # of the inputs
-    edge: GradientEdge | None  # of the output; None if it is no tensor with a graph
+    nodes: tuple[Any, ...]  # the nodes of the inputs
+    edge: GradientEdge | None  # the edge of the output; None if the output has no graph
 
 
-class _Watch:
+class _CallRecorder:
     """Records the calls of modules, by forward hooks."""
 
     def __init__(self) -> None:
@@ -99,12 +100,12 @@ class _Watch:
 
 
 @scope
-def _watching(undo: UndoLog, modules: Sequence[nn.Module]) -> _Watch:
-    watch = _Watch()
+def _watching(undo: UndoLog, modules: Sequence[nn.Module]) -> _CallRecorder:
+    watch = _CallRecorder()
     for module in modules:
         for table in (module._forward_hooks, module._forward_hooks_with_kwargs):
             undo(restore_dict, table, dict(table))
-        # before the user's hooks, which may return or write something else
+        # before the user's hooks, because they may change the output
         module.register_forward_hook(watch.note, prepend=True, with_kwargs=True)
     return watch
 
@@ -117,16 +118,16 @@ def build(
     room: float,
     through: bool,
 ) -> Layers | None:
-    """The factors of every layer that has them; None if there are none, or they do not fit.
+    """The factors of all suitable layers; None if there are none, or if they do not fit.
 
     Args:
         model: the model that the layers belong to.
-        params: all parameters, by place.
-        outputs: makes the outputs z of the part, which must be (N, C), and the loss.
-        middle: makes M from z and the loss.
-        room: bytes that the factors may take, in addition to the graph of the outputs.
-        through: require that M holds all curvature of the loss: the loss depends on the parameters
-            only through z, and z is piecewise linear in each layer's output.
+        params: all parameters.
+        outputs: returns the outputs z (N, C) of the part, and the loss.
+        middle: returns M, given z and the loss.
+        room: the number of bytes that the factors may take, besides the graph of the outputs.
+        through: require that M contains all curvature of the loss. The loss must depend on the
+            parameters only through z, and z must be piecewise linear in each layer's output.
     """
     found = _candidates(model, params)
     with no_folding(), _watching(list(found)) as watch:
@@ -137,7 +138,7 @@ def build(
     edges = {module: call.edge for module, call in once.items() if call.edge is not None}
     if not edges:  # no layer of a known kind is called exactly once
         return None
-    if through and not (_only_way(loss, z) and _piecewise_linear(z, list(edges.values()))):
+    if through and not (_only_through(loss, z) and _piecewise_linear(z, list(edges.values()))):
         return None
     own: dict[nn.Module, tuple[Tensor, ...]] = {}
     output: dict[nn.Module, Tensor] = {}
@@ -163,11 +164,11 @@ def build(
 
 
 def _isolated(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor | None:
-    """The layer's output with a graph of only its own parameters; None if it has none."""
+    """The layer's output with a graph that contains only its parameters; None without a graph."""
     given = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     try:
         output = module.forward(*given)  # without the user's hooks
-    except (RuntimeError, TypeError, ValueError):  # it depends on its surroundings
+    except (RuntimeError, TypeError, ValueError):  # it depends on other state
         return None
     return output if isinstance(output, Tensor) and output.requires_grad else None
 
@@ -175,7 +176,7 @@ def _isolated(module: nn.Module, inputs: tuple[Any, ...]) -> Tensor | None:
 def _jacobians(
     z: Tensor, edges: dict[nn.Module, GradientEdge], output: dict[nn.Module, Tensor]
 ) -> dict[nn.Module, Tensor]:
-    """J of each layer in which samples are independent; for others the sums here are wrong."""
+    """J of each layer with independent samples. For other layers the sums here are wrong."""
     made = {module: s.new_empty(len(z), z.shape[1], s[0].numel()) for module, s in output.items()}
 
     def slopes(of: Tensor, weights: Tensor | None = None) -> list[Tensor]:
@@ -200,12 +201,12 @@ def _jacobians(
 
 
 def _candidates(model: nn.Module, params: Sequence[Tensor]) -> dict[nn.Module, tuple[int, ...]]:
-    """Layers with parameters of the usual names that no other module has, and their places."""
+    """Layers whose parameters have the usual names and are not shared, and their positions."""
     place = {id(p): i for i, p in enumerate(params)}
     uses = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
     found: dict[nn.Module, tuple[int, ...]] = {}
     if getattr(nn.modules.module, "_global_forward_hooks", None):
-        return found  # global hooks act before those of a module, and may change its output
+        return found  # global hooks run before those of a module, and may change its output
     for module in model.modules():
         named = {name: id(p) for name, p in module._parameters.items() if p is not None}
         own = [each for each in named.values() if each in place]
@@ -215,10 +216,10 @@ def _candidates(model: nn.Module, params: Sequence[Tensor]) -> dict[nn.Module, t
     return found
 
 
-def _leaves(z: Tensor, passed: Any, beyond: Sequence[Any] = ()) -> set[int]:
-    """Ids of the leaves of z's graph, if the node ``passed`` leads only to the nodes ``beyond``."""
+def _leaves(z: Tensor, cut: Any, beyond: Sequence[Any] = ()) -> set[int]:
+    """Ids of the leaves of z's graph, if the node ``cut`` led directly to the nodes ``beyond``."""
     found: set[int] = set()
-    seen, nodes = {passed}, [z.grad_fn, *beyond]
+    seen, nodes = {cut}, [z.grad_fn, *beyond]
     while nodes:
         node = nodes.pop()
         if node is None or node in seen:
@@ -230,13 +231,13 @@ def _leaves(z: Tensor, passed: Any, beyond: Sequence[Any] = ()) -> set[int]:
     return found
 
 
-def _only_way(loss: Tensor, z: Tensor) -> bool:
-    """Whether the loss depends on leaves only through z, so that it has no penalty term."""
+def _only_through(loss: Tensor, z: Tensor) -> bool:
+    """Whether the loss depends on leaves only through z; a penalty term would not."""
     return not _leaves(loss, z.grad_fn)
 
 
-def _bent(of: Sequence[Tensor], by: Sequence[Any]) -> bool:
-    """Whether some derivative of gradients ``of`` in ``by`` is not 0 to the last bit."""
+def _is_curved(of: Sequence[Tensor], by: Sequence[Any]) -> bool:
+    """Whether a derivative of the gradients ``of`` with respect to ``by`` is not exactly 0."""
     curved = [g for g in of if g is not None and g.requires_grad]
     if not curved:
         return False
@@ -251,14 +252,14 @@ def _linear(s: Tensor, own: Sequence[Tensor]) -> bool:
     """Whether the output of a layer is linear in its parameters."""
     weights = _random(s, torch.Generator("cpu").manual_seed(2))
     grads = torch.autograd.grad(s, own, weights, create_graph=True, allow_unused=True)
-    return not _bent(grads, own)
+    return not _is_curved(grads, own)
 
 
 def _piecewise_linear(z: Tensor, edges: Sequence[GradientEdge]) -> bool:
     """Whether dz/ds does not change with any layer's output s."""
     weights = _random(z, torch.Generator("cpu").manual_seed(0))
     grads = torch.autograd.grad(z, edges, weights, create_graph=True, allow_unused=True)
-    return not _bent(grads, edges)
+    return not _is_curved(grads, edges)
 
 
 def _random(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,8 +1,8 @@
-"""The second derivative of ``F.linear_cross_entropy`` with options, which torch does not have.
+"""The second derivative of ``F.linear_cross_entropy`` with options; torch does not have it.
 
-torch makes its gradient in the forward pass, so that double backward loses most of H. Here the loss
-of a row is ``s (log sum exp z - z_t)``, z = W x + b, and its derivatives are formulas in p =
-softmax(z). They are computed in chunks of rows: no tensor has the size of all logits.
+torch computes the gradient in the forward pass, so double backward loses most of H. Here, the loss
+of a row is ``s (log sum exp z - z_t)`` with z = W x + b, and its derivatives are formulas with
+p = softmax(z). They are computed in chunks of rows, so no tensor has the size of all logits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Optional = Tensor | None
 
 
 class LinearLosses(torch.autograd.Function):
-    """The loss (N,) of each row of x (N, H), by W (C, H), b (C,) or None, t (N,) and s (N,)."""
+    """The loss (N,) of each row of x (N, H), given W (C, H), b (C,) or None, t (N,), s (N,)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Optional, t: Tensor, s: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class LinearLossesBackward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cx: Tensor, cW: Tensor, cb: Optional) -> tuple[Optional, ...]:
-        """Derivatives of ``u s (p - e_t)'y`` in u, x, W and b, y = cx W' + x cW' + cb."""
+        """Derivatives of ``u s (p - e_t)'y`` in u, x, W, b, where y = cx W' + x cW' + cb."""
         u, x, W, b, t, s = ctx.saved_tensors
         wide = s.dtype
         gu, gx = torch.empty_like(s), torch.empty(x.shape, dtype=wide, device=x.device)
@@ -88,7 +88,7 @@ class LinearLossesBackward(torch.autograd.Function):
 
 
 def _logits(x: Tensor, W: Tensor, b: Optional) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows and their logits, at least in float32."""
+    """Slices of rows, and their logits in float32 or wider."""
     height = max(1, CHUNK // len(W))
     for first in range(0, len(x), height):
         rows = slice(first, first + height)
@@ -123,7 +123,7 @@ def _reduced(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     losses, s = _losses(x, W, t, b, weight, ignored)
     total = losses.sum() / (s.sum() if reduction == "mean" else 1.0)
-    # torch returns the gradients that it made, too
+    # torch also returns the gradients that it computed
     return total.to(x.dtype), *(x.new_empty(0) for _ in range(3))
 
 

@@ -16,15 +16,15 @@ from torch.autograd.graph import get_gradient_edge
 from fasthessian.operators.torch_state.scopes import UndoLog, scope
 
 eager_transforms: Any = importlib.import_module("torch._functorch.eager_transforms")
-Middle = Callable[[Tensor], Tensor]  # M u; it may write into u
+Middle = Callable[[Tensor], Tensor]  # u -> M u; it may write into u
 
 
 def forward_derivative(
     function: Callable[..., Any], at: Sequence[Tensor], tangents: Sequence[Tensor]
 ) -> Any:
-    """The derivative of ``function`` at some tensors along the tangents, in forward mode."""
+    """The derivative of ``function`` at the tensors ``at`` along the tangents, in forward mode."""
     with _levels() as ended:
-        with warnings.catch_warnings():  # torch's decompositions for it, at the first use
+        with warnings.catch_warnings():  # torch warns at the first use
             warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
             found = torch.func.jvp(function, tuple(at), tuple(tangents))[1]
         ended.append(True)
@@ -33,7 +33,7 @@ def forward_derivative(
 
 @scope
 def _levels(undo: UndoLog) -> list[bool]:
-    """Note the levels of forward mode that are open; a non-empty list says that all were closed."""
+    """Close open levels of forward mode at the end, unless the returned list is not empty."""
     ended: list[bool] = []
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     undo(_close, ended, depth, eager_transforms.JVP_NESTING, forward_ad._current_level)
@@ -42,7 +42,7 @@ def _levels(undo: UndoLog) -> list[bool]:
 
 
 def _close(ended: list[bool], depth: int, nesting: int, level: int) -> None:
-    """Close the levels that an interrupt inside torch left open."""
+    """Close the levels that are still open after an interrupt inside torch."""
     if ended:
         return
     torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
@@ -54,10 +54,10 @@ def _close(ended: list[bool], depth: int, nesting: int, level: int) -> None:
 
 
 class Linearised:
-    """J v by double backward: J'u is linear in u, so its derivative in u is J."""
+    """J v by double backward: u -> J'u is linear, and its backward is v -> J v."""
 
     def __init__(self, z: Tensor, params: Sequence[Tensor]) -> None:
-        # one number expanded to z's shape: with large vocabularies z takes most of the memory
+        # an expanded scalar, because with large vocabularies z takes most of the memory
         self._u = z.detach().new_zeros(()).expand(z.shape).requires_grad_()
         grads = torch.autograd.grad(z, params, self._u, create_graph=True, allow_unused=True)
         self._edges = {
@@ -67,7 +67,7 @@ class Linearised:
         }
 
     def __call__(self, places: Sequence[int], tangents: Sequence[Tensor]) -> Tensor | None:
-        """J v for v by parameter at ``places``; None if z does not depend on those parameters."""
+        """J v for the tangents at ``places``; None if z does not depend on these parameters."""
         used = [(self._edges[i], v) for i, v in zip(places, tangents, strict=True)
                 if i in self._edges]  # fmt: skip
         if not used:
@@ -79,7 +79,7 @@ class Linearised:
 
 
 class SecondDerivative:
-    """M u by the criterion's own second derivative."""
+    """M u by double backward through the criterion."""
 
     def __init__(self, slopes: Tensor, z: Tensor) -> None:
         self._slopes, self._z = slopes, z
@@ -93,7 +93,7 @@ class SecondDerivative:
 
 
 def second_derivative(loss: Tensor, z: Tensor) -> SecondDerivative | None:
-    """M = d^2 loss / dz^2; None for a loss that is linear in z, which has M = 0."""
+    """M = d^2 loss / dz^2; None if the loss is linear in z, so that M = 0."""
     (slopes,) = torch.autograd.grad(
         loss, z, create_graph=True, allow_unused=True, materialize_grads=True
     )

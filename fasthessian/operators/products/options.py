@@ -1,4 +1,4 @@
-"""The options of the user for the products of a curvature matrix."""
+"""The user's options for the products of a curvature matrix."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PRECISIONS = ("bf16", "tf32")
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """Keyword arguments of ``Hessian`` that are common to all curvature matrices."""
+    """The keyword arguments that all curvature matrices have; see ``Hessian``."""
 
     engine: str = "auto"
     precision: str | None = None
@@ -30,7 +30,7 @@ class Options:
 
     @property
     def keeps_graphs(self) -> bool:
-        """Whether products come from differentiable gradients."""
+        """Whether products use the graphs of gradients, which can be kept."""
         return self.engine not in ("forward", "difference")
 
     def __post_init__(self) -> None:
@@ -61,7 +61,7 @@ class Options:
             raise InputError(f"weight_decay must be a finite number >= 0, got {decay!r}")
 
     def check(self, device: torch.device, closure: bool) -> None:
-        """Raise ValueError for an option that the device or a closure does not support."""
+        """Raise ValueError if the device or a closure does not support an option."""
         if self.precision == "tf32" and device.type != "cuda":
             raise InputError(
                 f"precision must be None or 'bf16' on {device.type}, got 'tf32', which is for "
@@ -80,9 +80,9 @@ class Options:
     def choose(
         self, needs: float, count: int, fixed_order: bool, device: torch.device
     ) -> tuple[int, str]:
-        """How many parts keep their graph, and words that say why.
+        """How many parts keep their graph, and text for ``engine`` that says why.
 
-        ``needs`` are the bytes of the graphs of all ``count`` parts.
+        ``needs`` is the size in bytes of the graphs of all ``count`` parts.
         """
         size = f"{readable(needs)} of graphs for {count} part{'s' if count > 1 else ''}"
         if self.engine != "auto":
@@ -92,7 +92,7 @@ class Options:
         limit = f"the budget of {readable(budget)}"
         if needs <= budget:
             return sys.maxsize, f"retained: {size}, within {limit}"
-        # a loader may shuffle: then no kept graph belongs to a part of the next pass
+        # if a loader shuffles, a kept graph does not belong to a part of the next pass
         capacity = int(budget / needs * count) if fixed_order else 0
         if capacity:
             return capacity, f"retained for {capacity} parts: {size}, above {limit}"
@@ -101,10 +101,10 @@ class Options:
     def shortage(
         self, what: str, words: str, needs: float, device: torch.device, cuttable: bool
     ) -> str:
-        """The message for a failed allocation, and which option would help.
+        """The message for a failed allocation, which names the option that helps.
 
-        ``words`` is torch's message, ``needs`` the bytes of all graphs; ``cuttable`` says that the
-        loss has batches.
+        ``words`` is torch's message, ``needs`` the size of all graphs in bytes. ``cuttable`` is
+        true if the loss has batches.
         """
         ways = []
         if self.engine != "recompute" and self.keeps_graphs:

@@ -1,8 +1,8 @@
-"""Rows of embeddings that have no gradient: their ``padding_idx``, found in the graph of the loss.
+"""Rows of embeddings without gradient (``padding_idx``), found in the graph of the loss.
 
-torch leaves such a row out of first derivatives only. To make its row and column of the matrix 0,
-tangents are set to 0 there. A row that is also used elsewhere, as in a tied output layer or in a
-computed weight, has a gradient from there. Then only double backward gives torch's derivative.
+torch omits such a row only from first derivatives. Tangents are set to 0 there, so that its row and
+column of the matrix are 0. A row may also be used elsewhere, in a tied output layer or a computed
+weight, and get a gradient from there. Then only double backward gives torch's derivative.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Padding(NamedTuple):
 def padding(loss: Tensor, params: Sequence[Tensor]) -> Iterator[Padding]:
     """The padding rows of the parameters in the graph of the loss."""
     place = {id(p): i for i, p in enumerate(params)}
-    rows: defaultdict[Any, set[int | None]] = defaultdict(set)  # of a node: what is read from it
+    # for the node of each weight, the rows that its readers omit
+    rows: defaultdict[Any, set[int | None]] = defaultdict(set)
     for node in nodes_from([loss.grad_fn]):
         for i, (source, _) in enumerate(node.next_functions):
             if source is not None:
@@ -41,7 +42,7 @@ def padding(loss: Tensor, params: Sequence[Tensor]) -> Iterator[Padding]:
 
 
 def check_untied(found: Sequence[Padding], names: Sequence[str], engine: str) -> None:
-    """Raise ValueError for rows that are also used elsewhere: an engine without graphs is wrong."""
+    """Raise ValueError if a row is used elsewhere, because an engine without graphs is wrong."""
     for place, row, tied in found:
         if tied:
             name = names[place].removesuffix(".weight")
@@ -53,7 +54,7 @@ def check_untied(found: Sequence[Padding], names: Sequence[str], engine: str) ->
 
 
 def _row(node: Any) -> int | None:
-    """The row that an embedding leaves out; None for any other node."""
+    """The row that an embedding omits from the gradient; None for any other node."""
     if not node.name().startswith("Embedding"):
         return None
     if node._saved_sparse:
@@ -62,7 +63,7 @@ def _row(node: Any) -> int | None:
             "set its sparse to False"
         )
     row, count = node._saved_padding_idx, node._saved_weight_sym_argsize_0
-    return row if row < count else None  # where there is none it is 2^64 - 1
+    return row if row < count else None  # without a padding row it is 2^64 - 1
 
 
 def _leaves(source: Any) -> Iterator[Tensor]:

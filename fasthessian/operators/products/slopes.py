@@ -1,7 +1,7 @@
 """Whether the gradient is the derivative of the loss, by central differences of the loss.
 
-It is not if the loss detaches a part of itself: on purpose, or because a model differentiates
-inside and lets autograd record that only in training.
+It is not the derivative if the loss detaches a part of itself. This may be intended, or the model
+differentiates inside and lets autograd record this only in training mode.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fasthessian import kernels
 
-STEPS = (1.0, 3.0, 0.3)  # times eps^(1/3) of the size of the parameters; one may suffice
-# Accepted distances: differences have rounding, and activations switch sides within the step
+STEPS = (1.0, 3.0, 0.3)  # times eps^(1/3) of the size of the parameters; tried until one passes
+# The largest accepted distance: differences have rounding, and a step may cross kinks
 ALLOWED = {torch.float32: 5e-3, torch.float64: 1e-3}
-DIRECTIONS = 2  # along a single one an error may have no slope by chance
-ROUNDING = 8.0  # times eps |loss| / h: the rounding error of a difference
-RESOLVED = 0.25  # of the distance found: how much the steps may disagree
+DIRECTIONS = 2  # along a single direction, the slope of an error may be 0 by chance
+ROUNDING = 8.0  # the rounding error of a difference, in units of eps |loss| / h
+RESOLVED = 0.25  # largest accepted distance between two steps, relative to the distance found
 
 
 def distance(
@@ -29,21 +29,21 @@ def distance(
     theta: Tensor,
     dtype: torch.dtype,
 ) -> float:
-    """|G - g| / |g|, with g the ``gradient`` and G the derivative of the loss where g is not 0.
+    """|G - g| / |g|, where g is the ``gradient`` and G the derivative of the loss.
 
-    Estimated from differences along random signs u, since E (u'(G - g))^2 = |G - g|^2. Parameters
-    where g is 0 are not moved: padding rows, and layers that get no gradient.
+    It is estimated from differences along random signs u, since E (u'(G - g))^2 = |G - g|^2. Only
+    parameters where g is not 0 are moved; g is 0 for padding rows and for detached layers.
 
     Args:
-        loss: its value at theta + its argument (n,).
-        here: its value at theta.
+        loss: returns the loss at theta + its argument (n,).
+        here: the loss at theta.
         gradient: g (n,).
         theta: the parameters (n,).
-        dtype: in which the loss is computed, float32 or float64.
+        dtype: the dtype that the loss is computed in, float32 or float64.
 
     Returns:
-        At most ``ALLOWED`` for a right gradient. NaN if g is 0, or if differences are
-        inconclusive: the steps disagree, as at kinks and jumps, or rounding hides the slope.
+        At most ``ALLOWED`` if the gradient is right. NaN if g is 0, or if differences are
+        inconclusive: the steps disagree (at kinks and jumps), or rounding hides the slope.
     """
     used = gradient != 0
     count, size = int(used.sum()), float(gradient.double().norm())
@@ -63,7 +63,7 @@ def distance(
         h = step * unit
         sides = [((loss(h * u) - here) / h, (here - loss(-h * u)) / h) for u in signs]
         found.append([(up + down) / 2 for up, down in sides])
-        # with a kink within h on one side, the other side has the slope of the gradient
+        # if one side has a kink within h, the slope of the other side is that of the gradient
         misses = [max(min(side) - g, g - max(side), 0.0)
                   for side, g in zip(sides, want, strict=True)]  # fmt: skip
         if not all(map(math.isfinite, found[-1])):

@@ -1,9 +1,9 @@
-"""Custom autograd functions that double backward gets wrong: the matrices are those of plain torch.
+"""Custom autograd functions with a wrong second derivative have the matrices of plain torch.
 
-Local central differences err by about eps^(2/3), relative to third derivatives: 4e-11 in float64,
-and less than rounding in narrower dtypes, for which they are made in the next wider one. 1e-6
-leaves the factor that the table of engines leaves. `Adjoint` reads its module in float32, where
-differences err by about 2e-5 times the same factor of 1e2.
+The error of local central differences is about eps^(2/3), relative to third derivatives. This is
+4e-11 in float64. For narrower dtypes, differences use the next wider dtype, so the error is below
+rounding. The bound 1e-6 allows the same factor as test_engine_table.py. `Adjoint` reads its module
+in float32, where the error is about 2e-5 times the same factor of 1e2.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def test_the_hessian_is_that_of_plain_operations(name: str, engine: str) -> None
 
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("name", PLANTED)
-def test_narrow_dtypes_lose_no_more_than_plain_operations(name: str, dtype: torch.dtype) -> None:
+def test_narrow_dtypes_have_the_error_of_plain_operations(name: str, dtype: torch.dtype) -> None:
     if dtype is BF16 and name in ("outside of torch", "an adjoint that reads a module"):
-        return  # NumPy has no bfloat16; the other see below
+        return  # NumPy has no bfloat16; a test below covers the other function
     made, twin, data = planted(name, F64)
     want = dense(*twin, data)
     made, twin, data = planted(name, dtype)
@@ -51,15 +51,15 @@ def test_narrow_dtypes_lose_no_more_than_plain_operations(name: str, dtype: torc
 
 @pytest.mark.parametrize("engine", ["auto", "difference"])
 @pytest.mark.parametrize("name", PLANTED)
-def test_gauss_newton_has_the_jacobian_and_the_middle(name: str, engine: str) -> None:
+def test_the_gauss_newton_matrix_is_that_of_plain_operations(name: str, engine: str) -> None:
     made, twin, data = planted(name, F64)
     if made[1] is None:
-        return  # the model returns its loss
+        return  # the model returns only its loss
     G = fh.GaussNewton(*made, engine=engine)
     assert error(columns(G), gauss_newton(*twin, data)) < 1e-6
 
 
-def test_fisher_matrices_have_the_jacobian() -> None:
+def test_the_fisher_matrices_are_those_of_plain_operations() -> None:
     model, plain, data = twins(NoGrad.apply, cube)
     g = jacobian(plain, data, lambda z: F.cross_entropy(z, data[1], reduction="none"))
     made = fh.EmpiricalFisher(model, F.cross_entropy, data)
@@ -77,7 +77,7 @@ def test_a_straight_through_estimate_without_graph_passes_curvature_through() ->
 
 
 class Twice(torch.autograd.Function):
-    """x^3, where the same tensor comes in twice."""
+    """x^3, for two arguments that are the same tensor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, z: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class Twice(torch.autograd.Function):
         return 2 * g * x * z, g * x**2
 
 
-def test_a_parameter_that_is_passed_twice() -> None:
+def test_a_parameter_passed_twice_to_a_function() -> None:
     w = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True)
     for f in (lambda: Twice.apply(w, w).sum(), lambda: Twice.apply(w * 1, w).sum()):
         H = columns(fh.Hessian.from_closure(f, [w]))
@@ -98,7 +98,7 @@ def test_a_parameter_that_is_passed_twice() -> None:
     assert w.grad is None and w.tolist() == [1, 2]
 
 
-def test_parameters_and_graphs_are_followed_and_freed() -> None:
+def test_products_use_changed_parameters_and_graphs_are_freed() -> None:
     model, plain, data = twins(NoGrad.apply, cube)
     H = fh.Hessian(model, F.cross_entropy, data)
     with torch.no_grad():
@@ -128,7 +128,7 @@ def test_parameters_and_graphs_are_followed_and_freed() -> None:
         gc.enable()
 
 
-def test_torch_is_left_as_it_was() -> None:
+def test_torch_is_unchanged() -> None:
     before = dict(vars(_SingleLevelFunction))
     model, _, data = twins(NoGrad.apply, cube)
     A, B = (fh.Hessian(model, F.cross_entropy, data) for _ in range(2))
@@ -141,7 +141,7 @@ def test_torch_is_left_as_it_was() -> None:
     assert NoGrad.apply(x).grad_fn.name() == "NoGradBackward"
 
 
-def test_functions_of_later_batches_are_seen() -> None:
+def test_functions_of_later_batches_are_checked() -> None:
     class Late(Net):
         def forward(self, x: Tensor) -> Tensor:
             self_f = self.f if len(x) < 5 else torch.tanh
@@ -159,7 +159,7 @@ def test_functions_of_later_batches_are_seen() -> None:
 
 
 class InPlace(torch.autograd.Function):
-    """x^3 in place, detached."""
+    """x^3 in place, with a detached derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ class InPlace(torch.autograd.Function):
 
 
 class Noisy(torch.autograd.Function):
-    """A random multiple of x^3, detached."""
+    """A random multiple of x^3, with a detached derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ class Noisy(torch.autograd.Function):
 @pytest.mark.parametrize(
     ("f", "plain"), [(InPlace, cube), (Noisy, lambda x: torch.rand_like(x) * x**3)]
 )
-def test_what_cannot_be_replaced_is_refused_and_the_advice_works(f: Any, plain: Any) -> None:
+def test_unreplaceable_functions_are_refused_and_the_advice_works(f: Any, plain: Any) -> None:
     model, twin, data = twins(lambda x: f.apply(x * 1), plain)
     for curvature in (fh.Hessian, fh.GaussNewton):
         refused(
@@ -200,7 +200,7 @@ def test_what_cannot_be_replaced_is_refused_and_the_advice_works(f: Any, plain: 
 
 
 def test_third_derivatives_of_a_replaced_function_are_refused() -> None:
-    """The loss differentiates the network by its input, so that H needs one more."""
+    """The loss differentiates the network by its input, so H needs third derivatives."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)).double()
     params = dict(model.named_parameters())
@@ -217,7 +217,7 @@ def test_third_derivatives_of_a_replaced_function_are_refused() -> None:
 
 
 class Squares(torch.autograd.Function):
-    """(x W)^2 by a matrix product, which autocast makes in bfloat16; detached."""
+    """(x W)^2 by a matrix product, in bfloat16 under autocast, with a detached derivative."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor) -> Tensor:
@@ -232,7 +232,7 @@ class Squares(torch.autograd.Function):
         return g @ W.t(), x.t() @ g
 
 
-def test_autocast_of_the_users_own_is_there_when_a_function_runs_again() -> None:
+def test_a_function_runs_again_under_the_autocast_of_the_user() -> None:
     found: list[torch.dtype] = []
 
     def lower(f: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The check that every operator makes of second derivatives: what it refuses, no false alarm."""
+"""The check of second derivatives in every operator: it refuses wrong ones and no right ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.models import columns, error, gauss_newton, mismatch, refused
 
 
 def _unseen(function: Any) -> Any:
-    """The function applied past all that watches it."""
+    """A call of the function that bypasses all checks."""
     return super(_SingleLevelFunction, function).apply
 
 
@@ -58,14 +58,14 @@ def test_a_captured_function_of_torch_that_is_wrong_is_refused() -> None:
 
 
 def test_forward_mode_is_compared_where_functions_are_custom() -> None:
-    """torch.func gives the function of a library a tangent of zeros, without a word."""
+    """torch.func silently gives the function of a library a tangent of zeros."""
     made, _, _ = planted("an operation of a library", F64)
     refused(lambda: fh.GaussNewton(*made, engine="forward"), RuntimeError, "cube_default .*engine=")
 
 
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 @pytest.mark.parametrize("name", GOOD)
-def test_good_functions_raise_no_alarm(name: str, dtype: torch.dtype) -> None:
+def test_right_functions_are_accepted(name: str, dtype: torch.dtype) -> None:
     for seed in range(2):
         torch.manual_seed(seed)
         model, width = GOOD[name]().to(dtype), 64 if "images" in name else 3

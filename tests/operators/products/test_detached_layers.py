@@ -1,4 +1,4 @@
-"""Rows that are zero: padding rows of any embedding, and layers that no gradient reaches."""
+"""Rows of the matrix that are zero: padding rows of embeddings, and detached layers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Read = Callable[[Tensor, Tensor], Tensor]
 
 
 class Tokens(nn.Module):
-    """Reads rows of ``table`` (6, 4) by a function, without a module."""
+    """Looks up rows of ``table`` (6, 4) by a function instead of a module."""
 
     def __init__(self, read: Read, tied: bool = False) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ READ: dict[str, Read] = {
     "from the end": lambda x, w: F.embedding(x, w, padding_idx=-4),
     "twice": lambda x, w: F.embedding(x, w, padding_idx=2) * F.embedding(x.flip(1), w, 2),
 }
-# the row has a gradient from another place: by double backward alone
+# the row has a gradient from another use, so only double backward is right
 ELSEWHERE: dict[str, Read] = {
     "two rows": lambda x, w: F.embedding(x, w, padding_idx=2) + F.embedding(x, w, padding_idx=1),
     "and without": lambda x, w: F.embedding(x, w, padding_idx=2) + F.embedding(x, w),
@@ -89,7 +89,7 @@ def test_a_bag_has_a_zero_row_where_it_is_supported() -> None:
     def bag(padding: int | None) -> Read:
         return lambda x, w: F.embedding_bag(x, w, padding_idx=padding)[:, None]
 
-    def mean(x: Tensor, w: Tensor) -> Tensor:  # the same without a bag
+    def mean(x: Tensor, w: Tensor) -> Tensor:  # the same result without an embedding bag
         kept = (x != 2).to(w.dtype)[..., None]
         return ((F.embedding(x, w) * kept).sum(1) / kept.sum(1).clamp(min=1))[:, None]
 
@@ -112,7 +112,7 @@ def test_sparse_gradients_without_a_module_are_refused() -> None:
 
 
 class Frozen(nn.Module):
-    """An encoder that is a constant in eval mode, by one of the ways to make it so."""
+    """An encoder that gets no gradient in eval mode; ``how`` selects the reason."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ def test_layers_without_gradient_are_named(how: str, engine: str) -> None:
     halves = [tuple(t[:4] for t in data), tuple(t[4:] for t in data)]
     B = fh.GaussNewton(model, nn.CrossEntropyLoss(), halves, engine=engine)
     assert f"{words} in the first batch (zero rows)" in B.engine
-    if how != "unused":  # mode="train" is the way to them
+    if how != "unused":  # with mode="train" these have gradients
         C = fh.Hessian(model, nn.CrossEntropyLoss(), data, mode="train", engine=engine)
         assert "no gradient" not in C.engine and columns(C)[:36].any()
 

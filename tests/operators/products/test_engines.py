@@ -70,11 +70,11 @@ def _bytes(A: fh.Hessian) -> float:
     return float(number) * {"B": 1, "KiB": 1024, "MiB": 1024**2}[unit]
 
 
-def test_the_measured_graph_is_about_what_the_activations_hold() -> None:
+def test_the_measured_size_of_a_graph_is_a_few_times_that_of_the_activations() -> None:
     model = nn.Sequential(nn.Linear(4, 1000), nn.Tanh(), nn.Linear(1000, 1))
     x, y = torch.randn(100, 4), torch.randn(100, 1)
     held = _bytes(fh.Hessian(model, nn.MSELoss(), (x, y)))
-    activation = 100 * 1000 * 4  # bytes of one hidden layer; a differentiable gradient keeps a few
+    activation = 100 * 1000 * 4  # bytes of one hidden layer; a graph holds a few of them
     assert 2 * activation < held < 8 * activation
     double = _bytes(fh.Hessian(model, nn.MSELoss(), (x.repeat(2, 1), y.repeat(2, 1))))
     assert double == pytest.approx(2 * held, rel=0.05)
@@ -99,7 +99,7 @@ def test_a_loader_whose_graphs_are_kept_is_not_read_again(engine: str, reads: in
     assert loader.passes == reads
 
 
-def test_a_loader_is_kept_whole_or_not_at_all() -> None:
+def test_the_graphs_of_a_loader_are_all_kept_or_none() -> None:
     model, criterion, batches, exact = _batches()
     loader = torch.utils.data.DataLoader(
         torch.utils.data.ConcatDataset([torch.utils.data.TensorDataset(*b) for b in batches]), 4
@@ -132,7 +132,7 @@ def test_graphs_are_freed_with_the_operator_without_the_cycle_collector(engine: 
 
         def forward(self, x: Tensor) -> Tensor:
             out = self.inner(x)
-            held.append(weakref.ref(out))  # alive as long as the graph, which saves it
+            held.append(weakref.ref(out))  # the graph saves it, so it lives as long as the graph
             return out * out
 
     model = Watched()
@@ -209,13 +209,13 @@ def test_compiled_modules_are_run_eagerly() -> None:
 
 
 def test_rebuilding_reports_a_graph_that_the_user_holds() -> None:
-    """Its nodes would tie a captured product to the stream that they were made on."""
+    """The nodes of that graph would bind a captured product to the stream they were created on."""
     model, criterion, data = PROBLEMS["mlp"].make()
     A = fh.Hessian(model, criterion, data)
     v = torch.ones(A.n, dtype=torch.float64)
     before = A @ v
     kept = A._kept.held()
-    assert len(kept) == 1 and A._kept.rebuild() is not None  # kept by this very test
+    assert len(kept) == 1 and A._kept.rebuild() is not None  # this test still holds the graph
     del kept
     assert A._kept.rebuild() is None and A._kept.held() == ()
     loss = criterion(model(data[0]), data[1])

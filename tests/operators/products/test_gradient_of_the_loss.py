@@ -1,4 +1,4 @@
-"""Gradients that are not the derivative of the loss: named, or made whole in eval mode."""
+"""Gradients that are not the derivative of the loss are reported, or completed in eval mode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLAGS = "own modules have the flags of training"
 
 @pytest.mark.parametrize("engine", EACH_ENGINE)
 @pytest.mark.parametrize("name", MODELS)
-def test_what_eval_mode_detaches_is_part_of_the_matrix(name: str, engine: str) -> None:
+def test_the_part_that_eval_mode_detaches_is_in_the_matrix(name: str, engine: str) -> None:
     want = dense(*made(name, always=True))
     model, *rest = made(name, always=False)
     held = [module.training for module in model.modules()]
@@ -40,15 +40,15 @@ def test_what_eval_mode_detaches_is_part_of_the_matrix(name: str, engine: str) -
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_same_in_single_precision_where_the_check_passes(name: str) -> None:
+def test_the_check_passes_in_single_precision(name: str) -> None:
     want = dense(*made(name, always=True))
     A = fh.Hessian(*made(name, always=False, dtype=F32))
     assert error(columns(A), want) < 1e-4 and A.check().ok
     assert A.check().gradient <= 5e-3
 
 
-def test_other_losses_of_forces_name_the_mode_that_serves() -> None:
-    """Forces alone have no graph at all in eval mode; without retain_graph the energies lose it."""
+def test_other_losses_of_forces_name_the_mode_that_works() -> None:
+    """Forces alone have no graph in eval mode. Without retain_graph, energies lose their graph."""
     torch.manual_seed(0)
     x, y = torch.randn(8, 3, dtype=F64), torch.randn(8, 3, dtype=F64)
     for options, data in (
@@ -68,7 +68,7 @@ def test_other_losses_of_forces_name_the_mode_that_serves() -> None:
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
 @pytest.mark.parametrize("loss", DETACHED)
-def test_what_is_detached_on_purpose_is_accepted_and_named(loss: Any, dtype: torch.dtype) -> None:
+def test_a_part_detached_on_purpose_is_accepted_and_named(loss: Any, dtype: torch.dtype) -> None:
     model, data = small(dtype)
     for curvature in (fh.Hessian, fh.GaussNewton):
         with pytest.warns(UserWarning, match="detaches a part of itself") as caught:
@@ -113,8 +113,8 @@ def _relu(seed: int, dtype: torch.dtype, width: int, count: int) -> tuple[nn.Mod
 
 
 @pytest.mark.parametrize("dtype", [F64, F32], ids=str)
-def test_kinks_and_converged_models_raise_no_alarm(dtype: torch.dtype) -> None:
-    """A kink can lie within every step; a gradient of 0 is below the rounding of the loss."""
+def test_kinks_and_converged_models_give_no_warning(dtype: torch.dtype) -> None:
+    """A kink may lie within every step. A gradient of 0 is below the rounding of the loss."""
     for seed in range(40):
         for width, count in ((3, 1), (8, 30)):
             model, data = _relu(seed, dtype, width, count)
@@ -129,12 +129,12 @@ def test_kinks_and_converged_models_raise_no_alarm(dtype: torch.dtype) -> None:
     assert not fh.Hessian(model, nn.MSELoss(), (x, y)).check().gradient > 5e-3
 
 
-def test_losses_that_jump_or_end_raise_no_alarm() -> None:
+def test_losses_with_jumps_or_infinite_values_give_no_warning() -> None:
     torch.manual_seed(0)
     x, y = torch.randn(6, 4, dtype=F64), torch.randn(6, 2, dtype=F64)
 
     class Routed(nn.Module):
-        """Samples go to the better of two experts, and change it within a step."""
+        """Routes samples to the better of two experts, which may change within a step."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -160,8 +160,8 @@ def test_losses_that_jump_or_end_raise_no_alarm() -> None:
     assert torch.equal(columns(H), 2 * torch.eye(2, dtype=F64))
 
 
-def test_a_model_whose_training_is_another_loss_keeps_its_eval_mode() -> None:
-    """Its own flag would change the loss itself: it is put back, and what is detached is named."""
+def test_a_model_with_another_loss_in_training_mode_keeps_its_eval_mode() -> None:
+    """Training mode would change the loss, so eval mode is restored, with a warning."""
     model = made("forces", always=False)[0]
     torch.manual_seed(0)
 
@@ -182,7 +182,7 @@ def test_a_model_whose_training_is_another_loss_keeps_its_eval_mode() -> None:
 
 
 class Through(torch.autograd.Function):
-    """Rounded forward, the identity backward."""
+    """Rounds in the forward pass; its backward is the identity."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -212,13 +212,13 @@ def adversarial(z: Tensor, y: Tensor) -> Tensor:
     [
         (lambda z, y: (Through.apply(z) - y).square().mean(), 1.0, F64),
         (adversarial, 2.0, F64),
-        (adversarial, 2.0, F32),  # the loss with jumps has no differences in single precision
+        (adversarial, 2.0, F32),  # rounding is not tested in float32: jumps spoil differences
     ],
 )
 def test_a_gradient_that_custom_functions_make_is_reported_without_a_warning(
     loss: Any, factor: float, dtype: torch.dtype
 ) -> None:
-    """The functions have the slope of their backward, 1 and -1: (-1)^2 adds to the square."""
+    """The slopes are those of the backward passes, 1 and -1. (-1)^2 adds to the plain square."""
     torch.manual_seed(0)
     x, y = torch.randn(64, 4, dtype=dtype), torch.randn(64, 1, dtype=dtype)
     model = nn.Linear(4, 1).to(dtype)

@@ -1,4 +1,4 @@
-"""Blocks of single layers by kept Jacobians: the dense blocks, and only where that holds."""
+"""Blocks of single layers by kept Jacobians, which are used only if they give the right block."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def factored(A):
 
 
 def assert_blocks(A, matrix, accuracy=1e-12):
-    """Every layer's block is that of the matrix."""
+    """The block of every layer equals the block of the matrix."""
     start, places = 0, []
     for shape in A.layout.shapes:
         places.append(torch.arange(start, start + shape.numel()))
@@ -66,11 +66,11 @@ def test_the_hessian_of_a_relu_network(criterion):
     assert_blocks(A, exact)
     with torch.no_grad():
         model.hidden.weight.mul_(0.5)
-    assert_blocks(A, dense(model, criterion, (x, y)))  # followed
+    assert_blocks(A, dense(model, criterion, (x, y)))  # after the change
     assert error(columns(A), dense(model, criterion, (x, y))) < 1e-12
 
 
-def test_part_of_a_layer_and_several_layers():
+def test_blocks_of_a_part_of_a_layer_and_of_several_layers():
     torch.manual_seed(0)
     made = problem(ReluNet())
     A = fh.Hessian(*made)
@@ -87,7 +87,7 @@ def test_part_of_a_layer_and_several_layers():
 
 
 @pytest.mark.parametrize("kind", [fh.GaussNewton, fh.EmpiricalFisher, fh.Fisher])
-def test_outer_products_whatever_the_activations(kind):
+def test_blocks_of_outer_products_for_any_activation(kind):
     torch.manual_seed(0)
     net = nn.Sequential(
         nn.Linear(5, 4), nn.LayerNorm(4), nn.GELU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)
@@ -100,7 +100,7 @@ def test_outer_products_whatever_the_activations(kind):
 
 
 class Penalised:
-    """Cross-entropy with a penalty that is flat at this point, though not curved the less."""
+    """Cross-entropy with a penalty that has gradient 0 here, but curvature."""
 
     reduction = "mean"
 
@@ -112,7 +112,7 @@ class Penalised:
 
 
 class Tied(nn.Module):
-    """One weight, in a layer and as a matrix."""
+    """One weight that is used in a layer and as a matrix."""
 
     def __init__(self):
         super().__init__()
@@ -133,8 +133,8 @@ class Twice(nn.Module):
         return self.head(F.relu(self.layer(F.relu(self.layer(x)))))
 
 
-class Meets(nn.Module):
-    """Samples meet in the middle."""
+class Coupled(nn.Module):
+    """Couples the samples between its layers."""
 
     def __init__(self):
         super().__init__()
@@ -145,12 +145,14 @@ class Meets(nn.Module):
         return self.head(h - h.mean(0))
 
 
-@pytest.mark.parametrize("build", ["smooth", "penalty", "tied", "twice", "meets", "wide", "budget"])
+@pytest.mark.parametrize(
+    "build", ["smooth", "penalty", "tied", "twice", "coupled", "wide", "budget"]
+)
 def test_the_graph_is_used_where_factors_would_be_wrong_or_large(build):
     torch.manual_seed(0)
     relu = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     smooth = nn.Sequential(nn.Linear(4, 5), nn.Softplus(), nn.Linear(5, 3))
-    models = {"smooth": smooth, "tied": Tied(), "twice": Twice(), "meets": Meets(),
+    models = {"smooth": smooth, "tied": Tied(), "twice": Twice(), "coupled": Coupled(),
               "wide": nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 65))}  # fmt: skip
     model, criterion, data = problem(models.get(build, relu), (6, 4))
     options = {}
@@ -160,7 +162,7 @@ def test_the_graph_is_used_where_factors_would_be_wrong_or_large(build):
     if build == "penalty":
         criterion = Penalised(model[0].weight)
     A = fh.Hessian(model, criterion, data, **options)
-    if build in ("tied", "twice", "meets"):  # the other layer has its factors
+    if build in ("tied", "twice", "coupled"):  # the other layer has factors
         places = A.blocks("layer")["layer"]._places
         assert factored(A) and not A._kept.graphs[0].layers.serves(places)
     else:
@@ -184,8 +186,8 @@ class Gate(nn.Module):
         return self.head(F.relu(self.a(x)) * F.relu(self.b(x)))
 
 
-class Beside(nn.Module):
-    """A bias, 0 now, that also scales the outputs: no slope there, but a curvature."""
+class ScaledByBias(nn.Module):
+    """A bias that also scales the outputs. At its value 0 this adds curvature but no gradient."""
 
     def __init__(self):
         super().__init__()
@@ -197,7 +199,7 @@ class Beside(nn.Module):
 
 
 class Small(nn.Module):
-    """A branch of hardly any weight in which samples meet, or a weight is used again."""
+    """A branch with a tiny factor that couples samples, or uses a weight again."""
 
     def __init__(self, how):
         super().__init__()
@@ -236,9 +238,9 @@ class Named(nn.Module):
 
 ODD = {
     "gate": Gate,
-    "beside": Beside,
+    "scaled by bias": ScaledByBias,
     "again": lambda: Small("again"),
-    "meets": lambda: Small("meets"),
+    "coupled": lambda: Small("coupled"),
     "standardised": lambda: nn.Sequential(Standardised(4, 5), nn.ReLU(), nn.Linear(5, 3)),
     "spectral norm": lambda: nn.Sequential(
         nn.utils.spectral_norm(nn.Linear(4, 5)), nn.ReLU(), nn.Linear(5, 3)
@@ -249,7 +251,7 @@ ODD = {
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", ODD)
-def test_odd_networks_have_their_own_blocks(name, dtype):
+def test_blocks_of_unusual_networks_are_right(name, dtype):
     torch.manual_seed(0)
     model, criterion, (x, y) = problem(ODD[name](), (6, 4))
     exact = dense(model, criterion, (x, y))
@@ -267,7 +269,7 @@ def test_odd_networks_have_their_own_blocks(name, dtype):
         assert gap <= near * want.abs().max() + 1e-7 * near * scale, key
 
 
-def test_the_users_hooks_see_one_forward_pass_and_are_left():
+def test_the_users_hooks_run_in_one_forward_pass_and_are_unchanged():
     torch.manual_seed(0)
     model, criterion, data = problem(ReluNet())
     calls = []
@@ -275,15 +277,15 @@ def test_the_users_hooks_see_one_forward_pass_and_are_left():
     A = fh.Hessian(model, criterion, data)
     calls.clear()
     assert factored(A)
-    assert len(calls) == 2  # the graph, and the outputs of the layers
+    assert len(calls) == 2  # one for the graph, one for the outputs of the layers
     for block in A.blocks("layer").values():
         block @ torch.ones(block.n, dtype=F64)
     assert len(calls) == 2
     assert all(len(m._forward_hooks) == (m is model.hidden) for m in model.modules())
 
 
-def test_all_layers_cost_less_than_the_whole():
-    """In operations, which do not depend on the machine: floating point ones of convolutions."""
+def test_products_with_all_layers_cost_less_than_one_full_product():
+    """Counts the floating point operations of convolutions, which do not depend on the machine."""
     from torch.utils.flop_counter import FlopCounterMode
 
     from fasthessian.operators.base import multiply
@@ -296,7 +298,7 @@ def test_all_layers_cost_less_than_the_whole():
     v = torch.randn(A.n)
 
     def work(call):
-        call()  # what is kept is made
+        call()  # the first call builds what is kept
         with FlopCounterMode(display=False) as counter:
             call()
         return counter.get_total_flops()

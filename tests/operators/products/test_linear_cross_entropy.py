@@ -1,4 +1,4 @@
-"""F.linear_cross_entropy with options: exact, in chunks of rows, by whatever name it is called."""
+"""F.linear_cross_entropy with options is exact, and is computed in chunks of rows."""
 
 from __future__ import annotations
 
@@ -79,13 +79,13 @@ def test_every_engine_gives_the_matrix_of_the_composition(engine: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_narrow_dtypes_lose_no_more_than_the_composition(dtype: torch.dtype) -> None:
+def test_errors_in_narrow_dtypes_are_those_of_the_composition(dtype: torch.dtype) -> None:
     want = columns(fh.Hessian(*made(composed)))
     plain = error(columns(fh.Hessian(*made(composed, dtype))), want)
     assert error(columns(fh.Hessian(*made(captured, dtype, options=options()))), want) < 2 * plain
 
 
-def test_what_torch_composes_itself_stays_exact() -> None:
+def test_options_that_torch_composes_itself_stay_exact() -> None:
     for named in ({}, {"label_smoothing": 0.1}):
         H = fh.Hessian(*made(captured, **named))
         assert error(columns(H), columns(fh.Hessian(*made(composed, **named)))) < 1e-13
@@ -108,7 +108,7 @@ def test_as_a_criterion_it_has_the_gauss_newton_matrix_of_the_features() -> None
 
 
 class _Largest(TorchDispatchMode):
-    """The numbers in the largest tensor that an operation returned."""
+    """The number of entries of the largest tensor that an operation returned."""
 
     def __init__(self) -> None:
         super().__init__()
