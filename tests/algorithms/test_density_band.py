@@ -9,6 +9,8 @@ import fasthessian as fh
 from fasthessian.krylov.quadrature import christoffel, quadrature, unresolved, width
 from tests.support.spectra import Dense, joined, normal, rotated
 
+pytestmark = pytest.mark.slow
+
 F64 = torch.float64
 N = 400
 EIGENVALUES = {

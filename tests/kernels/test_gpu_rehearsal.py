@@ -24,6 +24,8 @@ from tests.support.cuda_checks import (
     check_unchanged,
 )
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="only without a GPU")
@@ -92,7 +94,6 @@ def test_the_copy_holds_every_module(tmp_path):
 
 
 @without_gpu
-@pytest.mark.slow
 def test_the_rehearsal_passes():
     before = sorted((ROOT / "bench" / "results").glob("*"))
     env = {key: value for key, value in os.environ.items() if key != "OUT"}
@@ -108,7 +109,6 @@ def test_the_rehearsal_passes():
     assert sorted((ROOT / "bench" / "results").glob("*")) == before
 
 
-@pytest.mark.slow
 def test_tuning_checks_and_times_every_candidate(tmp_path):
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "bench.gpu.tune", "--device", "cpu", "--n", "300", "--k", "3"]

@@ -16,6 +16,8 @@ import torch
 
 from fasthessian.kernels import native
 
+pytestmark = pytest.mark.slow
+
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
 MISSING = native.unavailable()
 needs_native = pytest.mark.skipif(MISSING is not None, reason=f"no native backend: {MISSING}")
@@ -134,7 +136,6 @@ def test_infinity_and_nan_reach_only_their_columns_and_sums(vtype):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2", "avx512"])
 @pytest.mark.parametrize("suite", ["kernels", "vector_kernels", "softmax_curvature", "native"])
-@pytest.mark.slow
 def test_every_instruction_set_passes(suite, isa):
     """The test files of the kernels, in a process where FASTHESSIAN_ISA sets the instructions."""
     if MISSING is not None:

@@ -12,6 +12,8 @@ from torch.nn.utils import parametrizations, parametrize, prune
 import fasthessian as fh
 from tests.support.models import EACH_ENGINE, columns
 
+pytestmark = pytest.mark.slow
+
 F64 = torch.float64
 
 

@@ -24,6 +24,8 @@ from tests.support.models import (
     refused,
 )
 
+pytestmark = pytest.mark.slow
+
 F64 = torch.float64
 each_engine = pytest.mark.parametrize("engine", EACH_ENGINE)
 

@@ -12,6 +12,8 @@ import fasthessian as fh
 from fasthessian.app.report import result as report
 from fasthessian.results.plots import plot_landscape
 
+pytestmark = pytest.mark.slow
+
 
 def classifier():
     with torch.random.fork_rng(devices=[]):

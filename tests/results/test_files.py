@@ -23,6 +23,8 @@ from fasthessian.results.records import (
 )
 from tests.support.result_files import BLOCKS, MEAN, refused_file
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("matplotlib")
 
 PAIRS = {"converged": True, "matvecs": 1, "graph": ""}

@@ -37,7 +37,7 @@ def switches() -> dict[str, Any]:
     torch.autocast_increment_nesting()
     return {
         "functions": [getattr(place, name) for place, name in places],
-        "applications": sorted(vars(watched._place)),
+        "applications": sorted(vars(watched._base_class)),
         "rng": torch.get_rng_state().tolist(),
         "python": random.getstate(),
         "numpy": [np.asarray(part).tolist() for part in np.random.get_state()],

@@ -14,6 +14,8 @@ import fasthessian as fh
 from tests.support.dense_losses import F64, NAN, dense, distance, known_only
 from tests.support.models import columns, refused
 
+pytestmark = pytest.mark.slow
+
 CUTS = ((0, 3), (3, 4), (4, 9), (9, 11))
 CLASS_WEIGHT = torch.tensor([1.0, 2.0, 0.5], dtype=F64)
 

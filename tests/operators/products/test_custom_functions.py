@@ -23,6 +23,8 @@ from tests.support.custom_models import BF16, F32, F64, PLANTED, Net, cube, dens
 from tests.support.custom_wrong import Adjoint, NoGrad, Rounded
 from tests.support.models import columns, error, gauss_newton, jacobian, poisson_residual, refused
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("engine", ["retained", "recompute"])
 @pytest.mark.parametrize("name", PLANTED)

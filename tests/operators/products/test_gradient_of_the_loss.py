@@ -16,6 +16,8 @@ import fasthessian as fh
 from tests.support.detached import DETACHED, MODELS, Forces, made, small
 from tests.support.models import EACH_ENGINE, columns, dense, error, refused
 
+pytestmark = pytest.mark.slow
+
 F32, F64 = torch.float32, torch.float64
 FLAGS = "own modules have the flags of training"
 

@@ -20,6 +20,8 @@ from fasthessian.operators.torch_state import snapshot
 from tests.support.changing import Net, problem
 from tests.support.models import ENGINES, F64, dense, error, refused
 
+pytestmark = pytest.mark.slow
+
 each_engine = pytest.mark.parametrize("engine", ENGINES)
 
 

@@ -11,6 +11,8 @@ import fasthessian as fh
 from fasthessian.operators.torch_state.patches import Patches
 from tests.support.models import columns, dense, error, gauss_newton
 
+pytestmark = pytest.mark.slow
+
 F64 = torch.float64
 aten = torch.ops.aten
 

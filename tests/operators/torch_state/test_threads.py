@@ -18,6 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 import fasthessian as fh
 from tests.support.models import ENGINES, F64, columns, dense, error
 
+pytestmark = pytest.mark.slow
+
 N = 42  # parameters of Net
 WAIT = 60.0  # seconds until a test that hangs fails
 each_engine = pytest.mark.parametrize("engine", ENGINES)

@@ -16,6 +16,8 @@ import fasthessian as fh
 from fasthessian.operators.torch_state.patches import Patches
 from tests.support.models import EACH_ENGINE, columns, dense, error
 
+pytestmark = pytest.mark.slow
+
 F64, C128 = torch.float64, torch.complex128
 CONVOLUTIONS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {  # looked up when called
     "conv1d": ("conv1d", (2, 2, 3), {"stride": 2, "padding": (1,)}),
