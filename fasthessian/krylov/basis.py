@@ -46,11 +46,6 @@ class Basis:
         """Whether ``dots`` and ``update_`` can be captured in a CUDA graph."""
         return True
 
-    def rows(self, count: int) -> Tensor:
-        """The first ``count`` rows V (count, n), widened to float64 if they are compressed."""
-        V = self.stored[:count]
-        return V if self.scale == 1.0 else V.double() / self.scale
-
     def components(self, C: Tensor) -> Tensor:
         """From dots C to the H with which ``update_`` subtracts ``V^T V w``."""
         return C / self.scale**2

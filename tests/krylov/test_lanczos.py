@@ -11,7 +11,7 @@ from fasthessian import kernels
 from fasthessian.krylov import basis as bases
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.study.resnet import resnet
-from tests.support.krylov_runs import BACKENDS, SCHEDULES, defects, grown
+from tests.support.krylov_runs import BACKENDS, SCHEDULES, defects, grown, rows_of
 from tests.support.spectra import diagonal, outliers
 
 F32, F64 = torch.float32, torch.float64
@@ -34,7 +34,7 @@ def test_orthogonal_at_100_steps_on_a_resnet20():
         model, x, y = resnet(20), torch.randn(4, 3, 16, 16), torch.arange(4)
     A = fh.Hessian(model, torch.nn.CrossEntropyLoss(), (x, y))
     assert A.n == 272_474
-    V = grown(A, 100).state.basis.rows(100).double()
+    V = rows_of(grown(A, 100), 100).double()
     assert (V @ V.T - torch.eye(100)).abs().max() <= 1e-6
 
 
@@ -43,7 +43,7 @@ def test_lanczos_relation_holds(schedule):
     """A V' = V' T + beta q e' to rounding, including the coupling of the last row."""
     spectrum = outliers(2000)
     krylov = grown(diagonal(spectrum), 30, schedule=schedule)
-    V, T = krylov.state.basis.rows(30), krylov.state.T[:30, :30]
+    V, T = rows_of(krylov, 30), krylov.state.T[:30, :30]
     R = spectrum[:, None] * V.T - V.T @ T
     assert R[:, :-1].abs().max() < 1e-12 * 100
     assert abs(R[:, -1].norm() - krylov.state.beta) < 1e-10 * 100

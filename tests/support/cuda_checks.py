@@ -8,6 +8,7 @@ from bench.gpu.meter import no_waiting, per_step
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.operators.base import multiply
 from fasthessian.operators.request import Request
+from tests.support.krylov_runs import rows_of
 from tests.support.models import PROBLEMS
 
 F16, F32, F64 = torch.float16, torch.float32, torch.float64
@@ -109,7 +110,7 @@ def check_captured(device, basis):
     while found.size < 20:
         found.step()
     found.poll(wait=True)
-    V = found.state.basis.rows(20).double()
+    V = rows_of(found, 20).double()
     bound = 1e-6 if basis == "full" else 1e-3
     assert float((V @ V.T - torch.eye(20, device=device)).abs().max()) < bound
 

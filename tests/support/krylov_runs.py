@@ -18,9 +18,16 @@ def grown(A, steps, **options):
     return krylov
 
 
+def rows_of(krylov, count):
+    """The first ``count`` rows V (count, n) of a run, widened if they are compressed."""
+    basis = krylov.state.basis
+    V = basis.stored[:count]
+    return V if basis.scale == 1.0 else V.double() / basis.scale
+
+
 def defects(krylov, spectrum):
-    """max |V V' - I| and max |V H V' - T| / max |T| in float64."""
-    V = krylov.state.basis.rows(krylov.size).double()
+    """max |V V' - I| and max |V A V' - T| / max |T| in float64."""
+    V = rows_of(krylov, krylov.size).double()
     T = krylov.state.T[: krylov.size, : krylov.size]
     orthogonality = (V @ V.T - torch.eye(krylov.size)).abs().max()
     projection = (V @ (spectrum[:, None] * V.T) - T).abs().max() / T.abs().max()
