@@ -289,7 +289,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("call", "error", "message"), BAD)
-def test_bad_arguments_are_one_clear_line(call, error, message):
+def test_bad_arguments_are_refused_in_one_line(call, error, message):
     with pytest.raises(error, match=message) as caught:
         call(diagonal(torch.arange(1.0, 41.0)))
     assert "\n" not in str(caught.value)

@@ -291,7 +291,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("A", "options", "kind", "words"), BAD)
-def test_bad_arguments_are_one_clear_line(A, options, kind, words):
+def test_bad_arguments_are_refused_in_one_line(A, options, kind, words):
     function = fh.trace if "deflate" in options else fh.spectrum
     refused(lambda: function(A, **options), kind, words)
 

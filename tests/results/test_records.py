@@ -145,7 +145,7 @@ def test_another_class_is_refused_by_name(tmp_path):
         Record.load(tmp_path / "a")
 
 
-def test_damaged_files_are_one_line(tmp_path):
+def test_damaged_files_are_refused_in_one_line(tmp_path):
     path = tmp_path / "a"
     RECORDS[0].save(path)
     whole = path.read_bytes()

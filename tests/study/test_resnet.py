@@ -84,7 +84,7 @@ def test_the_seed_decides_the_weights():
         ({"no_bn_stages": "12"}, "no_bn_stages='12'"),
     ],
 )
-def test_bad_arguments_are_one_line(options, words):
+def test_bad_arguments_are_refused_in_one_line(options, words):
     with pytest.raises(ValueError, match=words) as info:
         resnet(**options)
     assert "\n" not in str(info.value)
