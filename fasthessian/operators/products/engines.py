@@ -30,6 +30,8 @@ Gradient = Callable[[Sequence[int]], Sequence[Tensor]]  # positions of parameter
 class Graph:
     """The products of one part of the loss; a subclass computes them by parameter (``_pieces``)."""
 
+    _in_forward_mode = False  # whether products need derivatives in forward mode
+
     def __init__(self, params: Sequence[Tensor], weight: float) -> None:
         self._params, self._weight = params, weight
         self.layers: Layers | None = None  # factors of single layers, if they are kept
@@ -53,7 +55,7 @@ class Graph:
                         tangents[i] = tangents[i].clone()
                         tangents[i][self.padded[place]] = 0
                 pieces: Sequence[Tensor] | None
-                with _engine_advice(isinstance(self, Forward)):
+                with _engine_advice(self._in_forward_mode):
                     if self.layers is not None and self.layers.serves(places):
                         pieces = self.layers.pieces(places, tangents)
                     else:
@@ -110,6 +112,8 @@ class Forward(Graph):
     ``loss(places, values)`` is the loss of the part if the parameters at the positions ``places``
     are ``values``. Reverse over forward is avoided, because torch 2.13 is silently wrong there.
     """
+
+    _in_forward_mode = True
 
     def __init__(
         self,
