@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Generator, Mapping
 from typing import overload
 
+from fasthessian import kernels
 from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
+from fasthessian.checkpoints.call import Call
+from fasthessian.checkpoints.states import States
 from fasthessian.errors import InputError
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
-from fasthessian.krylov.ritz import converge, default_limit, default_rows, largest_size
+from fasthessian.krylov.ritz import (
+    Found,
+    converge,
+    default_limit,
+    default_rows,
+    largest_size,
+    refine,
+)
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.request import Request
 from fasthessian.results.records import Eigenpairs
 
 WHICH = ("LM", "LA", "SA", "BE")
@@ -30,6 +42,8 @@ def eigsh(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Eigenpairs: ...
 
@@ -48,6 +62,8 @@ def eigsh(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Eigenpairs]: ...
 
@@ -65,6 +81,8 @@ def eigsh(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Eigenpairs | dict[str, Eigenpairs]:
     r"""The k extreme eigenpairs of A, each with ``||A v - theta v|| <= tol |theta|``.
@@ -97,6 +115,9 @@ def eigsh(
         basis: "full": rows in A's dtype. "compressed": float16 rows, half the memory of float32.
             "offload": rows in host memory, for an operator on a GPU.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
+        checkpoint: a folder in which the run is saved every minute or so and can be resumed from
+            after it was killed, see `resume`.
+        time_limit: seconds after which the run is saved and left, see `resume`.
         progress: callback, called with (products made, None) after each product.
 
     Returns:
@@ -123,13 +144,16 @@ def eigsh(
         >>> [round(x, 3) for x in fh.eigsh(A, 2, "LA").values.tolist()]
         [100.0, 99.0]
     """
+    call = Call.of("eigsh", locals())
     if which not in WHICH:
         raise InputError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     tol, seed = positive("tol", tol), seed_of(seed)
     largest = largest_size(A)
     k = integer("k", k, 1, largest)
 
-    def start(B: SymmetricOperator, progress: ProgressCallback | None) -> Run[Eigenpairs]:
+    def start(
+        B: SymmetricOperator, progress: ProgressCallback | None, states: States
+    ) -> Run[Eigenpairs]:
         count = min(k, B.n)
         rows = default_rows(count, B.n)
         if ncv is not None:
@@ -137,25 +161,35 @@ def eigsh(
         limit = default_limit(rows)
         if max_matvecs is not None:
             limit = integer("max_matvecs", max_matvecs, count * (1 + (basis == "compressed")))
-        krylov = Lanczos(
-            B, rows, seed=seed, schedule=schedule, backend=backend, basis=basis,
-            extra_vectors=count, graph=graph,
-        )  # fmt: skip
-        return _run(krylov, count, which, tol, limit, progress)
+        wanted = ((count + 1) // 2, count // 2) if which == "BE" else which
 
-    return solve(A, start, progress)
+        def callback() -> None:
+            if progress is not None:
+                progress(states.made, None)
+
+        def pairs() -> Generator[Request, None, Found]:
+            krylov = Lanczos(
+                B, rows, seed=seed, schedule=schedule, backend=backend, basis=basis,
+                extra_vectors=count, graph=graph,
+            )  # fmt: skip
+            states.add("krylov", krylov.state)
+            found = yield from converge(krylov, states, count, wanted, tol, limit, callback)
+            states.remove("krylov")
+            return found
+
+        return _run(B, states, pairs, tol, basis, backend)
+
+    return solve(A, start, progress, call)
 
 
 def _run(
-    krylov: Lanczos, k: int, which: str, tol: float, limit: int, progress: ProgressCallback | None
+    A: SymmetricOperator,
+    states: States,
+    pairs: Callable[[], Generator[Request, None, Found]],
+    tol: float,
+    basis: str,
+    backend: str | None,
 ) -> Run[Eigenpairs]:
-    A, before = krylov.A, krylov.A.matvecs
-
-    def callback() -> None:
-        if progress is not None:
-            progress(A.matvecs - before, None)
-
-    wanted = ((k + 1) // 2, k // 2) if which == "BE" else which
-    found = yield from converge(krylov, k, wanted, tol, limit, callback)
-    made = A.matvecs - before
-    return found.record(made), found.shortfalls(tol, made, krylov.compressed)
+    found = yield from states.phase("pairs", Found.none(A), pairs)
+    yield from refine(A, found, tol, kernels.select(A.device, backend))
+    return found.record(), found.shortfalls(tol, basis == "compressed")

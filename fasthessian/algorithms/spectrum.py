@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import os
+from collections.abc import Generator, Mapping
 from typing import Any, overload
 
 import torch
 
+from fasthessian import kernels
 from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
+from fasthessian.checkpoints.call import Call
+from fasthessian.checkpoints.states import States
 from fasthessian.errors import InputError
 from fasthessian.krylov.hutchinson import DEFAULT_SAMPLES, FIRST_CHECK, estimate, known_trace
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
-from fasthessian.krylov.quadrature import grow
-from fasthessian.krylov.ritz import converge, default_limit, default_rows, largest_size
+from fasthessian.krylov.quadrature import Measured, grow
+from fasthessian.krylov.ritz import (
+    Found,
+    converge,
+    default_limit,
+    default_rows,
+    largest_size,
+    refine,
+)
 from fasthessian.krylov.smoothing import smoothed
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.request import Request
 from fasthessian.results.records import Spectrum
 
 PAIRS = 5  # at each end by default
@@ -37,6 +50,8 @@ def spectrum(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Spectrum: ...
 
@@ -57,6 +72,8 @@ def spectrum(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Spectrum]: ...
 
@@ -76,6 +93,8 @@ def spectrum(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Spectrum | dict[str, Spectrum]:
     r"""Largest and smallest eigenvalues, density and trace of A by a common run.
@@ -108,6 +127,9 @@ def spectrum(
         basis: "full", "compressed" or "offload" rows, as in `eigsh`. Memory, with k pairs in all:
             max(steps, 2 k + 30, 4 k) rows, k vectors and two more; 24 and k for the trace.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
+        checkpoint: a folder in which the run is saved every minute or so and can be resumed from
+            after it was killed, see `resume`.
+        time_limit: seconds after which the run is saved and left, see `resume`.
         progress: callback, called with (products made, None) after each product.
 
     Returns:
@@ -130,15 +152,18 @@ def spectrum(
         >>> round(s.trace.value, 3)
         5050.0
     """
+    call = Call.of("spectrum", locals())
     tol, seed = positive("tol", tol), seed_of(seed)
     steps, probes = integer("steps", steps, 1), integer("probes", probes, 1)
     sigma = None if sigma is None else positive("sigma", sigma)
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
     ends = _ends(k, largest_size(A))
 
-    def start(B: SymmetricOperator, progress: ProgressCallback | None) -> Run[Spectrum]:
+    def start(
+        B: SymmetricOperator, progress: ProgressCallback | None, states: States
+    ) -> Run[Spectrum]:
         top, bottom = (min(count, B.n) for count in ends)
-        pairs, long, before = min(top + bottom, B.n), min(steps, B.n), B.matvecs
+        pairs, long = min(top + bottom, B.n), min(steps, B.n)
         rows = max(long, default_rows(pairs, B.n))
         others = long * (probes - 1) + FIRST_CHECK  # products of the further probes and the trace
         limit = default_limit(rows) + others
@@ -154,55 +179,70 @@ def spectrum(
 
         def callback(*_: int | None) -> None:  # without the total that the trace would pass
             if progress is not None:
-                progress(B.matvecs - before, None)
+                progress(states.made, None)
 
-        krylov = begin(0, rows, extra_vectors=pairs)
-        measured = [(yield from grow(krylov, long, callback))]
-        made = B.matvecs - before
-        split, left = (top, pairs - top), limit - others - made
-        found = yield from converge(krylov, pairs, split, tol, left, callback)
-        shared = B.matvecs - before
-        # rows of float16 are orthogonal to 1e-3, so that their T does not have the trace of A
-        whole = krylov.ritz()[0] if krylov.size == B.n and not krylov.compressed else None
-        shortfalls = found.shortfalls(tol, shared, krylov.compressed, "steps")
+        def first() -> Generator[Request, None, Found]:
+            krylov = begin(0, rows, extra_vectors=pairs)
+            states.add("krylov", krylov.state)
+            grown = functools.partial(grow, krylov, states, long, callback)
+            made = (yield from states.phase("probe 0", Measured.none(), grown)).made
+            split, left = (top, pairs - top), limit - others - made
+            found = yield from converge(krylov, states, pairs, split, tol, left, callback)
+            states.remove("krylov")
+            return found
+
+        def measure(probe: int) -> Generator[Request, None, Measured]:
+            krylov = begin(probe, long, refill=False)
+            states.add("krylov", krylov.state)
+            measured = yield from grow(krylov, states, long, callback)
+            states.remove("krylov")
+            krylov.close()
+            return measured
+
+        found = yield from states.phase("pairs", Found.none(B), first)
+        yield from refine(B, found, tol, kernels.select(B.device, backend))
+
+        shortfalls = found.shortfalls(tol, basis == "compressed", "steps")
         lowest = torch.arange(pairs, device="cpu").flip(0)[:bottom]  # of all that descend
 
-        for probe in range(1, probes):
-            krylov = begin(probe, long, refill=False)
-            measured.append((yield from grow(krylov, long, callback)))
-            krylov.close()
-        made += B.matvecs - before - shared
+        measured = []
+        for probe in range(probes):
+            run = functools.partial(measure, probe)
+            measured.append((yield from states.phase(f"probe {probe}", Measured.none(), run)))
+        made = measured[0].made + (measured[-1].made - found.made if probes > 1 else 0)
         shape, warned = smoothed(measured, B.n, steps, sigma, made)
         shortfalls += warned
 
-        samples = DEFAULT_SAMPLES
-        if max_matvecs is not None:  # breakdowns may have taken more than their share
-            samples = max(FIRST_CHECK, limit - (B.matvecs - before))
-        if whole is None:
+        if len(found.every):
+            value, size = float(found.every.sum()), float(found.every.abs().sum())
+            total = known_trace(value, size, B, confidence, 0)
+        else:
+            samples = DEFAULT_SAMPLES
+            if max_matvecs is not None:  # breakdowns may have taken more than their share
+                samples = max(FIRST_CHECK, limit - max(found.made, measured[-1].made))
             total, warned = yield from estimate(
                 B,
+                states,
                 rtol,
                 confidence,
                 samples,
                 seed,
                 backend,
                 callback,
-                found.record(shared),
+                found.record(),
                 skip=probes,
             )
             shortfalls += warned
-        else:
-            total = known_trace(float(whole.sum()), float(whole.abs().sum()), B, confidence, 0)
         result = Spectrum(
-            top=found.take(slice(top)).record(shared),
-            bottom=found.take(lowest).record(shared),
+            top=found.take(slice(top)).record(),
+            bottom=found.take(lowest).record(),
             trace=total,
             density=shape,
-            matvecs=B.matvecs - before,
+            matvecs=states.made,
         )
         return result, shortfalls
 
-    return solve(A, start, progress)
+    return solve(A, start, progress, call)
 
 
 def _ends(k: Any, n: int) -> tuple[int, int]:

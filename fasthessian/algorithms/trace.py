@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, overload
 
 from torch import Tensor
 
 from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
+from fasthessian.checkpoints.call import Call
+from fasthessian.checkpoints.states import States
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.krylov.hutchinson import DEFAULT_SAMPLES, estimate
 from fasthessian.krylov.lockstep import Run, solve
@@ -28,6 +31,8 @@ def trace(
     deflate: Eigenpairs | None = None,
     seed: int = 0,
     backend: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Estimate: ...
 
@@ -43,6 +48,8 @@ def trace(
     deflate: Mapping[str, Eigenpairs] | None = None,
     seed: int = 0,
     backend: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Estimate]: ...
 
@@ -57,6 +64,8 @@ def trace(
     deflate: Eigenpairs | Mapping[str, Eigenpairs] | None = None,
     seed: int = 0,
     backend: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Estimate | dict[str, Estimate]:
     r"""``tr(A)``, exact by n products or as the mean of v'Av over random signs v.
@@ -93,6 +102,9 @@ def trace(
             vectors would be samples here.
         seed: sample i is elements i n .. (i + 1) n of the seed's stream of signs.
         backend: kernels by name; default the best that serves.
+        checkpoint: a folder in which the run is saved every minute or so and can be resumed from
+            after it was killed, see `resume`.
+        time_limit: seconds after which the run is saved and left, see `resume`.
         progress: callback, called with (products made, products expected in all) after each block.
 
     Returns:
@@ -111,6 +123,7 @@ def trace(
         >>> fh.trace(A).value
         5050.0
     """
+    call = Call.of("trace", locals(), inputs=("deflate",))
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
@@ -120,11 +133,15 @@ def trace(
     seed = seed_of(seed)
     known = _by_operator(A, deflate)
 
-    def start(B: SymmetricOperator, progress: ProgressCallback | None) -> Run[Estimate]:
+    def start(
+        B: SymmetricOperator, progress: ProgressCallback | None, states: States
+    ) -> Run[Estimate]:
         pairs, exact = known.get(id(B)), method == "auto"
-        return estimate(B, rtol, confidence, limit, seed, backend, progress, pairs, exact=exact)
+        return estimate(
+            B, states, rtol, confidence, limit, seed, backend, progress, pairs, exact=exact
+        )
 
-    return solve(A, start, progress)
+    return solve(A, start, progress, call)
 
 
 def _by_operator(A: Any, pairs: Any) -> dict[int, Eigenpairs]:

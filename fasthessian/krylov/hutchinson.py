@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Generator
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.arguments import ProgressCallback
+from fasthessian.checkpoints.state import State
+from fasthessian.checkpoints.states import States
 from fasthessian.errors import ConvergenceWarning, InputError
 from fasthessian.krylov.breakdown import NOISE
 from fasthessian.krylov.dots import dots, gram
@@ -28,8 +31,24 @@ FIRST_CHECK = 16  # samples: with fewer the distribution of a skewed mean is too
 SKEW = 1e-2  # of max |Q Q' - I|: vectors of eigsh have 1e-6, or 1e-3 with a compressed basis
 
 
+@dataclasses.dataclass
+class Sampled(State):
+    """What changes while a trace is estimated, except the spread of the samples."""
+
+    samples: Tensor = dataclasses.field(  # (s,)
+        default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu")
+    )
+    diagonal: Tensor = dataclasses.field(  # (d,) its first elements, if it is taken instead
+        default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu")
+    )
+    squares: float = 0.0  # sum of the squares of the rows of these elements
+    needed: int = 0  # samples expected in all
+    began: int = 0  # products of the algorithm before
+
+
 def estimate(
     A: SymmetricOperator,
+    states: States,
     rtol: float,
     confidence: float,
     limit: int,
@@ -45,6 +64,7 @@ def estimate(
 
     Args:
         A: the operator, size n.
+        states: of the algorithm.
         rtol: half-width of the interval over |trace| at which sampling ends.
         confidence: of the interval.
         limit: products at most.
@@ -55,7 +75,7 @@ def estimate(
         skip: vectors of the stream that are left out.
         exact: take the diagonal instead, where that is as cheap.
     """
-    n, chosen, start = A.n, kernels.select(A.device, backend), A.matvecs
+    n, chosen = A.n, kernels.select(A.device, backend)
     known = 0.0  # size of the part of the trace that the pairs give
     products_of: Callable[[Tensor, Tensor], Asking] = functools.partial(_plain, A)
     if pairs is not None:
@@ -65,41 +85,47 @@ def estimate(
             return known_trace(float(pairs.values.sum()), known, A, confidence, 0), []
     rows = empty_rows(BLOCK, n, A.dtype, A.device)
     products = torch.empty(min(BLOCK, limit), n, dtype=A.dtype, device=A.device)
-    samples, spread = torch.empty(0, dtype=torch.float64, device="cpu"), Spread()
-    converged, needed = False, min(FIRST_CHECK, limit)
+    first = Sampled(needed=min(FIRST_CHECK, limit), began=states.made)
+    state, spread = states.add("samples", first), states.add("spread", Spread())
+    converged = False
+
+    def made() -> int:
+        return states.made - state.began
 
     def callback(total: int) -> None:
         if progress is not None:
-            progress(A.matvecs - start, total)
+            progress(made(), total)
 
-    while len(samples) < limit and not converged:
-        s = len(samples)
-        if exact and n <= needed - s and (s >= FIRST_CHECK or s == 0):
+    while len(state.samples) < limit and not converged:
+        s = len(state.samples)
+        if exact and n <= state.needed - s and (s >= FIRST_CHECK or s == 0):
             total = s + n
-            value, size = yield from _diagonal(A, rows, products, chosen, lambda: callback(total))  # noqa: B023
-            return known_trace(value, size, A, confidence, A.matvecs - start), []
+            value, size = yield from _diagonal(
+                A, state, rows, products, chosen, lambda: callback(total)  # noqa: B023
+            )  # fmt: skip
+            return known_trace(value, size, A, confidence, made()), []
         b = min(BLOCK, limit - s)
         for i in range(b):
             chosen.signs_(rows[i], seed, (skip + s + i) * n)
         yield from products_of(rows[:b], products[:b])
         C, _ = dots(chosen, rows[:b], products[:b])
-        samples = torch.cat((samples, C.diagonal().cpu()))
+        state.samples = torch.cat((state.samples, C.diagonal().cpu()))
         y = rows[:b].mul_(products[:b])
         y.sub_(y[0].clone())  # nothing is left if A is diagonal
         spread.add(gram(chosen, y))
-        s, value = len(samples), float(samples.mean())
-        stderr, half = spread.interval(samples, confidence)
+        s, value = len(state.samples), float(state.samples.mean())
+        stderr, half = spread.interval(state.samples, confidence)
         wanted = rtol * abs(value) / math.sqrt(1 + rtol**2)
         converged = s >= min(FIRST_CHECK, limit) and half <= wanted
         if s >= FIRST_CHECK and not converged:
             ratio = half / wanted if wanted else math.inf
-            needed = int(min(limit, max(s + BLOCK, s * min(ratio, 1e4) ** 2)))
-        callback(s if converged else needed)
+            state.needed = int(min(limit, max(s + BLOCK, s * min(ratio, 1e4) ** 2)))
+        callback(s if converged else state.needed)
     shortfalls: list[Warning] = []
     if not converged:
         shortfalls.append(
             ConvergenceWarning(
-                f"the trace's interval is {value:.4g} +- {half:.2g} after {len(samples)} products, "
+                f"the trace's interval is {value:.4g} +- {half:.2g} after {s} products, "
                 f"wider than rtol={rtol:g}; raise max_matvecs or rtol"
             )
         )
@@ -109,8 +135,8 @@ def estimate(
         stderr=stderr,
         interval=(value - half, value + half),
         confidence=confidence,
-        samples=samples,
-        matvecs=A.matvecs - start,
+        samples=state.samples,
+        matvecs=made(),
         converged=converged,
     )
     return found, shortfalls
@@ -138,22 +164,24 @@ def _rounding(A: SymmetricOperator, size: float) -> float:
 
 def _diagonal(
     A: SymmetricOperator,
+    state: Sampled,
     rows: Tensor,
     products: Tensor,
     chosen: ModuleType,
     callback: Callable[[], None],
 ) -> Generator[Request, None, tuple[float, float]]:
     """The sum of the diagonal by n unit vectors, and its size ``sum |a_ii| + ||A||_F``."""
-    n, diagonal, squares = rows.shape[1], [], 0.0
-    for i in range(0, n, len(products)):
+    n = rows.shape[1]
+    for i in range(len(state.diagonal), n, len(products)):
         b = min(len(products), n - i)
         units, out = rows[:b].zero_(), products[:b]
         units[:, i : i + b].fill_diagonal_(1.0)
         yield Request(A, units, out)
-        diagonal += out[:, i : i + b].diagonal().tolist()
-        squares += float(gram(chosen, out).trace())
+        state.diagonal = torch.cat((state.diagonal, out[:, i : i + b].diagonal().double().cpu()))
+        state.squares += float(gram(chosen, out).trace())
         callback()
-    return math.fsum(diagonal), math.fsum(map(abs, diagonal)) + math.sqrt(squares)
+    diagonal = state.diagonal.tolist()
+    return math.fsum(diagonal), math.fsum(map(abs, diagonal)) + math.sqrt(state.squares)
 
 
 def _plain(A: SymmetricOperator, V: Tensor, out: Tensor) -> Asking:

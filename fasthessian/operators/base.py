@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fasthessian import kernels
+from fasthessian.distributed.ranks import ALONE, Ranks
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.kept import Kept
 from fasthessian.operators.request import Request
@@ -111,6 +112,7 @@ class SymmetricOperator:
     # a CUDA graph can capture them.
 
     _kept = Kept()
+    _ranks: Ranks = ALONE  # whose products are summed
 
     @property
     def _matrix(self) -> SymmetricOperator:

@@ -19,9 +19,11 @@ EXTENSION = f"{PACKAGE}._native"  # compiled: no module of a room
 # From the bottom: a module imports rooms of its own floor and of those below.
 FLOORS = (
     ("__about__", "errors", "arguments", "memory"),
+    ("distributed",),
     ("kernels",),
     ("vectors",),
     ("results",),
+    ("checkpoints",),
     ("operators.torch_state", "operators.request", "operators.kept"),
     ("operators.loss",),
     ("operators.products",),

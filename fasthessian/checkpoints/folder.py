@@ -1,0 +1,278 @@
+"""The generations of a checkpoint in its folder: written whole or not at all, and read back.
+
+A save writes one file of tensors per rank, ``state-00012-0of4.safetensors``, and then rank 0 writes
+``index-00012.json``. That file makes the generation complete: it holds the call, the numbers of the
+states, and where each tensor lies. The newest two generations are kept. If a run is killed during a
+save, the generation before it is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import uuid
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fasthessian.__about__ import __version__
+from fasthessian.checkpoints import shards
+from fasthessian.checkpoints.shards import DTYPES, TYPES, Piece, Source
+from fasthessian.checkpoints.state import State
+from fasthessian.checkpoints.states import Part
+from fasthessian.distributed.ranks import Ranks
+from fasthessian.errors import InputError
+from fasthessian.results.fields import parse
+
+FORMAT = 1
+FILES = re.compile(r"(?:index|state)-(\d{5,})(?:-\d+of\d+)?\.(?:json|safetensors)(?:\.part)?")
+Json = dict[str, Any]
+
+
+class Folder:
+    """The folder of a checkpoint.
+
+    Args:
+        path: the folder.
+        ranks: that write and read it together.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks) -> None:
+        self.path, self.ranks = path, ranks
+        self._id = uuid.uuid4().hex  # of the run; rank 0's counts
+        self._index: Json | None = None  # of the newest whole generation
+        self._generation = max(self._numbers("*"), default=0)
+
+    def claim(self) -> None:
+        """Make the folder, and see that files can be written, before a run begins.
+
+        Raises:
+            FileExistsError: it holds a checkpoint.
+            OSError: it cannot be made or written.
+        """
+        if self._numbers("index-*.json"):
+            raise FileExistsError(self.path)
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"folder {self.path.parent} does not exist; make it first")
+        self.path.mkdir(exist_ok=True)
+        trial = self.path / f"state-00000-{self.ranks.rank}of{self.ranks.size}.safetensors.part"
+        trial.write_bytes(b"\0")
+        trial.unlink()
+
+    def write(
+        self,
+        body: Json,
+        states: Mapping[tuple[str, str], State],
+        columns: tuple[int, int] | None,
+    ) -> None:
+        """Write a generation, and remove those before the last one.
+
+        Args:
+            body: what the index holds besides the states: numbers, text, lists and dictionaries.
+            states: by the names of their run and of the state.
+            columns: of all rows, that this rank holds; None if every rank holds all.
+        """
+        ranks = self.ranks
+        each = ranks.objects([self._id, self._generation])
+        self._id, self._generation = each[0][0], 1 + max(number for _, number in each)
+        file = f"state-{self._generation:05}-{ranks.rank}of{ranks.size}.safetensors"
+        own: dict[str, Tensor] = {}
+        held: dict[str, tuple[int, int]] = {}
+        known = self._frozen()
+        runs: Json = {}
+        for (run, name), state in states.items():
+            tensors, split_tensors = state.tensors(), state.split()
+            places: Json = {}
+            for tensor_name, tensor in {**tensors, **split_tensors}.items():
+                split = tensor_name in split_tensors
+                key = f"{run}/{name}/{tensor_name}"
+                if key in known:
+                    places[tensor_name] = known[key]
+                    continue
+                places[tensor_name] = {
+                    "dtype": DTYPES[tensor.dtype],
+                    "shape": list(tensor.shape),
+                    "split": split,
+                    "pieces": [],
+                }
+                if (split and columns is not None) or ranks.rank == 0:
+                    own[key] = tensor
+                    held[key] = columns or (0, tensor.shape[-1]) if split else (0, 0)
+            part = {"numbers": state.numbers(), "frozen": state.FROZEN, "tensors": places}
+            runs.setdefault(run, {})[name] = part
+        found = shards.write(self.path / file, own, self._id) if own else {}
+        mine = [[file, key, *held[key], crc] for key, crc in found.items()]
+        for piece in (piece for each in ranks.objects(mine) for piece in each):
+            run, name, tensor_name = _split(piece[1], runs)
+            place = runs[run][name]["tensors"][tensor_name]
+            place["pieces"].append(piece)
+            if place["split"]:
+                place["shape"][-1] = max(place["shape"][-1], piece[3])
+        before, self._index = self._index, {
+            **body,
+            "format": FORMAT,
+            "version": __version__,
+            "id": self._id,
+            "generation": self._generation,
+            "runs": runs,
+        }  # fmt: skip
+        if ranks.rank == 0:
+            self._commit(self._index)
+            self._remove_others([self._index, before])
+
+    def read(self) -> Json:
+        """The index of the newest generation that is whole.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            ValueError: it holds no whole generation, or one of another format; the message has one
+                line.
+
+        Warns:
+            UserWarning: a newer generation is damaged.
+        """
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{self.path} is not the folder of a checkpoint")
+        problems: list[str] = []
+        for number in sorted(self._numbers("index-*.json"), reverse=True):
+            problem = ""
+            try:
+                self._index = self._checked(f"index-{number:05}.json")
+            except (InputError, OSError) as error:
+                problem = " ".join(str(error).split())
+            found = [word for word in self.ranks.objects(problem) if word]
+            if not found:
+                break
+            problems.append(found[0])
+            self._index = None
+        if self._index is None:
+            why = problems[0] if problems else "no save was completed"
+            raise InputError(
+                f"{self.path} holds no checkpoint that is whole ({why}); delete it and call the "
+                f"algorithm again"
+            )
+        if self._index["format"] != FORMAT:
+            raise InputError(
+                f"{self.path} has the format {self._index['format']} of fasthessian "
+                f"{self._index['version']}, and format {FORMAT} is read here; resume it there"
+            )
+        self._id = self._index["id"]
+        if problems:
+            warnings.warn(
+                f"the newest checkpoint in {self.path} is damaged ({problems[0]}); the one before "
+                f"it is used",
+                stacklevel=4,
+            )
+        return self._index
+
+    def parts(self, run: str, columns: tuple[int, int] | None) -> dict[str, Part]:
+        """The states of a run as they were saved; ``columns`` are those that this rank holds."""
+        assert self._index is not None
+        found = {}
+        for name, part in self._index["runs"].get(run, {}).items():
+            found[name] = Part(
+                part["numbers"],
+                {key: self._source(place, columns) for key, place in part["tensors"].items()},
+            )
+        return found
+
+    def _source(self, place: Json, columns: tuple[int, int] | None) -> Source:
+        pieces = [Piece(*piece) for piece in place["pieces"]]
+        wanted = None
+        if place["split"]:
+            wanted = columns or (0, place["shape"][-1])
+        return Source(self.path, TYPES[place["dtype"]], place["shape"], pieces, wanted)
+
+    def _numbers(self, pattern: str) -> set[int]:
+        """The numbers of the generations that have a file of this pattern."""
+        matches = (FILES.fullmatch(path.name) for path in self.path.glob(pattern))
+        return {int(match[1]) for match in matches if match}
+
+    def _checked(self, name: str) -> Json:
+        """An index whose own sum and whose tensors' sums are right.
+
+        Raises:
+            ValueError: it is damaged, or a file that it names is.
+        """
+        try:
+            whole = parse((self.path / name).read_text())
+            index, crc = whole["body"], whole["crc32"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{name} is damaged: {error}") from None
+        if _sum(index) != crc:
+            raise InputError(f"{name} is damaged: its sum differs")
+        if index["format"] == FORMAT:
+            # a rank checks all pieces of its share of the files
+            pieces = [Piece(*piece) for piece in _pieces(index)]
+            files = sorted({piece.file for piece in pieces})[self.ranks.rank :: self.ranks.size]
+            shards.verify(self.path, [p for p in pieces if p.file in files], index["id"])
+        return index  # type: ignore[no-any-return]
+
+    def _frozen(self) -> Json:
+        """Where the tensors lie, by key, that never change and are written already."""
+        found = {}
+        for run, parts in (self._index or {"runs": {}})["runs"].items():
+            for name, part in parts.items():
+                if part["frozen"]:
+                    for key, place in part["tensors"].items():
+                        found[f"{run}/{name}/{key}"] = place
+        return found
+
+    def _commit(self, index: Json) -> None:
+        """Write the index under another name, and rename it when it is on the disk."""
+        path = self.path / f"index-{self._generation:05}.json"
+        temporary = path.with_name(f"{path.name}.part")
+        try:
+            with open(temporary, "w") as stream:
+                json.dump({"crc32": _sum(index), "body": index}, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            _sync(self.path)  # the names of the files of tensors
+            os.replace(temporary, path)
+            _sync(self.path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    def _remove_others(self, indexes: Sequence[Json | None]) -> None:
+        """Remove the files of all generations up to this one, except those of ``indexes``."""
+        kept = {piece[0] for index in indexes if index for piece in _pieces(index)}
+        kept |= {f"index-{index['generation']:05}.json" for index in indexes if index}
+        paths = sorted(self.path.glob("*"))  # indexes first: a killed removal leaves none alone
+        for path in paths:
+            match = FILES.fullmatch(path.name)
+            if match and int(match[1]) <= self._generation and path.name not in kept:
+                path.unlink(missing_ok=True)
+
+
+def _pieces(index: Json) -> Iterator[list[Any]]:
+    """All pieces that an index names."""
+    for parts in index["runs"].values():
+        for part in parts.values():
+            for place in part["tensors"].values():
+                yield from place["pieces"]
+
+
+def _split(key: str, runs: Json) -> tuple[str, str, str]:
+    """The names of run, state and tensor; only the first may hold a slash."""
+    run, name, tensor_name = key.rsplit("/", 2)
+    assert run in runs
+    return run, name, tensor_name
+
+
+def _sum(index: Json) -> int:
+    return zlib.crc32(json.dumps(index).encode())
+
+
+def _sync(folder: Path) -> None:
+    """Put the names of a folder's files on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
