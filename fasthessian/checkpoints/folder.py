@@ -8,6 +8,7 @@ save, the generation before it is whole.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -30,6 +31,7 @@ from fasthessian.errors import InputError
 from fasthessian.results.fields import parse
 
 FORMAT = 1
+INDEXES = "index-*.json"
 FILES = re.compile(r"(?:index|state)-(\d{5,})(?:-\d+of\d+)?\.(?:json|safetensors)(?:\.part)?")
 Json = dict[str, Any]
 
@@ -46,6 +48,7 @@ class Folder:
         self.path, self.ranks = path, ranks
         self._id = uuid.uuid4().hex  # of the run; rank 0's counts
         self._index: Json | None = None  # of the newest whole generation
+        self._new = False  # whether ``claim`` made the folder
         self._generation = max(self._numbers("*"), default=0)
 
     def claim(self) -> None:
@@ -55,14 +58,21 @@ class Folder:
             FileExistsError: it holds a checkpoint.
             OSError: it cannot be made or written.
         """
-        if self._numbers("index-*.json"):
+        if self._numbers(INDEXES):
             raise FileExistsError(self.path)
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"folder {self.path.parent} does not exist; make it first")
+        self._new = not self.path.exists()
         self.path.mkdir(exist_ok=True)
         trial = self.path / f"state-00000-{self.ranks.rank}of{self.ranks.size}.safetensors.part"
         trial.write_bytes(b"\0")
         trial.unlink()
+
+    def abandon(self) -> None:
+        """Remove the folder if ``claim`` made it and nothing was saved."""
+        if self._new:
+            with contextlib.suppress(OSError):  # it is not empty, or another rank was faster
+                self.path.rmdir()
 
     def write(
         self,
@@ -139,7 +149,8 @@ class Folder:
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is not the folder of a checkpoint")
         problems: list[str] = []
-        for number in sorted(self._numbers("index-*.json"), reverse=True):
+        numbers = sorted(self._numbers(INDEXES), reverse=True)
+        for number in numbers:
             problem = ""
             try:
                 self._index = self._checked(f"index-{number:05}.json")
@@ -150,11 +161,15 @@ class Folder:
                 break
             problems.append(found[0])
             self._index = None
-        if self._index is None:
-            why = problems[0] if problems else "no save was completed"
+        if not numbers:
             raise InputError(
-                f"{self.path} holds no checkpoint that is whole ({why}); delete it and call the "
+                f"{self.path} holds no checkpoint, because no save was completed; call the "
                 f"algorithm again"
+            )
+        if self._index is None:
+            raise InputError(
+                f"{self.path} holds no checkpoint that is whole ({problems[0]}); delete the folder "
+                f"and call the algorithm again"
             )
         if self._index["format"] != FORMAT:
             raise InputError(
@@ -169,6 +184,14 @@ class Folder:
                 stacklevel=4,
             )
         return self._index
+
+    def newest(self) -> Json:
+        """The newest index, whose tensors are not checked.
+
+        Raises:
+            ValueError: it is damaged.
+        """
+        return self._parsed(f"index-{max(self._numbers(INDEXES)):05}.json")
 
     def parts(self, run: str, columns: tuple[int, int] | None) -> dict[str, Part]:
         """The states of a run as they were saved; ``columns`` are those that this rank holds."""
@@ -199,6 +222,15 @@ class Folder:
         Raises:
             ValueError: it is damaged, or a file that it names is.
         """
+        index = self._parsed(name)
+        if index["format"] == FORMAT:
+            # each rank checks its share of the files
+            pieces = [Piece(*piece) for piece in _pieces(index)]
+            files = sorted({piece.file for piece in pieces})[self.ranks.rank :: self.ranks.size]
+            shards.verify(self.path, [p for p in pieces if p.file in files], index["id"])
+        return index
+
+    def _parsed(self, name: str) -> Json:
         try:
             whole = parse((self.path / name).read_text())
             index, crc = whole["body"], whole["crc32"]
@@ -206,11 +238,6 @@ class Folder:
             raise InputError(f"{name} is damaged: {error}") from None
         if _sum(index) != crc:
             raise InputError(f"{name} is damaged: its sum differs")
-        if index["format"] == FORMAT:
-            # a rank checks all pieces of its share of the files
-            pieces = [Piece(*piece) for piece in _pieces(index)]
-            files = sorted({piece.file for piece in pieces})[self.ranks.rank :: self.ranks.size]
-            shards.verify(self.path, [p for p in pieces if p.file in files], index["id"])
         return index  # type: ignore[no-any-return]
 
     def _frozen(self) -> Json:

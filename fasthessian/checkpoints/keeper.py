@@ -100,6 +100,8 @@ class Keeper:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+        if self._saving is not None and self._saved_at is None:
+            self._saving.folder.abandon()
 
     def boundary(self, products: int) -> None:
         """Before a step of so many products: save if it is due; save and stop if it is time.

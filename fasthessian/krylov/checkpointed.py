@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -48,8 +49,12 @@ def keeper(
     if saved is None:
         folder = Folder(path, A._ranks)
         _claim(folder, path, call)
-        body["operators"] = {name: identity(B) for name, B in operators.items()}
-        body["fingerprints"] = _fingerprints(operators)
+        try:
+            body["operators"] = {name: identity(B) for name, B in operators.items()}
+            body["fingerprints"] = _fingerprints(operators)
+        except BaseException:
+            folder.abandon()
+            raise
     else:
         folder = saved.folder
         _check(saved, operators, A._ranks)
@@ -64,14 +69,12 @@ def _claim(folder: Folder, path: Path, call: Call) -> None:
         folder.ranks.together(folder.claim)
     except FileExistsError:
         held = ""
-        try:
-            found = folder.read()["call"]
+        with contextlib.suppress(InputError):
+            found = folder.newest()["call"]
             held = f" of {found['algorithm']}"
             if found["algorithm"] == call.algorithm:
                 words = differing_argument(found["arguments"], call.saved()["arguments"])
                 held += f" with {words}" if words else ""
-        except InputError:
-            pass
         raise FileExistsError(
             f"checkpoint {path} holds a checkpoint{held}; go on with fh.resume({str(path)!r}, A), "
             f"or delete the folder to begin anew"
