@@ -19,8 +19,7 @@ EXTENSION = f"{PACKAGE}._native"  # compiled: no module of a room
 # From the bottom: a module imports rooms of its own floor and of those below.
 FLOORS = (
     ("__about__", "errors", "arguments", "memory"),
-    ("distributed",),
-    ("kernels",),
+    ("kernels", "distributed"),
     ("vectors",),
     ("results",),
     ("checkpoints",),
