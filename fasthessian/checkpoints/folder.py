@@ -1,14 +1,16 @@
 """The generations of a checkpoint in its folder: written whole or not at all, and read back.
 
-A save writes one file of tensors per rank, ``state-00012-0of4.safetensors``, and then rank 0 writes
+A save writes a file of tensors per rank, ``state-00012-0of4.safetensors``, and then rank 0 writes
 ``index-00012.json``. That file makes the generation complete: it holds the call, the numbers of the
-states, and where each tensor lies. The newest two generations are kept. If a run is killed during a
+states, and where each tensor lies. Tensors that never change are in a file ``frozen-...`` of the
+first generation that has them. The newest two generations are kept. If a run is killed during a
 save, the generation before it is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -32,8 +34,11 @@ from fasthessian.results.fields import parse
 
 FORMAT = 1
 INDEXES = "index-*.json"
-FILES = re.compile(r"(?:index|state)-(\d{5,})(?:-\d+of\d+)?\.(?:json|safetensors)(?:\.part)?")
+FILES = re.compile(
+    r"(?:index|state|frozen)-(\d{5,})(?:-\d+of\d+)?\.(?:json|safetensors)(?:\.part)?"
+)
 Json = dict[str, Any]
+Held = tuple[Tensor, tuple[int, int]]  # a tensor, and the columns of it that this rank holds
 
 
 class Folder:
@@ -90,35 +95,13 @@ class Folder:
         ranks = self.ranks
         each = ranks.objects([self._id, self._generation])
         self._id, self._generation = each[0][0], 1 + max(number for _, number in each)
-        file = f"state-{self._generation:05}-{ranks.rank}of{ranks.size}.safetensors"
-        own: dict[str, Tensor] = {}
-        held: dict[str, tuple[int, int]] = {}
-        known = self._frozen()
-        runs: Json = {}
-        for (run, name), state in states.items():
-            tensors, split_tensors = state.tensors(), state.split()
-            places: Json = {}
-            for tensor_name, tensor in {**tensors, **split_tensors}.items():
-                split = tensor_name in split_tensors
-                key = f"{run}/{name}/{tensor_name}"
-                if key in known:
-                    places[tensor_name] = known[key]
-                    continue
-                places[tensor_name] = {
-                    "dtype": DTYPES[tensor.dtype],
-                    "shape": list(tensor.shape),
-                    "split": split,
-                    "pieces": [],
-                }
-                if (split and columns is not None) or ranks.rank == 0:
-                    own[key] = tensor
-                    held[key] = columns or (0, tensor.shape[-1]) if split else (0, 0)
-            part = {"numbers": state.numbers(), "frozen": state.FROZEN, "tensors": places}
-            runs.setdefault(run, {})[name] = part
-        found = shards.write(self.path / file, own, self._id) if own else {}
-        mine = [[file, key, *held[key], crc] for key, crc in found.items()]
-        for piece in (piece for each in ranks.objects(mine) for piece in each):
-            run, name, tensor_name = _split(piece[1], runs)
+        runs, files = self._planned(states, columns)
+        mine: list[Any] = []
+        for file, own in files.items():
+            sums = ranks.together(functools.partial(self._written, file, own))
+            mine += [[key, file, key, *held, sums[key]] for key, (_, held) in own.items()]
+        for key, *piece in (piece for each_rank in ranks.objects(mine) for piece in each_rank):
+            run, name, tensor_name = key.rsplit("/", 2)  # only the first may hold a slash
             place = runs[run][name]["tensors"][tensor_name]
             place["pieces"].append(piece)
             if place["split"]:
@@ -131,9 +114,47 @@ class Folder:
             "generation": self._generation,
             "runs": runs,
         }  # fmt: skip
-        if ranks.rank == 0:
-            self._commit(self._index)
-            self._remove_others([self._index, before])
+        ranks.together(lambda: self._commit([self._index, before]) if ranks.rank == 0 else None)
+
+    def _planned(
+        self, states: Mapping[tuple[str, str], State], columns: tuple[int, int] | None
+    ) -> tuple[Json, dict[str, dict[str, Held]]]:
+        """The states as the index has them, and what this rank writes into each of two files.
+
+        What never changes is written once, into a file of its own.
+        """
+        rank, size = self.ranks.rank, self.ranks.size
+        files: dict[str, dict[str, Held]] = {
+            f"{kind}-{self._generation:05}-{rank}of{size}.safetensors": {}
+            for kind in ("state", "frozen")
+        }
+        changing, frozen = files.values()
+        known, runs = self._frozen(), Json()
+        for (run, name), state in states.items():
+            places: Json = {}
+            for split, tensors in ((False, state.tensors()), (True, state.split())):
+                for tensor_name, tensor in tensors.items():
+                    key = f"{run}/{name}/{tensor_name}"
+                    if key in known:
+                        places[tensor_name] = known[key]
+                        continue
+                    places[tensor_name] = {
+                        "dtype": DTYPES[tensor.dtype],
+                        "shape": list(tensor.shape),
+                        "split": split,
+                        "pieces": [],
+                    }
+                    if (split and columns is not None) or rank == 0:
+                        held = columns or (0, tensor.shape[-1]) if split else (0, 0)
+                        (frozen if state.FROZEN else changing)[key] = tensor, held
+            part = {"numbers": state.numbers(), "frozen": state.FROZEN, "tensors": places}
+            runs.setdefault(run, {})[name] = part
+        return runs, files
+
+    def _written(self, file: str, own: Mapping[str, Held]) -> dict[str, int]:
+        """Write a file, if it holds anything; the sums of its tensors."""
+        tensors = {key: tensor for key, (tensor, _) in own.items()}
+        return shards.write(self.path / file, tensors, self._id) if tensors else {}
 
     def read(self) -> Json:
         """The index of the newest generation that is whole.
@@ -146,10 +167,9 @@ class Folder:
         Warns:
             UserWarning: a newer generation is damaged.
         """
-        if not self.path.is_dir():
-            raise FileNotFoundError(f"{self.path} is not the folder of a checkpoint")
+        self.ranks.together(self._exists)
         problems: list[str] = []
-        numbers = sorted(self._numbers(INDEXES), reverse=True)
+        numbers = self.ranks.objects(sorted(self._numbers(INDEXES), reverse=True))[0]
         for number in numbers:
             problem = ""
             try:
@@ -204,6 +224,10 @@ class Folder:
             )
         return found
 
+    def _exists(self) -> None:
+        if not self.path.is_dir():
+            raise FileNotFoundError(f"{self.path} is not the folder of a checkpoint")
+
     def _source(self, place: Json, columns: tuple[int, int] | None) -> Source:
         pieces = [Piece(*piece) for piece in place["pieces"]]
         wanted = None
@@ -250,8 +274,13 @@ class Folder:
                         found[f"{run}/{name}/{key}"] = place
         return found
 
-    def _commit(self, index: Json) -> None:
-        """Write the index under another name, and rename it when it is on the disk."""
+    def _commit(self, indexes: Sequence[Json | None]) -> None:
+        """Write the first index, and remove the files that none of them names.
+
+        It is written under another name, and renamed when it is on the disk.
+        """
+        index = indexes[0]
+        assert index is not None
         path = self.path / f"index-{self._generation:05}.json"
         temporary = path.with_name(f"{path.name}.part")
         try:
@@ -265,6 +294,7 @@ class Folder:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        self._remove_others(indexes)
 
     def _remove_others(self, indexes: Sequence[Json | None]) -> None:
         """Remove the files of all generations up to this one, except those of ``indexes``."""
@@ -283,13 +313,6 @@ def _pieces(index: Json) -> Iterator[list[Any]]:
         for part in parts.values():
             for place in part["tensors"].values():
                 yield from place["pieces"]
-
-
-def _split(key: str, runs: Json) -> tuple[str, str, str]:
-    """The names of run, state and tensor; only the first may hold a slash."""
-    run, name, tensor_name = key.rsplit("/", 2)
-    assert run in runs
-    return run, name, tensor_name
 
 
 def _sum(index: Json) -> int:
