@@ -68,6 +68,8 @@ class Folder:
         if not self.path.parent.is_dir():
             raise FileNotFoundError(f"folder {self.path.parent} does not exist; make it first")
         self._new = not self.path.exists()
+        if not self._new and not self.path.is_dir():
+            raise NotADirectoryError(f"checkpoint must be a folder, but {self.path} is a file")
         self.path.mkdir(exist_ok=True)
         trial = self.path / f"state-00000-{self.ranks.rank}of{self.ranks.size}.safetensors.part"
         trial.write_bytes(b"\0")

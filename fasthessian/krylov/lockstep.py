@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any, TypeVar
 
 from fasthessian.arguments import ProgressCallback
 from fasthessian.checkpoints.call import Call
+from fasthessian.checkpoints.keeper import Keeper
 from fasthessian.checkpoints.states import States
 from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.krylov.checkpointed import keeper
@@ -85,7 +86,7 @@ def solve(
     single = not isinstance(A, Mapping)
     operators = {"": operator(A)} if single else _checked(A)
     with Guard(operators.values()) as guard, keeper(call, operators) as kept:
-        callback_for = _callbacks(progress, list(operators), single)
+        callback_for = _callbacks(progress, kept) if not single else lambda name: progress
         runs = {
             name: start(B, callback_for(name), kept.runs[name])
             for name, B in operators.items()
@@ -126,20 +127,21 @@ def _checked(operators: Mapping[str, SymmetricOperator]) -> dict[str, SymmetricO
 
 
 def _callbacks(
-    progress: ProgressCallback | None, names: Sequence[str], single: bool
+    progress: ProgressCallback | None, kept: Keeper
 ) -> Callable[[str], ProgressCallback | None]:
-    """A callback for each run; those of several runs report their sum."""
-    done: dict[str, tuple[int, int | None]] = {}
+    """A callback for each of several runs, which reports their sum."""
+    counts = {name: states.made for name, states in kept.runs.items()}
+    totals: dict[str, int | None] = {name: counts[name] for name in kept.ended}
 
     def callback_for(name: str) -> ProgressCallback | None:
-        if progress is None or single:
-            return progress
+        if progress is None:
+            return None
 
         def callback(made: int, total: int | None) -> None:
-            done[name] = made, total
-            totals = [t for _, t in done.values()]
-            whole = None if None in totals or len(done) < len(names) else sum(totals)  # type: ignore[arg-type]
-            progress(sum(made for made, _ in done.values()), whole)
+            counts[name], totals[name] = made, total
+            known = [t for t in totals.values() if t is not None]
+            whole = sum(known) if len(known) == len(counts) else None
+            progress(sum(counts.values()), whole)
 
         return callback
 

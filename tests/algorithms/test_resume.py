@@ -1,5 +1,6 @@
 """A call that was interrupted before any product goes on to the same bits."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -57,24 +58,30 @@ def test_a_call_that_is_killed_again_and_again_gives_the_same_bits(name, tmp_pat
     assert (digest(saved), same) == (digest(plain), seen) and total > 1
     for every in sorted({1, 2, 1 + total // 2, total} if total < 12 else {5, 1 + total // 2}):
         path = tmp_path / f"run {every}"
-        every = 2 if every == 1 else every
         with pytest.raises(Killed):
             interrupted(1)
             call(new(), checkpoint=path)
-        for _ in range(total):
-            interrupted(every)
-            progress = []
-            try:
-                found, warned = caught(
-                    lambda: fh.resume(path, new(), progress=lambda *x: progress.append(x))
-                )
-                break
-            except Killed:
-                pass
-        assert (digest(found), warned) == (digest(plain), seen), every
+        found, counts = resumed(path, new, interrupted, max(every, 2), total)
+        assert found == (digest(plain), seen), every
+        assert counts == sorted(counts)
         interrupted(None)
-        again, warned = caught(lambda: fh.resume(path, new()))
+        again, warned = caught(functools.partial(fh.resume, path, new()))
         assert (digest(again), warned) == (digest(plain), seen) and interrupted(None) == 0
+
+
+def resumed(path, new, interrupted, every, most):
+    """What the last of several resumed calls returns, each but it killed at a boundary."""
+    counts = []
+    for _ in range(most):
+        interrupted(every)
+        try:
+            found, warned = caught(
+                lambda: fh.resume(path, new(), progress=lambda made, _: counts.append(made))
+            )
+            return (digest(found), warned), counts
+        except Killed:
+            pass
+    pytest.fail(f"not finished after {most} calls")
 
 
 @pytest.mark.slow
