@@ -11,33 +11,29 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
-import os
 import re
 import uuid
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fasthessian.__about__ import __version__
-from fasthessian.checkpoints import shards
+from fasthessian.checkpoints import index, shards
+from fasthessian.checkpoints.index import Json
 from fasthessian.checkpoints.shards import DTYPES, TYPES, Piece, Source
 from fasthessian.checkpoints.state import State
 from fasthessian.checkpoints.states import Part
 from fasthessian.distributed.ranks import Ranks
 from fasthessian.errors import InputError
-from fasthessian.results.fields import parse
 
 FORMAT = 1
 INDEXES = "index-*.json"
 FILES = re.compile(
     r"(?:index|state|frozen)-(\d{5,})(?:-\d+of\d+)?\.(?:json|safetensors)(?:\.part)?"
 )
-Json = dict[str, Any]
 Held = tuple[Tensor, tuple[int, int]]  # a tensor, and the columns of it that this rank holds
 
 
@@ -213,7 +209,7 @@ class Folder:
         Raises:
             ValueError: it is damaged.
         """
-        return self._parsed(f"index-{max(self._numbers(INDEXES)):05}.json")
+        return index.read(self.path / f"index-{max(self._numbers(INDEXES)):05}.json")
 
     def parts(self, run: str, columns: tuple[int, int] | None) -> dict[str, Part]:
         """The states of a run as they were saved; ``columns`` are those that this rank holds."""
@@ -248,23 +244,13 @@ class Folder:
         Raises:
             ValueError: it is damaged, or a file that it names is.
         """
-        index = self._parsed(name)
-        if index["format"] == FORMAT:
+        found = index.read(self.path / name)
+        if found["format"] == FORMAT:
             # each rank checks its share of the files
-            pieces = [Piece(*piece) for piece in _pieces(index)]
+            pieces = [Piece(*piece) for piece in index.pieces(found)]
             files = sorted({piece.file for piece in pieces})[self.ranks.rank :: self.ranks.size]
-            shards.verify(self.path, [p for p in pieces if p.file in files], index["id"])
-        return index
-
-    def _parsed(self, name: str) -> Json:
-        try:
-            whole = parse((self.path / name).read_text())
-            index, crc = whole["body"], whole["crc32"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{name} is damaged: {error}") from None
-        if _sum(index) != crc:
-            raise InputError(f"{name} is damaged: its sum differs")
-        return index  # type: ignore[no-any-return]
+            shards.verify(self.path, [p for p in pieces if p.file in files], found["id"])
+        return found
 
     def _frozen(self) -> Json:
         """Where the tensors lie, by key, that never change and are written already."""
@@ -277,54 +263,17 @@ class Folder:
         return found
 
     def _commit(self, indexes: Sequence[Json | None]) -> None:
-        """Write the first index, and remove the files that none of them names.
-
-        It is written under another name, and renamed when it is on the disk.
-        """
-        index = indexes[0]
-        assert index is not None
-        path = self.path / f"index-{self._generation:05}.json"
-        temporary = path.with_name(f"{path.name}.part")
-        try:
-            with open(temporary, "w") as stream:
-                json.dump({"crc32": _sum(index), "body": index}, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
-            _sync(self.path)  # the names of the files of tensors
-            os.replace(temporary, path)
-            _sync(self.path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        """Write the first index, and remove the files that none of them names."""
+        index.write(self.path / f"index-{self._generation:05}.json", indexes[0])
         self._remove_others(indexes)
 
     def _remove_others(self, indexes: Sequence[Json | None]) -> None:
         """Remove the files of all generations up to this one, except those of ``indexes``."""
-        kept = {piece[0] for index in indexes if index for piece in _pieces(index)}
-        kept |= {f"index-{index['generation']:05}.json" for index in indexes if index}
+        known = [each for each in indexes if each is not None]
+        kept = {piece[0] for each in known for piece in index.pieces(each)}
+        kept |= {f"index-{each['generation']:05}.json" for each in known}
         paths = sorted(self.path.glob("*"))  # indexes first: a killed removal leaves none alone
         for path in paths:
             match = FILES.fullmatch(path.name)
             if match and int(match[1]) <= self._generation and path.name not in kept:
                 path.unlink(missing_ok=True)
-
-
-def _pieces(index: Json) -> Iterator[list[Any]]:
-    """All pieces that an index names."""
-    for parts in index["runs"].values():
-        for part in parts.values():
-            for place in part["tensors"].values():
-                yield from place["pieces"]
-
-
-def _sum(index: Json) -> int:
-    return zlib.crc32(json.dumps(index).encode())
-
-
-def _sync(folder: Path) -> None:
-    """Put the names of a folder's files on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

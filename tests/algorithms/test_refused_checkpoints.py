@@ -275,3 +275,14 @@ def test_a_damaged_checkpoint_is_resumed_from_the_one_before(tmp_path, monkeypat
     with pytest.warns(UserWarning, match=r"newest checkpoint in .* is damaged .*before it is used"):
         found = fh.resume(path, dense())
     assert digest(found) == digest(want)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_deleted(stopped, tmp_path):
+    path = shutil.copytree(stopped["matvec"], tmp_path / "run.fh")
+    for file in path.glob("state-*"):
+        file.unlink()
+    words = r"no checkpoint that is whole \(state-.* is missing\); delete the folder and call"
+    with pytest.raises(fh.InputError, match=words):
+        fh.resume(path, dense())
+    shutil.rmtree(path)
+    assert fh.density(dense(), steps=6, checkpoint=path).matvecs == 6
