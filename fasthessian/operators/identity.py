@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
@@ -34,8 +33,7 @@ def identity(A: SymmetricOperator) -> dict[str, Any]:
         "device": A.device.type,
     }
     if isinstance(matrix, Curvature):
-        options = dataclasses.asdict(matrix._options)
-        found |= {name: options[name] for name in OPTIONS}
+        found |= {name: getattr(matrix._options, name) for name in OPTIONS}
         if isinstance(matrix, Fisher):
             found |= {"samples": matrix._samples, "seed": matrix._seed}
         named = matrix._loss.named_parameters()

@@ -180,6 +180,14 @@ def test_the_generation_before_a_damaged_one_is_read(tmp_path, damage, file):
         assert {index["generation in words"] for index in found} == {"number 2"}
 
 
+def test_an_index_whose_numbers_were_changed_is_not_read(tmp_path):
+    write(tmp_path)
+    path = tmp_path / "index-00001.json"
+    path.write_text(path.read_text().replace('"count": 7', '"count": 8'))
+    with pytest.raises(fh.InputError, match=r"index-00001.json is damaged: its sum differs"):
+        read(tmp_path)
+
+
 def test_the_next_save_replaces_a_damaged_generation(tmp_path):
     write(tmp_path, generation=3)
     DAMAGES["flip"](tmp_path, "state-00003-0of1.safetensors")
