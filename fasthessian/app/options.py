@@ -34,7 +34,7 @@ MATRICES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class AnalysisOptions:
     """What to compute. A part that is left out costs nothing."""
 
     top: int = 5
@@ -61,7 +61,7 @@ class Plan:
     weight_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError for a plan that cannot be carried out, before any work."""
+        """Raise ValueError for options that do not go together, before any work."""
         if not (self.top or self.bottom or self.trace or self.density):
             raise InputError("nothing to compute; ask for --top, --bottom, --trace or --density")
         if not 0 < self.trace_rtol < 1:
