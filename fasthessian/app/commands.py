@@ -1,4 +1,4 @@
-"""The commands of ``fasthessian``: ``analyze``, ``plot``, ``doctor``."""
+"""The commands of ``fasthessian``: ``analyze``, ``plot``, ``doctor``; see ``plan`` for its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from fasthessian.__about__ import __version__
+from fasthessian.app.plan import plan_command
 from fasthessian.app.problems import BUILTIN, Settings, load
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import FORMATS
@@ -292,3 +293,6 @@ def doctor() -> None:
     from fasthessian import kernels
 
     click.echo(kernels.doctor())
+
+
+cli.add_command(plan_command)
