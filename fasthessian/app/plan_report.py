@@ -182,12 +182,12 @@ def advice(plan: Plan) -> list[str]:
         if write is not None and taken.step.total is not None:
             early = max(SIGNAL, 10 * math.ceil((taken.step.total + 2 * write) / 10))
         lines.append(
-            f"ask the scheduler for: --time={wall(taken.wall_seconds)} --signal=USR1@{early}"
+            f"ask the scheduler for: --time={wall(taken.wall_seconds)} --signal=B:USR1@{early}"
         )
     if write is not None and write > GRACE:
         lines.append(
             f"torchrun kills its ranks {GRACE} s after SIGTERM, before a checkpoint is written: "
-            f"only the earlier signal saves the run"
+            f"only an earlier signal to a rank saves the run (examples/slurm)"
         )
     return lines
 

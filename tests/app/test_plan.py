@@ -153,7 +153,7 @@ def test_the_tables_show_the_numbers(capsys):
     assert float(taken[2]) == pytest.approx(found["device_bytes"] / 2**20, rel=1e-2)
     assert "take: basis full, vectors sharded, model plain" in out
     assert "1,000,000 parameters in float32 on 4 ranks, 100 Lanczos steps" in out
-    assert re.search(r"ask the scheduler for: --time=00:07:00 --signal=USR1@120", out)
+    assert re.search(r"ask the scheduler for: --time=00:07:00 --signal=B:USR1@120", out)
     assert max(len(line) for line in out.splitlines() if line[:4] in ("full", "comp")) <= 80
     assert [row[0] for row in rows if row and row[0] in ("plain", "unshard", "regather")] == [
         "plain", "unshard", "regather"
@@ -168,7 +168,7 @@ def test_a_step_without_its_product_is_marked(capsys):
 def test_a_checkpoint_that_is_slow_asks_for_an_earlier_signal(capsys):
     out = shown(capsys, *KNOWN, "--disk-bandwidth", "0.001")
     # 408 MB at 1 MB/s, twice, and a step
-    assert "--signal=USR1@820" in out and "torchrun kills its ranks 30 s after SIGTERM" in out
+    assert "--signal=B:USR1@820" in out and "torchrun kills its ranks 30 s after SIGTERM" in out
 
 
 def test_nothing_fits(capsys):
