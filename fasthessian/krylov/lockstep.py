@@ -32,10 +32,14 @@ class Guard:
     """
 
     def __init__(self, operators: Iterable[SymmetricOperator]) -> None:
-        self._kept = {id(A._kept): A._kept for A in operators}.values()
+        matrices = {id(A._matrix): A._matrix for A in operators}
+        self._matrices = list(matrices.values())
+        self._kept = {id(A._kept): A._kept for A in self._matrices}.values()
         self._runs = contextlib.ExitStack()
 
     def __enter__(self) -> Guard:
+        for A in self._matrices:
+            A._agree()
         self._counts = [kept.changes(poll=True)[0] for kept in self._kept]
         for kept in self._kept:
             self._runs.enter_context(kept.run())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.operators.base import ASYMMETRY
-from fasthessian.operators.loss.model_loss import REPEATED, ROUNDED
+from fasthessian.operators.loss.part import REPEATED, ROUNDED
 from fasthessian.operators.matrix import Matrix
 from fasthessian.operators.products.differences import DIFFERENCE, distances
 from fasthessian.operators.products.slopes import ALLOWED, distance

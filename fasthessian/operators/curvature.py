@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthessian import kernels
+from fasthessian.errors import InputError
 from fasthessian.memory import out_of_memory
 from fasthessian.operators import parameters
-from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.base import SymmetricOperator, finite
 from fasthessian.operators.blocks import Block, partition
 from fasthessian.operators.checks import Check, check
 from fasthessian.operators.evaluation import Evaluation
 from fasthessian.operators.examination import prepare
-from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.loss.part import Part
 from fasthessian.operators.loss.protocol import Loss
-from fasthessian.operators.products.engines import Graph, gradient, unused
+from fasthessian.operators.products.engines import Graph, unused
 from fasthessian.operators.products.kept_graphs import KeptGraphs
 from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.request import Request
+from fasthessian.operators.shares import Shares
 from fasthessian.operators.source import Source
 from fasthessian.operators.torch_state.lock import exclusive
 from fasthessian.vectors import Layout, real
@@ -53,11 +54,19 @@ class Curvature(SymmetricOperator):
     _always_twice = False  # whether every engine differentiates custom functions twice
     _exact = False  # whether the matrix is the derivative of the gradient
 
-    def __init__(self, source: Source, options: Options) -> None:
-        """Check the loss, choose the engine and keep the first graph.
+    def __init__(self, source: Callable[[], Source], options: Options) -> None:
+        """Check the loss, choose the engine and keep the first graph."""
+        what = f"a product of {type(self).__name__}"
 
-        The caller holds the lock of the process.
-        """
+        def prepared() -> str:
+            return self._evaluation.within_memory(lambda: prepare(self), what)
+
+        note = options.ranks.together(exclusive(lambda: self._begin(source(), options)))
+        self._agree()
+        self.engine = options.ranks.together(exclusive(prepared)) + note
+
+    def _begin(self, source: Source, options: Options) -> str:
+        """Take over the loss and the options; return the note of the source for ``engine``."""
         loss, params = source.loss, source.params
         options.check(next(iter(params.values())).device, closure=loss.model is None)
         layout = Layout(params, parameters.common_dtype(params))
@@ -71,24 +80,37 @@ class Curvature(SymmetricOperator):
         self._kept = KeptGraphs(loss, current_parameters)
         self._evaluation = Evaluation(loss, layout, dtypes, options, self._kept, self._always_twice)
         self._layered = False  # whether a product with the block of a single layer was requested
-        what = f"a product of {type(self).__name__}"
-        words = self._evaluation.within_memory(lambda: prepare(self), what)
-        self.engine = words + source.note
+        self._ranks = options.ranks
+        self._shares = Shares(options.ranks, self._evaluation)
+        return source.note
 
-    @exclusive
+    def _agree(self) -> None:
+        self._shares.agree()
+
     def _multiply(self, requests: Sequence[Request]) -> None:
         """Products with this matrix or with blocks of it, in one pass over the data.
+
+        Each rank makes those of its part of the data. One sum over the ranks makes the whole.
 
         Raises:
             MemoryError: a product needs too much memory; the message names the option that helps.
         """
+        deferred, outs = all(r.deferred for r in requests), [r.out for r in requests]
+        self._shares.sum(outs, lambda: self._multiply_here(requests), deferred)
+        if self._options.weight_decay:
+            for request in requests:
+                request.out.add_(request.V.detach(), alpha=self._options.weight_decay)
+
+    @exclusive
+    def _multiply_here(self, requests: Sequence[Request]) -> None:
+        """Products with the data of this rank, without weight decay."""
+        deferred = all(request.deferred for request in requests)
         if not self._layered and any(map(self._is_one_layer, requests)):
             self._kept.forget()  # graphs are rebuilt, with the factors of single layers
             self._layered = True
         self._evaluation.within_memory(lambda: self._sum_over_parts(requests))
-        if self._options.weight_decay:
-            for request in requests:
-                request.out.add_(request.V.detach(), alpha=self._options.weight_decay)
+        if self._ranks and not (deferred or all(finite(request.out) for request in requests)):
+            self._evaluation.within_memory(lambda: self._name_batch(requests))
 
     def _sum_over_parts(self, requests: Sequence[Request]) -> None:
         """Write the products without weight decay: each graph adds the product of its part."""
@@ -100,14 +122,28 @@ class Curvature(SymmetricOperator):
                     graph.products(requests, first=i == 0, keep=True)
                 return
             try:
+                i = -1
                 with closing(self._loss.parts()) as parts:
                     for i, part in enumerate(parts):
                         graph = self._kept_or_new_graph(i, part, params)
                         graph.products(requests, first=i == 0, keep=i < kept.capacity)
-                kept.complete = kept.capacity > i
+                if i < 0:  # this rank has no data
+                    for request in requests:
+                        request.out.zero_()
+                kept.complete = kept.capacity > i >= 0
             except BaseException:
                 kept.forget()
                 raise
+
+    def _name_batch(self, requests: Sequence[Request]) -> None:
+        """Raise ValueError for the batch whose product is not finite, if V is."""
+        spare = [Request(r.operator, r.V, torch.empty_like(r.out)) for r in requests]
+        with self._evaluation.conditions() as params, closing(self._loss.parts()) as parts:
+            for i, part in enumerate(parts):
+                graph = self._kept_or_new_graph(i, part, params)
+                graph.products(spare, first=True, keep=i < self._kept.capacity)
+                if all(finite(r.V) for r in spare) and not all(finite(r.out) for r in spare):
+                    raise InputError(f"{self} returned NaN for batch {part.position} of data")
 
     def _kept_or_new_graph(self, i: int, part: Part, params: list[Tensor]) -> Graph:
         """The graph of the i-th part. A new graph is kept if fewer than ``capacity`` are kept."""
@@ -230,7 +266,6 @@ class Curvature(SymmetricOperator):
         named = self._loss.named_parameters()
         return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
 
-    @exclusive
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
 
@@ -239,26 +274,10 @@ class Curvature(SymmetricOperator):
         """
         if offset is not None:
             self._check_vector("offset", offset, (1,))
-        evaluation, decay, parts = self._evaluation, self._options.weight_decay, self._loss.parts
-        pack_ = kernels.select(self.device).pack_
+        out = torch.zeros(self.n, dtype=self.dtype, device=self.device)
+        self._shares.sum([out], lambda: self._evaluation.add_gradient_(out, offset))
+        return out
 
-        def made() -> Tensor:
-            out = torch.zeros(self.n, dtype=self.dtype, device=self.device)
-            with (
-                evaluation.conditions() as params,
-                evaluation.moved(params, offset),
-                closing(parts()) as every,
-            ):
-                for part in every:
-                    pieces = gradient(evaluation.value(part), params)
-                    pack_(
-                        out, [real(p).to(self.dtype) for p in pieces], alpha=part.weight, beta=1.0
-                    )
-                return out.add_(self.theta(), alpha=decay) if decay else out
-
-        return evaluation.within_memory(made, "the gradient")
-
-    @exclusive
     def loss(self, offset: Tensor | None = None) -> float:
         """The loss at theta, or at theta + ``offset`` (n,), summed over the data in float64.
 
@@ -270,23 +289,9 @@ class Curvature(SymmetricOperator):
         """
         if offset is not None:
             self._check_vector("offset", offset, (1,))
-        evaluation, decay, parts = self._evaluation, self._options.weight_decay, self._loss.parts
-
-        def summed() -> float:
-            total = 0.0
-            with (
-                evaluation.conditions(curved=False) as params,
-                evaluation.moved(params, offset),
-                closing(parts()) as every,
-            ):
-                for part in every:
-                    total += part.weight * float(self._loss.evaluate(part)[1].detach())
-                if decay:
-                    squares = sum(float(real(p.detach()).double().square().sum()) for p in params)
-                    total += decay / 2 * squares
-            return total
-
-        return evaluation.within_memory(summed, "the loss")
+        total = torch.zeros(1, dtype=torch.float64, device=self._ranks.device)
+        self._shares.sum([total], lambda: self._evaluation.add_loss_(total, offset))
+        return float(total)
 
     @exclusive
     def check(self) -> Check:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from fasthessian import kernels
 from fasthessian.errors import InputError, InsufficientMemoryError
 from fasthessian.memory import out_of_memory
 from fasthessian.operators.loss.coupling import Coupling
-from fasthessian.operators.loss.model_loss import REPEATED, ROUNDED, Part
+from fasthessian.operators.loss.part import REPEATED, ROUNDED, Part
 from fasthessian.operators.loss.protocol import Loss
 from fasthessian.operators.parameters import LOW
+from fasthessian.operators.products.engines import gradient
 from fasthessian.operators.products.function_guard import Functions
 from fasthessian.operators.products.kept_graphs import KeptGraphs
 from fasthessian.operators.products.options import Options
@@ -26,7 +29,7 @@ from fasthessian.operators.torch_state.module_state import keep_values
 from fasthessian.operators.torch_state.patches import patched
 from fasthessian.operators.torch_state.product_state import product_state
 from fasthessian.operators.torch_state.scopes import Scope, UndoLog
-from fasthessian.vectors import Layout, like
+from fasthessian.vectors import Layout, like, real
 
 Result = TypeVar("Result")
 
@@ -128,6 +131,11 @@ class Evaluation:
         if self.twice:
             undo.enter(self.functions.watching())
 
+    def count(self) -> None:
+        """Follow changes, and count the terms of the loss if they are not counted."""
+        with self.conditions(curved=False):
+            pass
+
     def moved(self, params: list[Tensor], offset: Tensor | None) -> Scope[None]:
         """Inside this scope, the parameters are moved by the offset (n,)."""
 
@@ -138,6 +146,57 @@ class Evaluation:
                     p.data = at + like(shift, at)
 
         return Scope(move)
+
+    @exclusive
+    def add_gradient_(self, out: Tensor, offset: Tensor | None) -> None:
+        """Add the gradient at theta + ``offset`` over the data of this rank to ``out`` (n,).
+
+        The first rank also adds that of the weight decay.
+        """
+        pack_ = kernels.select(self.layout.device).pack_
+
+        def add() -> None:
+            with (
+                self.conditions() as params,
+                self.moved(params, offset),
+                closing(self.loss.parts()) as parts,
+            ):
+                for part in parts:
+                    pieces = gradient(self.value(part), params)
+                    flat = [real(p).to(out.dtype) for p in pieces]
+                    pack_(out, flat, alpha=part.weight, beta=1.0)
+                if self._decay:
+                    theta = [real(p.detach()).to(out.dtype) for p in params]
+                    out.add_(self.layout.flatten(theta), alpha=self._decay)
+
+        self.within_memory(add, "the gradient")
+
+    @exclusive
+    def add_loss_(self, out: Tensor, offset: Tensor | None) -> None:
+        """Add the loss at theta + ``offset`` over the data of this rank to ``out`` (1,) float64.
+
+        The first rank also adds the weight decay.
+        """
+
+        def add() -> None:
+            total = 0.0
+            with (
+                self.conditions(curved=False) as params,
+                self.moved(params, offset),
+                closing(self.loss.parts()) as parts,
+            ):
+                for part in parts:
+                    total += part.weight * float(self.loss.evaluate(part)[1].detach())
+                if self._decay:
+                    squares = sum(float(real(p.detach()).double().square().sum()) for p in params)
+                    total += self._decay / 2 * squares
+            out.add_(total)
+
+        self.within_memory(add, "the loss")
+
+    @property
+    def _decay(self) -> float:
+        return self.options.weight_decay if self.options.ranks.rank == 0 else 0.0
 
     def value(self, part: Part) -> Tensor:
         """The loss of a part. Raise ValueError if it is not finite."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from fasthessian import kernels
 from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.evaluation import Findings
-from fasthessian.operators.loss.model_loss import REPEATED, Part
+from fasthessian.operators.loss.part import REPEATED, Part
 from fasthessian.operators.matrix import Matrix
 from fasthessian.operators.products.differences import DIFFERENCE
 from fasthessian.operators.products.engines import coarsest, examine, gradient, metered
@@ -33,6 +33,8 @@ def prepare(A: Matrix) -> str:
     """
     evaluation = A._evaluation
     loss, options, kept = evaluation.loss, evaluation.options, evaluation.kept
+    if options.ranks and not loss.count:
+        return "this rank has no data"
     with evaluation.conditions() as params, closing(loss.parts()) as parts:
         part = next(parts)
         findings, unchecked = _first_part(A, part, params)

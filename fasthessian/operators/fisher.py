@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthessian.distributed.ranks import Group
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.jmj import JMJ, Scores
 from fasthessian.operators.loss.batches import samples
 from fasthessian.operators.loss.criteria import is_torch_loss
 from fasthessian.operators.loss.likelihood import class_per_sample, class_weighted, sampled_scores
-from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.loss.part import Part
 from fasthessian.operators.products.linearised import Middle
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.source import of_model
-from fasthessian.operators.torch_state.lock import exclusive
 
 
 class EmpiricalFisher(JMJ):
@@ -47,7 +47,6 @@ class EmpiricalFisher(JMJ):
         tensor([2., 0.])
     """
 
-    @exclusive
     def __init__(
         self,
         model: nn.Module,
@@ -58,15 +57,17 @@ class EmpiricalFisher(JMJ):
         engine: str = "auto",
         precision: str | None = None,
         weights: str | Sequence[float] | Callable[[Any], float] = "auto",
-        group: None = None,
+        group: Group = None,
         mode: str = "eval",
         memory_budget: int | None = None,
         microbatch: int | None = None,
         weight_decay: float = 0.0,
     ) -> None:
         options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
-        source = of_model(model, criterion, data, params, weights, options, scaled=True)
-        super().__init__(source, options)
+        super().__init__(
+            lambda: of_model(model, criterion, data, params, weights, options, scaled=True),
+            options,
+        )
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
         (slopes,) = torch.autograd.grad(
@@ -127,7 +128,6 @@ class Fisher(JMJ):
         True
     """
 
-    @exclusive
     def __init__(
         self,
         model: nn.Module,
@@ -140,7 +140,7 @@ class Fisher(JMJ):
         engine: str = "auto",
         precision: str | None = None,
         weights: str | Sequence[float] | Callable[[Any], float] = "auto",
-        group: None = None,
+        group: Group = None,
         mode: str = "eval",
         memory_budget: int | None = None,
         microbatch: int | None = None,
@@ -152,8 +152,10 @@ class Fisher(JMJ):
         self._samples, self._seed = samples, seed
         options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
         # the draws of a sample depend on its position in the data
-        source = of_model(model, criterion, data, params, weights, options, ordered=True)
-        super().__init__(source, options)
+        super().__init__(
+            lambda: of_model(model, criterion, data, params, weights, options, ordered=True),
+            options,
+        )
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
         criterion = self._loss.criterion

@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthessian.distributed.ranks import Group
 from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.jmj import JMJ
 from fasthessian.operators.loss.batches import is_sequence, to_device
 from fasthessian.operators.loss.criteria import option
 from fasthessian.operators.loss.likelihood import Softmax
-from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.loss.part import Part
 from fasthessian.operators.products.differences import distances
 from fasthessian.operators.products.engines import gradient
 from fasthessian.operators.products.linearised import Middle, SecondDerivative, second_derivative
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.source import of_model
-from fasthessian.operators.torch_state.lock import exclusive
 
 PROBES = 8  # random directions in which the criterion is tested for convexity
 CONCAVE = 1e-4  # the largest -u'Mu / (|u| |M u|) that counts as rounding
@@ -53,7 +53,6 @@ class GaussNewton(JMJ):
         tensor([2., 0., 0.])
     """
 
-    @exclusive
     def __init__(
         self,
         model: nn.Module,
@@ -64,15 +63,17 @@ class GaussNewton(JMJ):
         engine: str = "auto",
         precision: str | None = None,
         weights: str | Sequence[float] | Callable[[Any], float] = "auto",
-        group: None = None,
+        group: Group = None,
         mode: str = "eval",
         memory_budget: int | None = None,
         microbatch: int | None = None,
         weight_decay: float = 0.0,
     ) -> None:
         options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
-        source = of_model(model, criterion, data, params, weights, options)
-        super().__init__(source, options)
+        super().__init__(
+            lambda: of_model(model, criterion, data, params, weights, options),
+            options,
+        )
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
         weight, smoothing = (option(self._loss.criterion, name)

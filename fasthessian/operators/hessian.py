@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthessian.arguments import positive
+from fasthessian.distributed.ranks import Group
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.examination import outside_of_package
-from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.loss.part import Part
 from fasthessian.operators.products import layer_factors as layers
 from fasthessian.operators.products.differences import distances
 from fasthessian.operators.products.engines import (
@@ -26,7 +28,6 @@ from fasthessian.operators.products.linearised import second_derivative
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.request import Request
 from fasthessian.operators.source import of_closure, of_model
-from fasthessian.operators.torch_state.lock import exclusive
 
 
 class Hessian(Curvature):
@@ -70,7 +71,12 @@ class Hessian(Curvature):
             number of entries of the batch, which is tested on the gradients of the halves of up to
             three batches. ``engine`` says if the count is not exact. If no weights fit, the loss is
             refused.
-        group: None.
+        group: the ranks that the data are divided over, as a process group or a DeviceMesh of one
+            dimension. Each rank has the same model and passes its own share of the data, which may
+            be empty (``[]``). L is then the loss over the data of all ranks, and the ranks together
+            make one sum per product. All ranks must make the same calls in the same order. What a
+            ``DistributedSampler`` repeats to give all ranks the same number of samples counts once.
+            None: one process, all of the data.
         mode: ``"eval"`` or ``"train"``. In training mode, dropout masks are drawn once per batch
             and then stay fixed.
         memory_budget: bytes for kept graphs; None means half of the free memory.
@@ -130,7 +136,6 @@ class Hessian(Curvature):
 
     _exact = True
 
-    @exclusive
     def __init__(
         self,
         model: nn.Module,
@@ -141,24 +146,27 @@ class Hessian(Curvature):
         engine: str = "auto",
         precision: str | None = None,
         weights: str | Sequence[float] | Callable[[Any], float] = "auto",
-        group: None = None,
+        group: Group = None,
         mode: str = "eval",
         memory_budget: int | None = None,
         microbatch: int | None = None,
         weight_decay: float = 0.0,
     ) -> None:
         options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
-        source = of_model(model, criterion, data, params, weights, options)
-        super().__init__(source, options)
+        super().__init__(
+            lambda: of_model(model, criterion, data, params, weights, options),
+            options,
+        )
 
     @classmethod
-    @exclusive
     def from_closure(
         cls,
         closure: Callable[[], Tensor],
         params: Iterable[Tensor] | Mapping[str, Tensor],
         *,
         engine: str = "auto",
+        group: Group = None,
+        terms: float = 1.0,
         memory_budget: int | None = None,
         weight_decay: float = 0.0,
     ) -> Hessian:
@@ -169,6 +177,9 @@ class Hessian(Curvature):
         torch, NumPy or Python are the same at each call. Products use the current ``params``, and
         the current variables and globals that the closure reads. Changes more than two objects deep
         are detected only with ``engine="recompute"``.
+
+        With a ``group`` each rank has a closure of its own. The loss is the mean of theirs, in
+        which each counts by its number of ``terms``.
 
         The buffers of modules that the closure calls (for example the statistics of batch
         normalisation) and the ``.grad`` of tensors are unchanged after a product.
@@ -188,8 +199,11 @@ class Hessian(Curvature):
             tensor([ 6., 12.])
         """
         self = cls.__new__(cls)
-        options = Options(engine, memory_budget=memory_budget, weight_decay=weight_decay)
-        Curvature.__init__(self, of_closure(closure, params), options)
+        options = Options(
+            engine, memory_budget=memory_budget, weight_decay=weight_decay, group=group
+        )
+        terms = positive("terms", terms)
+        Curvature.__init__(self, lambda: of_closure(closure, params, terms), options)
         detector = self._kept.detector
         detector.ignore_own_changes(by_version=False)  # versions do not show all writes
         if detector.written:

@@ -20,7 +20,8 @@ from fasthessian.operators.loss.likelihood import (
     categorical,
     matches_slopes,
 )
-from fasthessian.operators.loss.model_loss import ModelLoss, Part
+from fasthessian.operators.loss.model_loss import ModelLoss
+from fasthessian.operators.loss.part import Part
 from fasthessian.operators.products import layer_factors as layers
 from fasthessian.operators.products.differences import distances
 from fasthessian.operators.products.engines import Graph, difference
@@ -28,6 +29,7 @@ from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.linearised import Linearised, Middle, forward_derivative
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.source import Source
+from fasthessian.operators.torch_state.lock import exclusive
 from fasthessian.vectors import real
 
 BYPASS = 1e-3  # largest share of the gradient not through the outputs that counts as rounding
@@ -40,20 +42,26 @@ class JMJ(Curvature):
     _loss: ModelLoss  # not a closure, because the outputs are needed
     _always_twice = True  # M is a second derivative with any engine
 
-    def __init__(self, source: Source, options: Options) -> None:
+    def __init__(self, source: Callable[[], Source], options: Options) -> None:
         self._examined = False
         # for each part, the index of the candidate that equals its loss; None if there is none
         self._matches: dict[int, int | None] = {}
         self._survey = 0  # number of the survey of the data that these two attributes belong to
         super().__init__(source, options)
-        if not self._examined:  # because no graph is kept
 
-            def examine() -> None:
-                conditions, parts = self._evaluation.conditions, self._loss.parts
-                with conditions() as params, closing(parts()) as every:
-                    self._graph(next(every), params)
+        def examine() -> None:
+            conditions, parts = self._evaluation.conditions, self._loss.parts
+            with conditions() as params, closing(parts()) as every:
+                self._graph(next(every), params)
 
-            self._evaluation.within_memory(examine, f"a product of {type(self).__name__}")
+        @exclusive
+        def examined() -> None:
+            idle = self._ranks and not self._loss.count  # this rank has no data
+            if not (self._examined or idle):  # because no graph is kept
+                what = f"a product of {type(self).__name__}"
+                self._evaluation.within_memory(examine, what)
+
+        self._ranks.together(examined)
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
         """M for one part at its outputs z; None if M = 0."""

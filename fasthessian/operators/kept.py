@@ -18,6 +18,11 @@ class Kept:
         """
         return 0, ""
 
+    @property
+    def running(self) -> bool:
+        """Whether this thread is inside ``run``."""
+        return False
+
     def run(self) -> contextlib.AbstractContextManager[None]:
         """Inside this context, products of this thread do not compare the values of the data."""
         return contextlib.nullcontext()

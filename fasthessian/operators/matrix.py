@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasthessian.operators.evaluation import Evaluation
-from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.loss.part import Part
 from fasthessian.operators.products.engines import Graph
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fasthessian.distributed.ranks import ALONE, Ranks
 from fasthessian.errors import InputError, InputTypeError, UnsupportedError
 from fasthessian.operators.base import FLOATS
 from fasthessian.vectors import Layout, real
@@ -17,15 +18,26 @@ LOW = (torch.bfloat16, torch.float16)  # vectors of these parameters are float32
 COMPLEX = (torch.complex64, torch.complex128)  # vectors of these are real, see ``Layout``
 
 
-def unwrapped(model: Any) -> tuple[Any, str]:
+def unwrapped(model: Any, ranks: Ranks = ALONE) -> tuple[Any, str]:
     """The module inside DataParallel, DistributedDataParallel or torch.compile, and their names.
 
-    Products are made in one process, which needs no wrapper. Wrappers hide second derivatives.
+    Each process makes products alone, which needs no wrapper. Wrappers hide second derivatives.
+
+    Raises:
+        ValueError: the model is a DistributedDataParallel over several ranks, but no group says
+            that the products of these ranks are to be summed.
     """
     names = []
     while isinstance(model, nn.Module):
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = model.module
+            several = getattr(model, "process_group", None)
+            if several is not None and several.size() > 1 and not ranks:
+                raise InputError(
+                    f"group must be given for a DistributedDataParallel of {several.size()} ranks, "
+                    f"got None: each rank would have the matrix of its own data; pass "
+                    f"group=torch.distributed.group.WORLD, or model.module if that is meant"
+                )
         elif hasattr(model, "_orig_mod"):
             inner = model._orig_mod
         else:

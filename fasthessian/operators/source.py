@@ -37,18 +37,21 @@ def of_model(
     If ``ordered``, the matrix depends on the order of the data. If ``scaled``, the matrix of one
     batch depends on whether the loss is a sum or a mean.
     """
-    model, wrapper = parameters.unwrapped(model)
+    model, wrapper = parameters.unwrapped(model, options.ranks)
     chosen = parameters.of_model(model, params, wrapper)
     like = next(iter(chosen.values()))
     loss = ModelLoss(
-        model, criterion, data, weights, options.mode, like, options.microbatch, ordered, scaled
-    )
+        model, criterion, data, weights, options.mode, like, options.microbatch, ordered, scaled,
+        options.ranks,
+    )  # fmt: skip
     return Source(loss, chosen, f"; {wrapper} unwrapped" if wrapper else "")
 
 
 def of_closure(
-    closure: Callable[[], Tensor], params: Iterable[Tensor] | Mapping[str, Tensor]
+    closure: Callable[[], Tensor],
+    params: Iterable[Tensor] | Mapping[str, Tensor],
+    terms: float = 1.0,
 ) -> Source:
     """The loss that a closure returns; see ``Hessian.from_closure``."""
     chosen = parameters.of_closure(params)
-    return Source(ClosureLoss(closure, chosen), chosen)
+    return Source(ClosureLoss(closure, chosen, terms), chosen)

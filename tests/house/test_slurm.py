@@ -31,7 +31,7 @@ case "$BEHAVIOUR" in
     done) touch spectrum.npz ;;
     fails) exit 3 ;;
     long) for i in $(seq 200); do sleep 0.05; done ;;
-    slow) trap 'echo signalled >> calls; sleep 0.5; exit 0' USR1
+    slow) trap 'echo signalled >> calls; sleep 1; exit 0' USR1
           for i in $(seq 200); do sleep 0.05; done ;;
     late) trap 'touch spectrum.npz; exit 0' USR1
           for i in $(seq 200); do sleep 0.05; done ;;
@@ -52,19 +52,20 @@ def folder(tmp_path):
     return tmp_path
 
 
-def run(folder, behaviour, *, stop=False):
-    """Exit code of the script, and the calls that were made."""
+def run(folder, behaviour, *, signals=0):
+    """Exit code of the script that gets so many signals, and the calls that were made."""
     environment = {
         **os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}", "BEHAVIOUR": behaviour,
         "SLURM_JOB_ID": "712345", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_CPUS_PER_TASK": "32",
     }  # fmt: skip
     with subprocess.Popen(["bash", BATCH], cwd=folder, env=environment) as process:
-        if stop:
+        for number in range(signals):
             deadline = time.monotonic() + 20
             while not any(p.read_text().strip() for p in folder.glob("run.fh.*.pid")):
                 assert time.monotonic() < deadline
                 time.sleep(0.02)
+            time.sleep(0.3 * number)
             process.send_signal(signal.SIGUSR1)
         code = process.wait(30)
     return code, (folder / "calls").read_text()
@@ -81,18 +82,19 @@ def test_a_run_that_ends_is_not_repeated(folder):
     assert "nvls 0 cpus 32" in calls
 
 
-@pytest.mark.parametrize("behaviour", ["long", "slow"])
-def test_a_run_that_is_stopped_is_put_into_the_queue_again(folder, behaviour):
-    code, calls = run(folder, behaviour, stop=True)
+@pytest.mark.parametrize(("behaviour", "signals"), [("long", 1), ("slow", 1), ("slow", 2)])
+def test_a_run_that_is_stopped_is_put_into_the_queue_again(folder, behaviour, signals):
+    code, calls = run(folder, behaviour, signals=signals)
     assert code == 0
     assert calls.splitlines()[-2:] == ["signalled", "scontrol requeue 712345"]
 
 
 @pytest.mark.parametrize(
-    ("behaviour", "stop", "expected"), [("fails", False, 3), ("breaks", True, 4), ("late", True, 0)]
+    ("behaviour", "signals", "expected"),
+    [("fails", 0, 3), ("empty", 0, 0), ("breaks", 1, 4), ("late", 1, 0)],
 )
-def test_a_run_that_fails_or_finishes_is_not_repeated(folder, behaviour, stop, expected):
-    code, calls = run(folder, behaviour, stop=stop)
+def test_a_run_that_fails_or_finishes_is_not_repeated(folder, behaviour, signals, expected):
+    code, calls = run(folder, behaviour, signals=signals)
     assert code == expected and "requeue" not in calls
 
 

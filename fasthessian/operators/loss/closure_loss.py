@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from fasthessian.errors import InputTypeError
 from fasthessian.operators.loss.calls import scalar
 from fasthessian.operators.loss.coupling import Coupling
-from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.loss.part import Part
 from fasthessian.operators.torch_state.gradient_hooks import active_hooks
 from fasthessian.operators.torch_state.module_state import (
     Buffers,
@@ -29,7 +29,7 @@ from fasthessian.operators.torch_state.scopes import Scope, UndoLog, set_attribu
 
 
 class ClosureLoss:
-    """The loss of a closure: a single part.
+    """The loss of a closure: a single part. With several ranks it counts as ``terms`` terms.
 
     The closure does not say which modules it calls. A global hook finds them while it runs. As the
     modules of a model do, they work on copies of their buffers. The gradients in ``.grad`` are
@@ -44,15 +44,19 @@ class ClosureLoss:
     )
     model = None
     fixed_order = True
-    size = count = 1
+    size = count = samples = 1
     note = ""
     counted = True
     terms_vary = False
+    way_to_count = ""
 
-    def __init__(self, closure: Callable[[], Tensor], params: dict[str, Tensor]) -> None:
+    def __init__(
+        self, closure: Callable[[], Tensor], params: dict[str, Tensor], terms: float = 1.0
+    ) -> None:
         if not callable(closure):
             raise InputTypeError(f"closure must be callable, got {type(closure).__name__}")
         self._closure, self._params = closure, params
+        self.terms_here, self._weight, self._position = terms, 1.0, 0
         self.roots: list[nn.Module] = []
         self._modules: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # called so far
         found = (tensor for _, tensor, _ in self.entries(True) if isinstance(tensor, Tensor))
@@ -64,6 +68,14 @@ class ClosureLoss:
 
     def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
         """Do nothing: there is nothing to count."""
+
+    def set_share(self, terms: float, parts: int = 0, samples: int = 0) -> None:
+        """See ``Loss``."""
+        self._weight, self._position = self.terms_here / terms, parts
+
+    def totals(self, ways: Sequence[str]) -> list[float]:
+        """Nothing: a closure counts no terms."""
+        return [math.nan] * len(ways)
 
     def coupling(self, params: Sequence[Tensor], allowed: float) -> Coupling:
         """That it does not apply."""
@@ -83,7 +95,7 @@ class ClosureLoss:
 
     def parts(self) -> Generator[Part, None, None]:
         """The one part."""
-        yield Part(0, 1.0, None, 1)
+        yield Part(self._position, self._weight, None, 1)
 
     def protected(self) -> Scope[None]:
         """A scope for one pass: finds modules, and restores what the closure may write.

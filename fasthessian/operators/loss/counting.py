@@ -80,6 +80,16 @@ def counted(batch: Batch, all_tensors: bool = True) -> dict[str, float]:
     return {name: count() for name, count in counters(batch, all_tensors).items()}
 
 
+def totals(batches: Iterable[Batch], ways: Sequence[str]) -> list[float]:
+    """The numbers of terms of all batches by each of the ``counters``; NaN for an unknown one."""
+    sums = [0.0] * len(ways)
+    for batch in batches:
+        numbers = counted(batch)
+        for i, way in enumerate(ways):
+            sums[i] += numbers.get(way, math.nan)
+    return sums
+
+
 def ways_to_count(batch: Batch, found: Sequence[float]) -> Numbers:
     """All ways to count the terms of a batch whose loss has the denominators ``found``."""
     ways: Numbers = {SUM: 1.0}

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fasthessian.errors import InputError
 from fasthessian.memory import out_of_memory
 from fasthessian.operators.loss.batches import Batch, cut, halves, items, samples
+from fasthessian.operators.loss.part import REPEATED
 from fasthessian.operators.loss.terms import Terms
 
 ATOMS = (str, bytes, bool, int, float, complex, type(None))
@@ -41,8 +42,15 @@ class Batched(Protocol):
     ) -> tuple[Sequence[Tensor], list[float]]:
         """The gradient of the loss of a batch, and its denominators."""
 
-    def varies(self, batch: Batch) -> bool:
-        """Whether the loss of a batch depends on the random numbers that it draws."""
+    def loss_in_any_mode(self, place: int, batch: Batch) -> Tensor:
+        """The loss of a batch whose random numbers are drawn for this place in a pass."""
+
+
+def _varies(loss: Batched, batch: Batch) -> bool:
+    """Whether the loss of a batch depends on random numbers that it draws."""
+    with torch.no_grad():
+        first, other = (float(loss.loss_in_any_mode(place, batch)) for place in (0, 1))
+    return abs(first - other) > REPEATED * abs(first)
 
 
 class Coupling(NamedTuple):
@@ -111,7 +119,7 @@ def _of_halves(
     change, reason = _change_of_cut(loss, batch, halves(batch), params, allowed)
     if change <= allowed:
         return change, ""
-    if not reason and loss.varies(batch):
+    if not reason and _varies(loss, batch):
         reason = "the loss draws random numbers, others for each part"
     reason = reason or _not_samples(loss, batch)
     across, _ = _change_of_cut(loss, batch, halves(batch, dim=1), params, allowed)

@@ -25,7 +25,7 @@ from fasthessian.operators.loss.criteria import (
     number_of_terms,
     option,
 )
-from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.loss.part import Part
 
 MSE = F.mse_loss  # torch's own: ``patches`` replaces the name during a product
 DRAW = 1 << 44  # random numbers between the starts of two draws

@@ -9,11 +9,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fasthessian.distributed.ranks import ALONE, Ranks
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.memory import out_of_memory
 from fasthessian.operators.loss.batches import Batch, check_batch, cut, samples, size, to_device
@@ -26,13 +27,14 @@ from fasthessian.operators.loss.calls import (
     takes_model,
     without_loss,
 )
-from fasthessian.operators.loss.counting import find_rule, ways_to_count
+from fasthessian.operators.loss.counting import find_rule, totals, ways_to_count
 from fasthessian.operators.loss.coupling import Coupling, coupling
 from fasthessian.operators.loss.denominators import denominators
 from fasthessian.operators.loss.halving import ROUNDING, Gradient, HalvingTrials
 from fasthessian.operators.loss.model_checks import check_modules
+from fasthessian.operators.loss.part import Part
 from fasthessian.operators.loss.sources import LoaderSource, MemorySource, source
-from fasthessian.operators.loss.terms import Terms
+from fasthessian.operators.loss.terms import NO_TERMS, Terms
 from fasthessian.operators.torch_state.gradient_hooks import active_hooks
 from fasthessian.operators.torch_state.module_state import own_buffers, shifted, training
 from fasthessian.operators.torch_state.random_state import seeded
@@ -47,19 +49,7 @@ from fasthessian.operators.torch_state.reachable import (
 from fasthessian.operators.torch_state.scopes import Scope
 from fasthessian.vectors import real
 
-REPEATED = 1e-3  # relative difference allowed between two evaluations of one loss
-ROUNDED = 2e-2  # the same for a loss that is computed in 16 bits
 STEP = 1e-2  # how far moved parameters are moved, relative to their root mean square
-
-
-class Part(NamedTuple):
-    """One summand of the loss: ``weight`` times the loss of ``batch``."""
-
-    position: int  # its number in the pass, which seeds the random numbers of the forward pass
-    weight: float
-    batch: Batch
-    size: int  # how many numbers the batch holds
-    first: int = 0  # how many samples come before it in the pass
 
 
 class ModelLoss:
@@ -70,6 +60,11 @@ class ModelLoss:
         like: a parameter, whose device and dtype the loss has.
         ordered: whether a loader must yield the samples in the same order at every pass.
         scaled: whether a matrix depends on the number of terms even if there is a single part.
+        ranks: the ranks that share the data; each of them has its own, possibly none.
+
+    Attributes:
+        terms_here: the number of terms, or the sum of the given weights, in the data of this rank.
+        samples: the number of samples there.
     """
 
     origin = "criterion"
@@ -89,6 +84,7 @@ class ModelLoss:
         microbatch: int | None = None,
         ordered: bool = False,
         scaled: bool = False,
+        ranks: Ranks = ALONE,
     ) -> None:
         if criterion is not None and not callable(criterion):
             raise InputTypeError(
@@ -104,12 +100,16 @@ class ModelLoss:
         check_modules(model, mode, microbatch)
         self.roots = [root for root in (model, criterion) if isinstance(root, nn.Module)]
         self.terms = Terms(criterion, weights)
-        self._scaled = scaled
+        self._ranks, self._scaled = ranks, scaled or ranks.size > 1
+        self.terms_here, self._parts_before, self._samples_before = 0.0, 0, 0
         self._evaluated = False  # whether the first evaluation succeeded
         # batch statistics, dropout masks and given weights depend on order and batches
         ordered |= mode == "train" or self.terms.given is not None
-        many = self.takes_model and _all_tensors(data) and not self._is_batch(data)
-        self._source: MemorySource | LoaderSource = source(data, ordered, self.takes_model, many)
+        tensors = isinstance(data, list) and all(isinstance(item, Tensor) for item in data)
+        many = self.takes_model and tensors and not self._is_batch(data)
+        self._source: MemorySource | LoaderSource = source(
+            data, ordered, self.takes_model, many, ranks
+        )
         self.fixed_order = self._source.fixed_order
         self.survey()
 
@@ -117,7 +117,7 @@ class ModelLoss:
         """Whether the loss takes this list of tensors as one batch; if not, it is several."""
         with training(self.roots, "eval"), torch.no_grad():
             try:
-                self._loss_in_any_mode(0, batch)
+                self.loss_in_any_mode(0, batch)
             except Exception as error:
                 if out_of_memory(error):
                     raise
@@ -127,7 +127,7 @@ class ModelLoss:
     def survey(self) -> None:
         """Make one pass over the data: check the batches, count the terms by the criterion."""
         self.terms.rule, self.terms.given_per_chunk = None, True
-        self.size, index, counts, total = 0, -1, [], 0.0
+        self.size, self.samples, index, counts, total = 0, 0, -1, [], 0.0
         self._source.restart()
         with closing(self._chunks()) as chunks:
             for number, weight, count, batch in chunks:
@@ -135,23 +135,36 @@ class ModelLoss:
                 index = number
                 counts.append(count)
                 self.size += size(batch)
-        if not counts:
+                self.samples += samples(batch)
+        if not (counts or self._ranks):
             raise InputError("data is empty: it yielded no batch")
         given = self.terms.given
-        if isinstance(given, list) and len(given) != index + 1:
-            raise InputError(
-                f"weights must have one entry per batch ({index + 1}), got {len(given)}"
-            )
+        self.terms.check_length(index + 1)
         enough = len(counts) == 1 and total > 0 if given is None else self.terms.given_per_chunk
-        self.counted = self.terms.known or (enough and not self._scaled)
+        self.counted = self.terms.known or (enough and not self._scaled) or not counts
         if self.counted or given is not None:
             self._set_counts(counts, total)
 
     def _set_counts(self, counts: Sequence[float], total: float) -> None:
-        if total <= 0:
-            raise InputError("data holds no term of the loss: every target is ignored")
-        self._total = 1.0 if self.terms.summed and self.terms.given is None else total
-        self.count = sum(count > 0 for count in counts)
+        if total <= 0 and not self._ranks:
+            raise InputError(NO_TERMS)
+        self.terms_here, self.count = total, sum(count > 0 for count in counts)
+        self.set_share(total)
+
+    def set_share(self, terms: float, parts: int = 0, samples: int = 0) -> None:
+        """See ``Loss``. If the loss is a sum, its parts have the weight 1."""
+        self._total = 1.0 if self.terms.summed and self.terms.given is None else terms or 1.0
+        self._parts_before, self._samples_before = parts, samples
+
+    @property
+    def way_to_count(self) -> str:
+        """See ``Loss``."""
+        return self.terms.way if self.count else ""
+
+    def totals(self, ways: Sequence[str]) -> list[float]:
+        """See ``Loss``."""
+        with closing(self._chunks()) as chunks:
+            return totals((batch for *_, batch in chunks), ways)
 
     def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
         """Count the terms by the loss itself, unless the numbers are known; see ``counting``.
@@ -159,7 +172,7 @@ class ModelLoss:
         This costs one evaluation of each part, and two gradients of each of a few batches.
         Gradients count as equal if their relative difference is at most ``allowed``.
         """
-        if self.terms.known:
+        if self.terms.known or not self.size:
             return
 
         def gradient(batch: Batch, moved: bool) -> Gradient:
@@ -169,11 +182,13 @@ class ModelLoss:
         trials = HalvingTrials(gradient, max(ROUNDING[self._dtype], allowed / 10), allowed)
         with closing(self._chunks()) as chunks:
             parts = (batch for *_, batch in chunks)
-            rule = find_rule(parts, self._loss_in_any_mode, trials)
+            rule = find_rule(parts, self.loss_in_any_mode, trials)
         self.terms.rule = rule
         if rule.counter is None:
             self._source.require_order()  # the numbers belong to the batches of this pass
-        self._set_counts(rule.values, sum(rule.values) if self.terms.given is None else self._total)
+        self._set_counts(
+            rule.values, sum(rule.values) if self.terms.given is None else self.terms_here
+        )
         self.counted = True  # last, so that an interrupted count is repeated
 
     @property
@@ -207,7 +222,7 @@ class ModelLoss:
                 raise
         return self._gradient(batch, params, moved, "own")
 
-    def _loss_in_any_mode(self, place: int, batch: Batch) -> Tensor:
+    def loss_in_any_mode(self, place: int, batch: Batch) -> Tensor:
         """The loss of a batch with the flags as they are; if that fails, in mode "own"."""
         part = Part(place, 1.0, batch, 0)
         try:
@@ -225,12 +240,6 @@ class ModelLoss:
     def protected(self) -> Scope[None]:
         """A scope that does nothing: only the ``roots`` need protection."""
         return Scope(lambda undo: None)
-
-    def varies(self, batch: Batch) -> bool:
-        """Whether the loss of a batch depends on random numbers that it draws."""
-        with torch.no_grad():
-            first, other = (float(self._loss_in_any_mode(place, batch)) for place in (0, 1))
-        return abs(first - other) > REPEATED * abs(first)
 
     def _gradient(
         self, batch: Batch, params: Sequence[Tensor], moved: bool, mode: str
@@ -279,7 +288,7 @@ class ModelLoss:
 
     def parts(self) -> Generator[Part, None, None]:
         """The parts of one pass over the data, except those without a term of the loss."""
-        position, first = itertools.count(), 0
+        position, first = itertools.count(), self._samples_before
         with closing(self._chunks()) as chunks:
             for _, _, count, batch in chunks:
                 weight = count / self._total
@@ -297,7 +306,11 @@ class ModelLoss:
         batch = to_device(part.batch, self._device)
         evaluation = call_with_model if self.takes_model else call
         try:
-            with seeded(part.position), own_buffers(self.roots), active_hooks():
+            with (
+                seeded(self._parts_before + part.position),
+                own_buffers(self.roots),
+                active_hooks(),
+            ):
                 outputs, returned = evaluation(self.model, self.criterion, batch, values)
         except Exception as error:
             skip = self._evaluated or out_of_memory(error)
@@ -312,7 +325,3 @@ class ModelLoss:
         self._form = f"the loss is the sum of {', '.join(map(repr, names))}" if names else ""
         self._evaluated = True
         return outputs, scalar(loss, self.origin)
-
-
-def _all_tensors(data: Any) -> bool:
-    return isinstance(data, list) and all(isinstance(item, Tensor) for item in data)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from fasthessian.operators.loss.coupling import Coupling
-from fasthessian.operators.loss.model_loss import Part
+from fasthessian.operators.loss.part import Part
 from fasthessian.operators.torch_state.reachable import Entry
 from fasthessian.operators.torch_state.scopes import Scope
 
@@ -21,7 +21,8 @@ class Loss(Protocol):
         freed_graph_advice: the message for a loss whose graph is gone.
         model: the model, or None for a closure, which also has no batches.
         roots: the modules whose modes and buffers are set for an evaluation.
-        count, size: parts, and numbers in all of them.
+        count, size, samples: parts, and numbers and samples in all of them.
+        terms_here: the number of terms in the data of this rank.
         counted: whether the terms of all parts are counted.
         terms_vary: whether their number may depend on the parameters.
         fixed_order: whether every pass has the same parts in the same order.
@@ -33,6 +34,8 @@ class Loss(Protocol):
     roots: list[nn.Module]
     count: int
     size: int
+    samples: int
+    terms_here: float
     counted: bool
     fixed_order: bool
 
@@ -41,6 +44,10 @@ class Loss(Protocol):
 
     @property
     def terms_vary(self) -> bool: ...  # noqa: D102
+
+    @property
+    def way_to_count(self) -> str:
+        """How the terms are counted, if that was found out from the loss; else ""."""
 
     @property
     def note(self) -> str: ...  # noqa: D102
@@ -59,6 +66,16 @@ class Loss(Protocol):
 
     def count_terms(self, params: Sequence[Tensor], allowed: float) -> None:
         """Count the terms of each part by the loss itself."""
+
+    def totals(self, ways: Sequence[str]) -> list[float]:
+        """The numbers of terms in the data of this rank, by each way to count."""
+
+    def set_share(self, terms: float, parts: int = 0, samples: int = 0) -> None:
+        """Take over which share of the data of all ranks this rank has.
+
+        The weights of the parts are their numbers of terms over ``terms``, that of all ranks. The
+        numbers of ``parts`` and ``samples`` of the ranks before this one place random numbers.
+        """
 
     def coupling(self, params: Sequence[Tensor], allowed: float) -> Coupling:
         """Whether batches are what their parts make up; see ``coupling``."""

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, DistributedSampler
 
+from fasthessian.distributed.ranks import ALONE, Ranks
 from fasthessian.errors import InputError, InputTypeError, UnsupportedError
-from fasthessian.operators.loss.batches import Batch, is_object, leaves
+from fasthessian.operators.loss.batches import Batch, cut, is_object, leaves, samples
 from fasthessian.operators.torch_state.random_state import seeded
 from fasthessian.operators.torch_state.reachable import DATA, OTHER, Entry, reachable
 
@@ -54,13 +55,14 @@ class LoaderSource:
     """A re-iterable such as a DataLoader, checked to yield the same samples at every pass.
 
     The global random generators get another seed for each pass, so that random augmentation is
-    detected. The order of the samples is free, unless ``ordered``.
+    detected. The order of the samples is free, unless ``ordered``. After ``most`` samples a pass
+    ends.
     """
 
     fixed_order = False
 
-    def __init__(self, loader: Iterable[Batch], ordered: bool) -> None:
-        self._loader = loader
+    def __init__(self, loader: Iterable[Batch], ordered: bool, most: int | None = None) -> None:
+        self._loader, self._most = loader, most
         self._ordered = ordered
         self._passes = 0
         self._first: Fingerprint | None = None
@@ -76,7 +78,8 @@ class LoaderSource:
         owners = (self._loader, *(getattr(self._loader, key, None) for key in _SAMPLERS))
         generators = {id(g): g for owner in owners if (g := getattr(owner, "generator", None))}
         with seeded(self._passes, list(generators.values())):
-            for batch in self._loader:
+            whole = self._most is None
+            for batch in self._loader if whole else first_samples(self._loader, self._most or 0):
                 seen.add(batch)
                 yield batch
         if self._first is None:
@@ -158,21 +161,26 @@ def _direction(length: int, salt: int) -> Tensor:
 
 
 def source(
-    data: Any, ordered: bool, takes_model: bool = False, many: bool = False
+    data: Any,
+    ordered: bool,
+    takes_model: bool = False,
+    many: bool = False,
+    ranks: Ranks = ALONE,
 ) -> MemorySource | LoaderSource:
     """Recognise the form of ``data``.
 
     For a loss of (model, batch), which ``takes_model``, a tensor is one batch, and so is an object
-    that cannot be iterated. A list of tensors is one batch, unless ``many``.
+    that cannot be iterated. A list of tensors is one batch, unless ``many``. One of several
+    ``ranks`` may have an empty list.
 
     Raises:
         TypeError: a one-shot iterator, a Dataset, or no known form.
         ValueError: an empty list.
     """
     if isinstance(data, list):
-        if not data:
+        if not (data or ranks):
             raise InputError(f"data is an empty list; pass {FORMS}")
-        return MemorySource(data, many or not isinstance(data[0], Tensor))
+        return MemorySource(data, many or not (data and isinstance(data[0], Tensor)))
     one = isinstance(data, (Mapping, tuple))
     # graphs have .to and are iterable; so are loaders that hold a dataset
     one |= is_object(data) and not hasattr(data, "dataset")
@@ -180,7 +188,41 @@ def source(
     if one and not (isinstance(data, Dataset) or hasattr(data, "__next__")):
         return MemorySource(data, False)
     _check_iterable(data)
-    return LoaderSource(data, ordered)
+    return LoaderSource(data, ordered, own_samples(data, ranks))
+
+
+def first_samples(batches: Iterable[Batch], most: int) -> Iterator[Batch]:
+    """The batches up to ``most`` samples in all; the last one is cut."""
+    for batch in batches:
+        if most <= 0:
+            return
+        count = samples(batch)
+        yield next(cut(batch, most)) if count > most else batch
+        most -= count
+
+
+def own_samples(loader: Any, ranks: Ranks) -> int | None:
+    """How many samples of this rank's pass are not repetitions; None if all of them.
+
+    ``torch.utils.data.DistributedSampler`` deals out the samples in turn, and repeats the first
+    ones at the end, so that all ranks get the same number.
+
+    Raises:
+        ValueError: the sampler deals the samples out to other ranks than the group has.
+    """
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        sampler = getattr(getattr(loader, "batch_sampler", None), "sampler", None)
+    if not isinstance(sampler, DistributedSampler):
+        return None
+    if (sampler.num_replicas, sampler.rank) != (ranks.size, ranks.rank):
+        raise InputError(
+            f"data has a DistributedSampler for rank {sampler.rank} of {sampler.num_replicas}, but "
+            f"group makes this rank {ranks.rank} of {ranks.size}; pass the group to both"
+        )
+    count = len(sampler.dataset)  # type: ignore[arg-type]
+    own = -(-(count - sampler.rank) // sampler.num_replicas)
+    return max(own, 0) if own < len(sampler) else None
 
 
 def _check_iterable(data: Any) -> None:

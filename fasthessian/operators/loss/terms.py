@@ -28,6 +28,9 @@ from fasthessian.operators.loss.counting import CountingRule
 from fasthessian.operators.loss.criteria import is_torch_loss, number_of_terms, option
 from fasthessian.operators.loss.halving import SAME, SUM
 
+GRAPH = "the divisor in the graph of each loss"
+NO_TERMS = "data holds no term of the loss: every target is ignored"
+
 
 class Terms:
     """The numbers of terms of batches and of their chunks.
@@ -54,6 +57,11 @@ class Terms:
         if self.rule is None:
             return bool(option(self._criterion, "reduction") == "sum")
         return self.rule.counter == SUM
+
+    @property
+    def way(self) -> str:
+        """How the terms are counted, if that was found out from the loss; else ""."""
+        return "" if self.rule is None else self.rule.counter or GRAPH
 
     @property
     def uneven(self) -> bool:
@@ -83,6 +91,13 @@ class Terms:
                 f"weights must be finite and not negative, got {value} for batch {index}"
             )
         return value
+
+    def check_length(self, batches: int) -> None:
+        """Raise ValueError unless the user gave as many weights as there are batches."""
+        if isinstance(self.given, list) and len(self.given) != batches:
+            raise InputError(
+                f"weights must have one entry per batch ({batches}), got {len(self.given)}"
+            )
 
     def given_numbers(self, batch: Batch, chunks: Sequence[Batch]) -> list[float] | None:
         """The chunks' numbers of terms by the user's function, if they add up to the batch's."""

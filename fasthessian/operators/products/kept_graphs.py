@@ -57,7 +57,7 @@ class KeptGraphs(Kept):
         See ``ChangeDetector.poll`` for the arguments.
         """
         now = self._parameters()
-        data |= threading.get_ident() not in self._runs.values()
+        data |= not self.running
         interrupted, self._polling = self._polling, True  # interrupted polls lose changes
         change = self.detector.poll(deferred, whole, data)
         if change.stale or interrupted:
@@ -81,6 +81,11 @@ class KeptGraphs(Kept):
         if poll:
             exclusive(self.follow)(deferred=False, data=True)
         return self._changes
+
+    @property
+    def running(self) -> bool:
+        """See ``Kept``."""
+        return threading.get_ident() in self._runs.values()
 
     def run(self) -> Scope[None]:
         """See ``Kept``. With few parameters, comparing the data would cost as much as a product."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 import sys
+from typing import Any
 
 import torch
 
+from fasthessian.distributed.ranks import Ranks, ranks_of
 from fasthessian.errors import InputError
 from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.products.engines import ENGINES
@@ -26,7 +29,12 @@ class Options:
     memory_budget: int | None = None
     microbatch: int | None = None
     weight_decay: float = 0.0
-    group: None = None
+    group: Any = None
+
+    @functools.cached_property
+    def ranks(self) -> Ranks:
+        """The ranks whose products are summed."""
+        return ranks_of(self.group)
 
     @property
     def keeps_graphs(self) -> bool:
@@ -35,8 +43,7 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that is not accepted."""
-        if self.group is not None:
-            raise InputError(f"group must be None, got {self.group!r}")
+        _ = self.ranks  # raises for a group that is not accepted
         if self.engine not in ENGINES:
             raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
         if self.precision not in (None, *PRECISIONS):

@@ -1,0 +1,92 @@
+"""The share of the data that each rank has, and the sums over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from fasthessian.distributed.ranks import Ranks
+from fasthessian.errors import InputError
+from fasthessian.operators.base import finite
+from fasthessian.operators.evaluation import Evaluation
+from fasthessian.operators.loss.halving import SAME
+from fasthessian.operators.loss.terms import NO_TERMS
+from fasthessian.operators.torch_state.lock import exclusive
+
+
+class Shares:
+    """What the ranks of a matrix add up. Without a process group there is one share, the whole.
+
+    A part of the data counts by its number of terms over the number of terms of all ranks. No
+    collective is called under the lock of the process, for which ranks in threads would wait.
+
+    Args:
+        ranks: the ranks that the data are divided over.
+        evaluation: of the loss over the data of this rank.
+    """
+
+    def __init__(self, ranks: Ranks, evaluation: Evaluation) -> None:
+        self.ranks, self._evaluation = ranks, evaluation
+        self._terms = 0.0  # of all ranks
+
+    def agree(self) -> None:
+        """Count the terms of all ranks.
+
+        The data of a rank may change between two runs, but not inside one: so this is called
+        before each run, and before each product outside of a run.
+        """
+        if not self.ranks:
+            return
+        evaluation, loss = self._evaluation, self._evaluation.loss
+
+        @exclusive
+        def counted() -> list[float]:
+            evaluation.within_memory(evaluation.count, "the number of terms")
+            return [loss.terms_here, loss.count, loss.samples]
+
+        rows = self.ranks.exchanged(counted, 3)
+        total = float(rows[:, 0].sum())
+        if total <= 0:
+            raise InputError(f"{NO_TERMS}, or no rank has a batch")
+        if total != self._terms:
+            evaluation.kept.forget()  # the weights of its graphs are out of date
+            self._compare_ways()
+        self._terms = total
+        _, parts, samples = rows[: self.ranks.rank].sum(0).tolist()
+        loss.set_share(total, int(parts), int(samples))
+
+    def _compare_ways(self) -> None:
+        """Raise ValueError if the ranks count terms in ways that give them different weights.
+
+        Each rank finds out on its own data how a loss counts that is not one of torch's.
+        """
+        found = self.ranks.objects(self._evaluation.loss.way_to_count)
+        ways = sorted(set(found) - {""})
+        if len(ways) < 2:
+            return
+        totals = self.ranks.exchanged(lambda: self._evaluation.loss.totals(ways), len(ways))
+        if bool(((totals - totals[:, :1]).abs() <= SAME * totals[:, :1]).all()):
+            return
+        first, other = found.index(ways[0]), found.index(ways[1])
+        raise InputError(
+            f"weights must be given: the loss is a mean over {ways[0]} on rank {first}, but over "
+            f"{ways[1]} on rank {other}; pass weights=lambda batch: <its number of terms>"
+        )
+
+    def sum(self, outs: Sequence[Tensor], work: Callable[[], None], deferred: bool = False) -> None:
+        """Let ``work`` write the share of this rank into ``outs``, and sum them over the ranks.
+
+        If the work fails on one rank, all raise: the others find NaN in the sum, and the reason in
+        the store. If ``deferred``, the sum is not read here.
+        """
+        if not self.ranks:
+            work()
+            return
+        if not self._evaluation.kept.running:
+            self.agree()
+        with self.ranks.failing(outs):
+            work()
+        self.ranks.sum_(outs)
+        if not deferred and not all(map(finite, outs)):
+            self.ranks.check()
