@@ -46,7 +46,7 @@ def main():
     args = parser.parse_args()
     local = int(os.environ["LOCAL_RANK"])  # set by torchrun
     device = torch.device("cpu")
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and not args.small:
         device = torch.device("cuda", local)  # one GPU per rank
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

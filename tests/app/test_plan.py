@@ -117,6 +117,20 @@ def test_the_json_has_every_number(capsys):
         assert each["collectives"] == [list(one) for one in counted]
 
 
+def test_options_have_the_units_that_they_name(capsys):
+    values = ("--latency", "7", "--memory", "2", "--host-memory", "3", "--memory-bandwidth", "4",
+              "--bandwidth", "5", "--node-bandwidth", "6", "--host-bandwidth", "8",
+              "--disk-bandwidth", "9", "--ranks-per-node", "1")  # fmt: skip
+    found = content(capsys, "--params", "1M", "--machine", "h100", *values)["machine"]
+    for name in ("flops", "gpu", "about"):
+        del found[name]
+    assert found == pytest.approx({
+        "latency": 7e-6, "memory": 2 * GIB, "host_memory": 3 * GIB, "memory_bandwidth": 4e9,
+        "bandwidth": 5e9, "node_bandwidth": 6e9, "host_bandwidth": 8e9, "disk_bandwidth": 9e9,
+        "ranks_per_node": 1,
+    })  # fmt: skip
+
+
 def test_what_is_not_known_is_null_and_named(capsys):
     found = content(capsys, "--params", "1M", "--ranks", "4")
     for each in found["choices"]:
