@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from fasthessian.errors import InputError
 from fasthessian.planning.machines import Machine
 from fasthessian.planning.model import GATHERS, LARGEST, WRAPS, Model
-from fasthessian.planning.steps import BASES, Collective, Space
+from fasthessian.planning.steps import BASES, Collective, KrylovSize
 
 MARGIN = 1.25  # of the wall time to ask for, over the estimate
 START = 300.0  # seconds to start processes and load model and data: assumed
@@ -190,8 +190,8 @@ def choice(asked: Asked, basis: str, sharded: bool, wrap: str) -> Choice:
     """One choice."""
     machine = asked.machine
 
-    def parts(n: int, steps: int) -> tuple[Space, Model]:
-        space = Space(n, asked.ranks, steps, asked.pairs, asked.dtype, basis, sharded)
+    def parts(n: int, steps: int) -> tuple[KrylovSize, Model]:
+        space = KrylovSize(n, asked.ranks, steps, asked.pairs, asked.dtype, basis, sharded)
         model = Model(n, asked.ranks, asked.dtype, wrap, asked.largest, asked.activations)
         return space, model
 
@@ -235,7 +235,7 @@ def choice(asked: Asked, basis: str, sharded: bool, wrap: str) -> Choice:
     )
 
 
-def step_seconds(asked: Asked, space: Space, model: Model, rows: float) -> Seconds:
+def step_seconds(asked: Asked, space: KrylovSize, model: Model, rows: float) -> Seconds:
     """The time of a step after ``rows`` rows.
 
     All parts are linear in the rows, so that a step in the middle of a run takes the average time::

@@ -19,14 +19,13 @@ Optimization of collective communication operations in MPICH): no algorithm send
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import NamedTuple
 
+from fasthessian.distributed.slices import slice_width
 from fasthessian.errors import InputError
 
 PARAMETERS = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}  # bytes per parameter
 BASES = ("full", "compressed", "offload", "none")
-SLICE = 16  # numbers: slices of float32 start on cache lines of 64 bytes
 FLOAT64 = 8
 DELAYED_DOTS = 3  # of dcgs2: u'u, u'w, w'w
 THREE_TERM_DOTS = 2  # for alpha: q'w, w'w; for beta the same
@@ -51,16 +50,6 @@ class Collective(NamedTuple):
         others = ranks - 1
         factor = {"all_reduce": 2 * others / ranks, "reduce_scatter": others / ranks}
         return self.payload * factor.get(self.name, others)
-
-
-def slice_width(n: int, ranks: int) -> int:
-    """Numbers in each rank's slice of a vector of n: ceil(n/P), rounded up to whole cache lines.
-
-    Example:
-        >>> slice_width(1000, 4), slice_width(10, 4)
-        (256, 16)
-    """
-    return math.ceil(math.ceil(n / ranks) / SLICE) * SLICE
 
 
 def vector_bytes(dtype: str) -> int:
@@ -101,11 +90,11 @@ def collectives(
 
 
 @dataclasses.dataclass(frozen=True)
-class Space:
-    """The Krylov space of a run.
+class KrylovSize:
+    """The Krylov space of a run: what its vectors take and move.
 
     Example:
-        >>> space = Space(n=1000, ranks=4, steps=100, sharded=True)
+        >>> space = KrylovSize(n=1000, ranks=4, steps=100, sharded=True)
         >>> space.basis_bytes, space.vectors_bytes
         (102400, 10240)
     """

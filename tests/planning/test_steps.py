@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from fasthessian import kernels
+from fasthessian.distributed.slices import slice_width
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.state import ROWS
 from fasthessian.krylov.three_term import ThreeTerm
-from fasthessian.planning.steps import BASES, Collective, Space, collectives, slice_width
+from fasthessian.planning.steps import BASES, Collective, KrylovSize, collectives
 from tests.support.krylov_runs import grown
 from tests.support.spectra import F32, F64, diagonal
 
@@ -52,8 +53,8 @@ def test_only_the_scalars_grow_with_the_rows(ranks):
 
 
 def test_one_rank_has_no_collectives():
-    assert Space(100).collectives(3) == ()
-    assert Space(100, ranks=2).collectives(3) == (Collective("all_reduce", 400),)
+    assert KrylovSize(100).collectives(3) == ()
+    assert KrylovSize(100, ranks=2).collectives(3) == (Collective("all_reduce", 400),)
 
 
 def test_bytes_of_the_ring_algorithms():
@@ -85,15 +86,15 @@ def test_the_two_halves_of_an_all_reduce_send_as_much_as_it():
     ],
 )
 def test_memory_by_hand(basis, sharded, kept, others):
-    space = Space(100, ranks=4, steps=12, basis=basis, sharded=sharded)
+    space = KrylovSize(100, ranks=4, steps=12, basis=basis, sharded=sharded)
     assert (space.basis_bytes, space.vectors_bytes) == (kept, others)
     assert space.device_bytes() == kept + others and space.host_bytes == 0
-    pairs = Space(100, ranks=4, steps=12, basis=basis, sharded=sharded, pairs=3)
+    pairs = KrylovSize(100, ranks=4, steps=12, basis=basis, sharded=sharded, pairs=3)
     assert pairs.device_bytes() - space.device_bytes() == 3 * (128 if sharded else 400)
 
 
 def test_memory_of_an_offloaded_basis():
-    space = Space(10**6, steps=100, basis="offload")
+    space = KrylovSize(10**6, steps=100, basis="offload")
     assert space.host_bytes == 2**29 >= space.basis_bytes == 4 * 10**8  # the next power of two
     # buffers of 268 rows would fit into a gibibyte, 100 rows are all: 101 with the new row, twice
     assert space.buffers_bytes(None) == 2 * 101 * 4 * 10**6
@@ -101,19 +102,19 @@ def test_memory_of_an_offloaded_basis():
     assert space.buffers_bytes(8e8) == 2 * 25 * 4 * 10**6
     assert space.buffers_bytes(1) == 2 * 2 * 4 * 10**6
     assert space.device_bytes(8e8) == (50 + 2) * 4 * 10**6
-    assert Space(10**6, steps=100).buffers_bytes(8e8) == 0
+    assert KrylovSize(10**6, steps=100).buffers_bytes(8e8) == 0
 
 
 @pytest.mark.parametrize("basis", BASES)
 def test_a_space_has_n_rows_at_most(basis):
-    small, large = (Space(20, steps=m, basis=basis) for m in (20, 50))
+    small, large = (KrylovSize(20, steps=m, basis=basis) for m in (20, 50))
     assert small.rows == large.rows == 20
     assert small.device_bytes() == large.device_bytes()
     assert small.checkpoint_bytes == large.checkpoint_bytes
 
 
 def test_fewer_numbers_than_ranks():
-    space = Space(3, ranks=64, steps=2, sharded=True)
+    space = KrylovSize(3, ranks=64, steps=2, sharded=True)
     assert space.width == 16 and space.rows == 2
     assert [tuple(each) for each in space.collectives(1)] == [
         ("all_gather", 64), ("reduce_scatter", 64 * 64), ("all_gather", 40)
@@ -124,7 +125,7 @@ def test_fewer_numbers_than_ranks():
 @pytest.mark.parametrize("sharded", [False, True])
 def test_more_is_never_less(basis, sharded):
     def sizes(**options):
-        space = Space(**{"n": 10**6, "ranks": 8, "steps": 50, "pairs": 2, **options},
+        space = KrylovSize(**{"n": 10**6, "ranks": 8, "steps": 50, "pairs": 2, **options},
                       basis=basis, sharded=sharded)  # fmt: skip
         parts = space.device_bytes(1e9), space.host_bytes, space.checkpoint_bytes
         return *parts, space.streamed_bytes(20), space.moved_bytes
@@ -140,7 +141,7 @@ def test_more_is_never_less(basis, sharded):
 def test_a_run_has_the_memory_that_is_planned(basis, dtype):
     n, steps = 1616, 9  # rows of whole cache lines: no padding
     run = grown(diagonal(torch.arange(n), dtype), steps, basis=basis)
-    space = Space(n, steps=steps, basis=basis, dtype=str(dtype).removeprefix("torch."))
+    space = KrylovSize(n, steps=steps, basis=basis, dtype=str(dtype).removeprefix("torch."))
     stored, W = run.state.basis.stored, run.state.W
     assert stored.numel() * stored.element_size() == space.basis_bytes
     assert W.numel() * W.element_size() == space.vectors_bytes
@@ -151,7 +152,7 @@ def test_a_run_has_the_memory_that_is_planned(basis, dtype):
 
 def test_a_run_without_a_basis_has_the_memory_that_is_planned():
     run = ThreeTerm(diagonal(torch.arange(1616), F32), 9, seed=0)
-    space = Space(1616, steps=9, basis="none")
+    space = KrylovSize(1616, steps=9, basis="none")
     assert run.state.rows.nbytes == space.vectors_bytes == space.checkpoint_bytes
     assert len(run.state.rows) == ROWS == 3
 
@@ -185,7 +186,7 @@ def test_a_step_reads_and_writes_what_is_planned(monkeypatch, basis, per_row, ve
     monkeypatch.setattr(reference, "project_", project)
     monkeypatch.setattr(reference, "update_", update)
     run.step()
-    space = Space(n, steps=9, basis=basis)
+    space = KrylovSize(n, steps=9, basis=basis)
     assert moved == {"basis": space.streamed_bytes(5), "others": space.moved_bytes}
     assert moved == {"basis": 5 * per_row * n, "others": vectors * 4 * n}
 
