@@ -160,7 +160,8 @@ def advice(plan: Plan) -> list[str]:
             f"largest model that fits: {short(largest.largest_params)} parameters (basis "
             f"{largest.basis}, {LAYOUTS[largest.sharded]}, model {largest.wrap})",
         ]
-    lines = [f"take: basis {taken.basis}, vectors {LAYOUTS[taken.sharded]}, model {taken.wrap}"]
+    split = f", sharded={taken.sharded}; model: {taken.wrap}" if plan.asked.ranks > 1 else ""
+    lines = [f"take: basis='{taken.basis}'{split}"]
     if taken.host_bytes:
         lines.append(f"pinned memory of the host: {readable(taken.host_bytes)} per rank")
     listed = ", ".join(f"{name} of {readable(size)}" for name, size in taken.collectives)

@@ -69,7 +69,7 @@ def test_an_example_of_the_help_text_runs(capsys, quick, example):
     if "--json" in example:
         assert json.loads(out)["recommended"] is not None
     else:
-        assert "take: basis " in out and "note: times and memory are estimates" in out
+        assert "take: basis='" in out and "note: times and memory are estimates" in out
 
 
 def test_the_help_text_says_what_is_an_estimate(capsys):
@@ -165,7 +165,7 @@ def test_the_tables_show_the_numbers(capsys):
     found = content(capsys, *KNOWN, "--disk-bandwidth", "2")["recommended"]
     assert taken[4] == "yes" and taken[5] == "3"
     assert float(taken[2]) == pytest.approx(found["device_bytes"] / 2**20, rel=1e-2)
-    assert "take: basis full, vectors sharded, model plain" in out
+    assert "take: basis='full', sharded=True; model: plain" in out
     assert "1,000,000 parameters in float32 on 4 ranks, 100 Lanczos steps" in out
     assert re.search(r"ask the scheduler for: --time=00:07:00 --signal=B:USR1@120", out)
     assert max(len(line) for line in out.splitlines() if line[:4] in ("full", "comp")) <= 80
@@ -190,7 +190,7 @@ def test_nothing_fits(capsys):
     out = shown(capsys, *args)
     assert "take:" not in out and "largest model that fits: 20.2M parameters" in out
     ranks = int(re.search(r"nothing fits: ([\d,]+) ranks would do", out)[1].replace(",", ""))
-    assert "take: basis full" in shown(capsys, *args, "--ranks", str(ranks))
+    assert "take: basis='full'" in shown(capsys, *args, "--ranks", str(ranks))
     assert content(capsys, *args)["enough_ranks"] == ranks
     assert "more ranks do not help" in shown(capsys, "--params", "10B", "--memory", "8")
 

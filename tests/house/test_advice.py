@@ -109,7 +109,7 @@ FOLLOWED = {
     "use --wrap plain, or raise --ranks": PLAN,
     " is not known; give --": NOTE,
     "are not counted; give --activation-memory": NOTE,
-    "take: basis ": "test_plan.py::test_nothing_fits",
+    "take: basis=": "test_plan.py::test_nothing_fits",
     "ask the scheduler for: ": "test_plan.py::test_the_tables_show_the_numbers",
 }  # fmt: skip
 CASES = {**OPERATORS, **RESULTS}
