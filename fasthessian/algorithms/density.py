@@ -15,6 +15,7 @@ from fasthessian.krylov.basis import FORMATS
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
 from fasthessian.krylov.quadrature import Measured, grow
+from fasthessian.krylov.sharding import check_sharded, sharded_operator
 from fasthessian.krylov.smoothing import smoothed
 from fasthessian.krylov.state import ROWS
 from fasthessian.krylov.three_term import ThreeTerm
@@ -37,6 +38,7 @@ def density(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     time_limit: float | None = None,
     progress: ProgressCallback | None = None,
@@ -55,6 +57,7 @@ def density(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     time_limit: float | None = None,
     progress: ProgressCallback | None = None,
@@ -72,6 +75,7 @@ def density(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     time_limit: float | None = None,
     progress: ProgressCallback | None = None,
@@ -111,6 +115,8 @@ def density(
             three vectors in all; the quadrature stays right, though converged nodes come back as
             copies.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
+        sharded: whether rows are split over the ranks of the operator's ``group``: each rank holds
+            1/P of the basis and makes 1/P of its arithmetic. None: if it pays, from n = 131,072 on.
         checkpoint: a folder in which the run is saved every minute or so and can be resumed from
             after it was killed, see `resume`.
         time_limit: seconds after which the run is saved and left, see `resume`.
@@ -161,9 +167,12 @@ def density(
                 f"{error}, or basis='none' needs {readable(needs)}"
             ) from None
 
+    single = not isinstance(A, Mapping)
+
     def start(
         B: SymmetricOperator, progress: ProgressCallback | None, states: States
     ) -> Run[Density]:
+        B = sharded_operator(B, sharded if single else False)
         total = probes * min(steps, B.n)
 
         def callback() -> None:
@@ -184,4 +193,5 @@ def density(
             runs.append((yield from states.phase(f"probe {probe}", Measured.none(), run)))
         return smoothed(runs, B.n, steps, sigma, states.made)
 
+    check_sharded(A, sharded)
     return solve(A, start, progress, call)

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Generator, Mapping
 from typing import overload
 
-from fasthessian import kernels
 from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
 from fasthessian.checkpoints.call import Call
 from fasthessian.checkpoints.states import States
@@ -21,6 +20,8 @@ from fasthessian.krylov.ritz import (
     largest_size,
     refine,
 )
+from fasthessian.krylov.sharding import check_sharded, sharded_operator
+from fasthessian.krylov.space import Space
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.request import Request
 from fasthessian.results.records import Eigenpairs
@@ -42,6 +43,8 @@ def eigsh(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
+    gather: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     time_limit: float | None = None,
     progress: ProgressCallback | None = None,
@@ -62,6 +65,8 @@ def eigsh(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
+    gather: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     time_limit: float | None = None,
     progress: ProgressCallback | None = None,
@@ -81,6 +86,8 @@ def eigsh(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
+    gather: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     time_limit: float | None = None,
     progress: ProgressCallback | None = None,
@@ -115,6 +122,10 @@ def eigsh(
         basis: "full": rows in A's dtype. "compressed": float16 rows, half the memory of float32.
             "offload": rows in host memory, for an operator on a GPU.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
+        sharded: whether rows are split over the ranks of the operator's ``group``: each rank holds
+            1/P of the basis and makes 1/P of its arithmetic. None: if it pays, from n = 131,072 on.
+        gather: whether a sharded run returns whole vectors on every rank; otherwise each rank has
+            its columns of them (k, n_r), which ``A.gather(vectors)`` joins.
         checkpoint: a folder in which the run is saved every minute or so and can be resumed from
             after it was killed, see `resume`.
         time_limit: seconds after which the run is saved and left, see `resume`.
@@ -148,7 +159,7 @@ def eigsh(
     if which not in WHICH:
         raise InputError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     tol, seed = positive("tol", tol), seed_of(seed)
-    largest = largest_size(A)
+    largest, single = largest_size(A), not isinstance(A, Mapping)
     k = integer("k", k, 1, largest)
 
     def start(
@@ -161,6 +172,7 @@ def eigsh(
         limit = default_limit(rows)
         if max_matvecs is not None:
             limit = integer("max_matvecs", max_matvecs, count * (1 + (basis == "compressed")))
+        B = sharded_operator(B, sharded if single else False)
         wanted = ((count + 1) // 2, count // 2) if which == "BE" else which
 
         def callback() -> None:
@@ -177,8 +189,9 @@ def eigsh(
             states.remove("krylov")
             return found
 
-        return _run(B, states, pairs, tol, basis, backend)
+        return _run(B, states, pairs, tol, basis, backend, gather)
 
+    check_sharded(A, sharded)
     return solve(A, start, progress, call)
 
 
@@ -189,7 +202,8 @@ def _run(
     tol: float,
     basis: str,
     backend: str | None,
+    gather: bool,
 ) -> Run[Eigenpairs]:
     found = yield from states.phase("pairs", Found.none(A), pairs)
-    yield from refine(A, found, tol, kernels.select(A.device, backend))
-    return found.record(), found.shortfalls(tol, basis == "compressed")
+    yield from refine(A, found, tol, Space(A, backend))
+    return found.record(A, gather), found.shortfalls(tol, basis == "compressed")

@@ -76,7 +76,7 @@ def resume(
     """
     first = next(iter(A.values()), None) if isinstance(A, Mapping) else A
     found = operator(first)
-    saved = Saved(path, found._ranks, found.device)
+    saved = Saved(path, found._matrix._ranks, found.device)
     if saved.single == isinstance(A, Mapping):
         kind = "an operator" if saved.single else "a dictionary of operators"
         raise InputError(f"A must be {kind}, as in the call that {path} was made by")

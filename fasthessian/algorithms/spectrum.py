@@ -9,7 +9,6 @@ from typing import Any, overload
 
 import torch
 
-from fasthessian import kernels
 from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
 from fasthessian.checkpoints.call import Call
 from fasthessian.checkpoints.states import States
@@ -26,7 +25,9 @@ from fasthessian.krylov.ritz import (
     largest_size,
     refine,
 )
+from fasthessian.krylov.sharding import check_sharded, sharded_operator
 from fasthessian.krylov.smoothing import smoothed
+from fasthessian.krylov.space import Space
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.request import Request
 from fasthessian.results.records import Spectrum
@@ -50,6 +51,8 @@ def spectrum(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
+    gather: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     time_limit: float | None = None,
     progress: ProgressCallback | None = None,
@@ -72,6 +75,8 @@ def spectrum(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
+    gather: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     time_limit: float | None = None,
     progress: ProgressCallback | None = None,
@@ -93,6 +98,8 @@ def spectrum(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
+    gather: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     time_limit: float | None = None,
     progress: ProgressCallback | None = None,
@@ -127,6 +134,10 @@ def spectrum(
         basis: "full", "compressed" or "offload" rows, as in `eigsh`. Memory, with k pairs in all:
             max(steps, 2 k + 30, 4 k) rows, k vectors and two more; 24 and k for the trace.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
+        sharded: whether rows are split over the ranks of the operator's ``group``: each rank holds
+            1/P of the basis and makes 1/P of its arithmetic. None: if it pays, from n = 131,072 on.
+        gather: whether a sharded run returns whole vectors on every rank; otherwise each rank has
+            its columns of them (k, n_r), which ``A.gather(vectors)`` joins.
         checkpoint: a folder in which the run is saved every minute or so and can be resumed from
             after it was killed, see `resume`.
         time_limit: seconds after which the run is saved and left, see `resume`.
@@ -157,11 +168,12 @@ def spectrum(
     steps, probes = integer("steps", steps, 1), integer("probes", probes, 1)
     sigma = None if sigma is None else positive("sigma", sigma)
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
-    ends = _ends(k, largest_size(A))
+    ends, single = _ends(k, largest_size(A)), not isinstance(A, Mapping)
 
     def start(
         B: SymmetricOperator, progress: ProgressCallback | None, states: States
     ) -> Run[Spectrum]:
+        B = sharded_operator(B, sharded if single else False)
         top, bottom = (min(count, B.n) for count in ends)
         pairs, long = min(top + bottom, B.n), min(steps, B.n)
         rows = max(long, default_rows(pairs, B.n))
@@ -200,7 +212,7 @@ def spectrum(
             return measured
 
         found = yield from states.phase("pairs", Found.none(B), first)
-        yield from refine(B, found, tol, kernels.select(B.device, backend))
+        yield from refine(B, found, tol, Space(B, backend))
 
         shortfalls = found.shortfalls(tol, basis == "compressed", "steps")
         lowest = torch.arange(pairs, device="cpu").flip(0)[:bottom]  # of all that descend
@@ -229,19 +241,20 @@ def spectrum(
                 seed,
                 backend,
                 callback,
-                found.record(),
+                found.record(B),
                 skip=probes,
             )
             shortfalls += warned
         result = Spectrum(
-            top=found.take(slice(top)).record(),
-            bottom=found.take(lowest).record(),
+            top=found.take(slice(top)).record(B, gather),
+            bottom=found.take(lowest).record(B, gather),
             trace=total,
             density=shape,
             matvecs=states.made,
         )
         return result, shortfalls
 
+    check_sharded(A, sharded)
     return solve(A, start, progress, call)
 
 

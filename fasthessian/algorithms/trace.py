@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any, overload
@@ -123,7 +124,7 @@ def trace(
         >>> fh.trace(A).value
         5050.0
     """
-    call = Call.of("trace", locals(), inputs=("deflate",))
+    given = dict(locals())
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
@@ -132,6 +133,13 @@ def trace(
         limit = integer("max_matvecs", max_matvecs, 2)
     seed = seed_of(seed)
     known = _by_operator(A, deflate)
+    if known:  # as they are saved: whole vectors
+        given["deflate"] = (
+            {name: known[id(B)] for name, B in A.items()}
+            if isinstance(A, Mapping)
+            else known[id(A)]
+        )
+    call = Call.of("trace", given, inputs=("deflate",))
 
     def start(
         B: SymmetricOperator, progress: ProgressCallback | None, states: States
@@ -152,6 +160,7 @@ def _by_operator(A: Any, pairs: Any) -> dict[int, Eigenpairs]:
     operators, given = ({"A": A}, {"A": pairs}) if single else (A, pairs)
     if not isinstance(given, Mapping) or set(given) != set(operators):
         raise InputError("deflate must be a dictionary of A's names, as eigsh returns it for A")
+    known: dict[int, Eigenpairs] = {}
     for name, found in given.items():
         B = operator(operators[name])
         if not isinstance(found, Eigenpairs):
@@ -161,9 +170,11 @@ def _by_operator(A: Any, pairs: Any) -> dict[int, Eigenpairs]:
         Q, values = found.vectors, found.values
         if not (isinstance(Q, Tensor) and isinstance(values, Tensor) and values.dim() == 1):
             raise InputTypeError("deflate must hold tensors, values (k,) and vectors (k, n)")
+        Q = B.gather(Q)
+        known[id(B)] = dataclasses.replace(found, vectors=Q)
         if Q.shape != (len(values), B.n) or (Q.dtype, Q.device) != (B.dtype, B.device):
             raise InputError(
                 f"deflate must hold vectors ({len(values)}, {B.n}) of {B.dtype} on {B.device}, "
                 f"got {tuple(Q.shape)} of {Q.dtype} on {Q.device}"
             )
-    return {id(operators[name]): found for name, found in given.items()}
+    return known

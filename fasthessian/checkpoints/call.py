@@ -13,7 +13,6 @@ from fasthessian.arguments import positive
 from fasthessian.checkpoints.folder import Folder
 from fasthessian.checkpoints.records import Items
 from fasthessian.checkpoints.shards import required
-from fasthessian.checkpoints.states import Part
 from fasthessian.distributed.ranks import Ranks
 from fasthessian.errors import InputError, InputTypeError
 
@@ -91,7 +90,7 @@ class Saved(os.PathLike[str]):
         self.folder = Folder(Path(path), ranks)
         self.index = self.folder.read()
         inputs = Items({}, device)
-        for part in self.parts(CALL).values():
+        for part in self.folder.parts(CALL).values():
             inputs.restore(*part)
         self.algorithm: str = self.index["call"]["algorithm"]
         self.arguments: dict[str, Any] = self.index["call"]["arguments"] | inputs.items
@@ -103,10 +102,6 @@ class Saved(os.PathLike[str]):
 
     def __fspath__(self) -> str:
         return self._path
-
-    def parts(self, run: str) -> dict[str, Part]:
-        """The states of a run."""
-        return self.folder.parts(run, None)
 
 
 def differing_argument(saved: Mapping[str, Any], now: Mapping[str, Any]) -> str:

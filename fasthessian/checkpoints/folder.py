@@ -27,6 +27,7 @@ from fasthessian.checkpoints.shards import DTYPES, TYPES, Piece, Source
 from fasthessian.checkpoints.state import State
 from fasthessian.checkpoints.states import Part
 from fasthessian.distributed.ranks import Ranks
+from fasthessian.distributed.slices import Slice
 from fasthessian.errors import InputError
 
 FORMAT = 1
@@ -81,19 +82,19 @@ class Folder:
         self,
         body: Json,
         states: Mapping[tuple[str, str], State],
-        columns: tuple[int, int] | None,
+        part: Slice | None = None,
     ) -> None:
         """Write a generation, and remove those before the last one.
 
         Args:
             body: what the index holds besides the states: numbers, text, lists and dictionaries.
             states: by the names of their run and of the state.
-            columns: of all rows, that this rank holds; None if every rank holds all.
+            part: of each row, that this rank holds; None if every rank holds whole rows.
         """
         ranks = self.ranks
         each = ranks.objects([self._id, self._generation])
         self._id, self._generation = each[0][0], 1 + max(number for _, number in each)
-        runs, files = self._planned(states, columns)
+        runs, files = self._planned(states, part)
         mine: list[Any] = []
         for file, own in files.items():
             sums = ranks.together(functools.partial(self._written, file, own))
@@ -115,7 +116,7 @@ class Folder:
         ranks.together(lambda: self._commit([self._index, before]) if ranks.rank == 0 else None)
 
     def _planned(
-        self, states: Mapping[tuple[str, str], State], columns: tuple[int, int] | None
+        self, states: Mapping[tuple[str, str], State], own: Slice | None
     ) -> tuple[Json, dict[str, dict[str, Held]]]:
         """The states as the index has them, and what this rank writes into each of two files.
 
@@ -138,12 +139,15 @@ class Folder:
                         continue
                     places[tensor_name] = {
                         "dtype": DTYPES[tensor.dtype],
-                        "shape": list(tensor.shape),
+                        "shape": [*tensor.shape[:-1], 0] if split else list(tensor.shape),
                         "split": split,
                         "pieces": [],
                     }
-                    if (split and columns is not None) or rank == 0:
-                        held = columns or (0, tensor.shape[-1]) if split else (0, 0)
+                    if split and own is not None:  # without padding
+                        held = own.first, own.first + own.held
+                        (frozen if state.FROZEN else changing)[key] = tensor[:, : own.held], held
+                    elif rank == 0:
+                        held = (0, tensor.shape[-1]) if split else (0, 0)
                         (frozen if state.FROZEN else changing)[key] = tensor, held
             part = {"numbers": state.numbers(), "frozen": state.FROZEN, "tensors": places}
             runs.setdefault(run, {})[name] = part
@@ -211,14 +215,14 @@ class Folder:
         """
         return index.read(self.path / f"index-{max(self._numbers(INDEXES)):05}.json")
 
-    def parts(self, run: str, columns: tuple[int, int] | None) -> dict[str, Part]:
-        """The states of a run as they were saved; ``columns`` are those that this rank holds."""
+    def parts(self, run: str, own: Slice | None = None) -> dict[str, Part]:
+        """The states of a run as they were saved; ``own`` is what this rank holds of each row."""
         assert self._index is not None
         found = {}
         for name, part in self._index["runs"].get(run, {}).items():
             found[name] = Part(
                 part["numbers"],
-                {key: self._source(place, columns) for key, place in part["tensors"].items()},
+                {key: self._source(place, own) for key, place in part["tensors"].items()},
             )
         return found
 
@@ -226,12 +230,14 @@ class Folder:
         if not self.path.is_dir():
             raise FileNotFoundError(f"{self.path} is not the folder of a checkpoint")
 
-    def _source(self, place: Json, columns: tuple[int, int] | None) -> Source:
+    def _source(self, place: Json, own: Slice | None) -> Source:
         pieces = [Piece(*piece) for piece in place["pieces"]]
-        wanted = None
+        dtype, shape, columns, width = TYPES[place["dtype"]], place["shape"], None, 0
         if place["split"]:
-            wanted = columns or (0, place["shape"][-1])
-        return Source(self.path, TYPES[place["dtype"]], place["shape"], pieces, wanted)
+            columns = 0, shape[-1]
+            if own is not None:
+                columns, width = (own.first, own.first + own.held), own.width
+        return Source(self.path, dtype, shape, pieces, columns, width)
 
     def _numbers(self, pattern: str) -> set[int]:
         """The numbers of the generations that have a file of this pattern."""

@@ -18,6 +18,7 @@ from fasthessian.checkpoints.folder import Folder
 from fasthessian.checkpoints.records import Items, packed_warnings, unpacked_warnings
 from fasthessian.checkpoints.state import State
 from fasthessian.checkpoints.states import Counted, States
+from fasthessian.distributed.slices import Slice
 from fasthessian.errors import InputError, Stopped
 
 INTERVAL = 60.0  # seconds between two saves
@@ -38,7 +39,8 @@ class Saving(NamedTuple):
     limit: float | None  # seconds
     started: float  # on the clock of ``time.monotonic``
     device: torch.device
-    columns: tuple[int, int] | None = None  # of all rows, that this rank holds; None for all
+    part: Slice | None  # of each row, that this rank holds; None for whole rows
+    sliced: bool  # whether records hold that part of their vectors
 
 
 class Keeper:
@@ -69,9 +71,9 @@ class Keeper:
             if saving is None or saved is None:
                 self.runs[name] = States(counter)
                 continue
-            parts = saved.parts(f"run/{name}")
+            parts = saved.folder.parts(f"run/{name}", saving.part)
             if ENDED in parts:
-                ended = Items({}, saving.device)
+                ended = Items({}, saving.device, saving.part)
                 ended.restore(*parts.pop(ENDED))
                 self._keep_end(name, ended)
             self.runs[name] = States(counter, parts, saved.index["made"][name])
@@ -141,7 +143,8 @@ class Keeper:
             self.ended[name] = record, shortfalls
             return
         items = {"record": record, "warnings": packed_warnings(shortfalls)}
-        self._keep_end(name, Items(items, self._saving.device))
+        sliced = self._saving.part if self._saving.sliced else None
+        self._keep_end(name, Items(items, self._saving.device, sliced))
 
     def finish(self) -> None:
         """All runs have ended: save their records; stop if a signal came meanwhile."""
@@ -197,7 +200,7 @@ class Keeper:
             "seconds": max(self._rates, default=0.0),  # per product
             "finished": len(self._ends) == len(self.runs),
         }
-        saving.folder.write(body, states, saving.columns)
+        saving.folder.write(body, states, saving.part)
         self._saved_at = time.monotonic()
         self._took = self._saved_at - begun
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fasthessian.checkpoints.state import State, Stored
+from fasthessian.distributed.slices import Slice
 from fasthessian.errors import ConvergenceWarning
 from fasthessian.results.record import Record
 
@@ -23,24 +24,27 @@ class Items(State):
     Args:
         items: by name; empty for a state that will be restored.
         device: where restored tensors are that lay on this device; all others are on the CPU.
+        part: of each of the ``vectors``, that this rank has; None for whole ones.
     """
 
     FROZEN = True
 
-    def __init__(self, items: Mapping[str, Any], device: torch.device) -> None:
-        self.items, self._device = dict(items), device
+    def __init__(
+        self, items: Mapping[str, Any], device: torch.device, part: Slice | None = None
+    ) -> None:
+        self.items, self._device, self._part = dict(items), device, part
 
     def numbers(self) -> dict[str, Any]:
         """What is not a tensor, as JSON."""
         return {name: self._packed(name, item, {}) for name, item in self.items.items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors except ``vectors``, by the path to them."""
-        return {name: t for name, t in self._all().items() if not _are_rows(name)}
+        """The tensors that are whole, by the path to them."""
+        return {name: t for name, t in self._all().items() if not self._is_split(name)}
 
     def split(self) -> dict[str, Tensor]:
-        """The tensors of the name ``vectors``, by the path to them."""
-        return {name: t for name, t in self._all().items() if _are_rows(name)}
+        """The tensors of the name ``vectors``, if they are not whole, by the path to them."""
+        return {name: t for name, t in self._all().items() if self._is_split(name)}
 
     def restore(self, numbers: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
         """Take over the items."""
@@ -66,6 +70,9 @@ class Items(State):
             return {"mapping": dict(zip(item, parts, strict=True))}
         return list(item) if isinstance(item, tuple) else item
 
+    def _is_split(self, path: str) -> bool:
+        return self._part is not None and path.rpartition(".")[2] == VECTORS
+
     def _unpacked(self, item: Any, stored: Mapping[str, Stored]) -> Any:
         if isinstance(item, list):
             return tuple(item)
@@ -73,17 +80,17 @@ class Items(State):
             return item
         if "tensor" in item:
             here = item["device"] == self._device.type
-            return stored[item["tensor"]].tensor(self._device if here else "cpu")
+            found = stored[item["tensor"]].tensor(self._device if here else "cpu")
+            part = self._part if self._is_split(item["tensor"]) else None
+            if part is None or found.shape[-1] != part.width:
+                return found
+            return found[:, : part.held].contiguous()
         parts = item["fields"] if "record" in item else item["mapping"]
         values = {name: self._unpacked(part, stored) for name, part in parts.items()}
         if "mapping" in item:
             return values
         kinds = {kind.__name__: kind for kind in Record.__subclasses__()}
         return kinds[item["record"]](**values)
-
-
-def _are_rows(path: str) -> bool:
-    return path.rpartition(".")[2] == VECTORS
 
 
 def packed_warnings(shortfalls: list[Warning]) -> list[Any]:

@@ -52,6 +52,13 @@ class Piece(NamedTuple):
 class Source:
     """A tensor in the files of a checkpoint, of which this rank reads some columns or all.
 
+    Args:
+        folder: of the files.
+        dtype, shape: of the whole tensor.
+        pieces: where it lies.
+        columns: first and last of those that are read; None for a tensor that is not split.
+        width: number of columns with those of zeros that are added.
+
     Attributes:
         dtype: of the tensor.
         shape: of what is read.
@@ -64,11 +71,13 @@ class Source:
         shape: Sequence[int],
         pieces: Sequence[Piece],
         columns: tuple[int, int] | None,
+        width: int = 0,
     ) -> None:
         self._folder, self._pieces, self.dtype = folder, pieces, dtype
         self._whole, self._columns = columns is None, columns or (0, 0)
-        width = self._columns[1] - self._columns[0]
-        self.shape = tuple(shape) if self._whole else (*shape[:-1], width)
+        self._held = self._columns[1] - self._columns[0]
+        wide = max(width, self._held)
+        self.shape = tuple(shape) if self._whole else (*shape[:-1], wide)
 
     def files(self) -> Iterator[Piece]:
         """The pieces that hold something of what is read."""
@@ -85,6 +94,8 @@ class Source:
 
     def read_into(self, out: Tensor) -> None:
         """Copy the content to ``out``, which has its shape, block by block."""
+        if not self._whole:
+            out[:, self._held :] = 0
         for piece in self.files():
             with opened(self._folder / piece.file) as stored:
                 if self._whole:

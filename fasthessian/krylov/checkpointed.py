@@ -15,6 +15,7 @@ from fasthessian.checkpoints.records import Items
 from fasthessian.checkpoints.states import Counted
 from fasthessian.distributed.ranks import Ranks
 from fasthessian.errors import InputError
+from fasthessian.krylov.sharding import sharded_operator
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.identity import difference, fingerprint, identity
 
@@ -47,7 +48,7 @@ def keeper(
     saved: Saved | None = call.checkpoint if call.resumed else None
     body: dict[str, Any] = {"call": call.saved()}
     if saved is None:
-        folder = Folder(path, A._ranks)
+        folder = Folder(path, A._matrix._ranks)
         _claim(folder, path, call)
         try:
             body["operators"] = {name: identity(B) for name, B in operators.items()}
@@ -57,10 +58,15 @@ def keeper(
             raise
     else:
         folder = saved.folder
-        _check(saved, operators, A._ranks)
+        _check(saved, operators, A._matrix._ranks)
         body |= {name: saved.index[name] for name in ("operators", "fingerprints")}
     inputs = Items(call.inputs, A.device)
-    return Keeper(counters, Saving(folder, body, inputs, saved, limit, started, A.device), unit)
+    part = sharded_operator(A, call.arguments.get("sharded", False) if call.single else False).slice
+    saving = Saving(
+        folder, body, inputs, saved, limit, started, A.device,
+        part if part.ranks else None, not call.arguments.get("gather", False),
+    )  # fmt: skip
+    return Keeper(counters, saving, unit)
 
 
 def _claim(folder: Folder, path: Path, call: Call) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import sys
 from collections.abc import Callable, Generator, Mapping
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,10 +16,10 @@ from fasthessian.checkpoints.states import States
 from fasthessian.errors import ConvergenceWarning
 from fasthessian.kernels.contract import MAX_BLOCK
 from fasthessian.krylov.basis import Basis
-from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Asking
 from fasthessian.krylov.missing import limits, outside, search
+from fasthessian.krylov.space import Space
 from fasthessian.operators.base import SymmetricOperator, operator
 from fasthessian.operators.request import Request
 from fasthessian.results.records import Eigenpairs
@@ -37,7 +36,7 @@ class Found(State):
     SPLIT = ("vectors",)
 
     values: Tensor  # (k,)
-    vectors: Tensor  # (k, n)
+    vectors: Tensor  # (k, n), or the padded slices of this rank
     residuals: Tensor  # (k,)
     converged: Tensor  # (k,) bool
     every: Tensor  # (n,) all Ritz values, if the rows span the space, else (0,)
@@ -51,7 +50,7 @@ class Found(State):
     def none(cls, A: SymmetricOperator) -> Found:
         """No pairs, to be restored from a checkpoint."""
         empty = torch.empty(0, dtype=torch.float64, device="cpu")
-        vectors = torch.empty(0, A.n, dtype=A.dtype, device=A.device)
+        vectors = torch.empty(0, A.slice.width, dtype=A.dtype, device=A.device)
         return cls(empty, vectors, empty, empty.bool(), empty)
 
     def take(self, index: Tensor | slice) -> Found:
@@ -64,11 +63,12 @@ class Found(State):
             converged=self.converged[index],
         )
 
-    def record(self) -> Eigenpairs:
-        """The pairs as a result."""
+    def record(self, A: SymmetricOperator, gather: bool = False) -> Eigenpairs:
+        """The pairs as a result, with this rank's slices of the vectors or the whole ones."""
+        held = self.vectors[:, : A.slice.held].contiguous()
         return Eigenpairs(
             values=self.values,
-            vectors=self.vectors,
+            vectors=A.gather(held) if gather else held,
             residuals=self.residuals,
             converged=self.complete and bool(self.converged.all()),
             matvecs=self.made,
@@ -140,7 +140,7 @@ def converge(
     if loop.entered is None:
         loop.entered, loop.began = state.size, states.made
         loop.reserved = k if compressed or not krylov.exact else 0
-    until = states.before + loop.began + limit - loop.reserved
+    until = A.matvecs + loop.began + limit - loop.reserved - states.made
     aim = tol / 2 if compressed else tol  # a margin for what the refinement measures
     searching = state.search is not None
     if searching:  # the pairs were judged before the search
@@ -192,7 +192,7 @@ def converge(
 
     ritz, S, residuals = krylov.ritz()
     chosen = order[:k]
-    vectors = torch.empty(k, A.n, dtype=A.dtype, device=A.device)
+    vectors = torch.empty(k, A.slice.width, dtype=A.dtype, device=A.device)
     state.basis.rotate(S[:, chosen], vectors)
     # rows of float16 are orthogonal to 1e-3, so that their T does not have the trace of A
     whole = krylov.size == A.n and not compressed
@@ -253,7 +253,7 @@ def wanted(values: Tensor, which: str | tuple[int, int]) -> Tensor:
     return torch.cat((best, torch.stack(turns, dim=1).reshape(-1)[: len(rest)]))
 
 
-def refine(A: SymmetricOperator, found: Found, tol: float, kernels: ModuleType) -> Asking:
+def refine(A: SymmetricOperator, found: Found, tol: float, space: Space) -> Asking:
     """Replace pairs of inexact products or rows by those of one Rayleigh-Ritz step, in place.
 
     The pencil (X A X', X X'), X the vectors, is solved through the Cholesky factor of X X', which
@@ -270,7 +270,7 @@ def refine(A: SymmetricOperator, found: Found, tol: float, kernels: ModuleType) 
     for start in range(0, k, MAX_BLOCK):
         rows = slice(start, start + MAX_BLOCK)
         for product, right in zip(products, (X, Y), strict=True):
-            product[:, rows], _ = dots(kernels, X, right[rows])
+            product[:, rows], _ = space.dots(X, right[rows])
     overlap, projection = (product.cpu() for product in products)
     L = torch.linalg.cholesky(overlap)
     inner = torch.linalg.solve_triangular(L, (projection + projection.T) / 2, upper=False)
@@ -281,9 +281,9 @@ def refine(A: SymmetricOperator, found: Found, tol: float, kernels: ModuleType) 
     ritz, mix = ritz[place], mix[:, place]
     residuals = torch.empty_like(ritz)
     for rows_of in (X, Y):
-        Basis(rows_of, 1.0, kernels).rotate(mix)
+        Basis(rows_of, 1.0, space).rotate(mix)
     for i, (x, y) in enumerate(zip(X, Y, strict=True)):
         y.add_(x, alpha=-float(ritz[i]))
-        residuals[i] = math.sqrt(float(gram(kernels, y[None])))
+        residuals[i] = math.sqrt(float(space.gram(y[None])))
     found.values, found.residuals, found.rough = ritz, residuals, False
     found.converged = residuals <= torch.clamp(tol * ritz.abs(), min=2 * found.noise)

@@ -1,6 +1,9 @@
 """Generations of a checkpoint: whole or not at all, written by P ranks and read by Q."""
 
+from __future__ import annotations  # a state reads its annotations as text
+
 import dataclasses
+import itertools
 import json
 import os
 import shutil
@@ -12,10 +15,13 @@ from torch import Tensor
 
 import fasthessian as fh
 from fasthessian.checkpoints import folder as folders
+from fasthessian.checkpoints import index as indexes
 from fasthessian.checkpoints import shards
 from fasthessian.checkpoints.folder import Folder
 from fasthessian.checkpoints.state import State
 from fasthessian.distributed.ranks import ALONE
+from fasthessian.distributed.slices import Slice
+from fasthessian.errors import UnsupportedError
 from fasthessian.vectors import empty_rows
 from tests.support.checkpoints import on_threads
 
@@ -42,28 +48,33 @@ def rows(k, dtype=torch.float32):
     return found
 
 
-def example(first=0, last=N, k=5):
+def example(own=None, k=5):
+    """The state of a rank, whose slices are padded with zeros."""
     generator = torch.Generator().manual_seed(1)
     T = torch.randn(3, 3, dtype=torch.float64, generator=generator)
-    V, halves = rows(k)[:, first:last], rows(2, torch.float16)[:, first:last]
-    return Example(V, halves, T, torch.tensor([True, False]), "b", 0.1, 7)
+    split = [rows(k), rows(2, torch.float16)]
+    if own is not None:
+        split = [t[:, own.first : own.first + own.held] for t in split]
+        split = [torch.nn.functional.pad(t, (0, own.width - own.held)) for t in split]
+    return Example(*split, T, torch.tensor([True, False]), "b", 0.1, 7)
 
 
-def columns(rank, size):
-    """Uneven ranges; the last rank of three or more has none."""
+def part(rank, size):
+    """Uneven ranges, padded to one width; the last rank of three or more has none."""
     ends = [round(N * (i / size) ** 2) for i in range(size + 1)]
     if size > 2:
         ends[-2] = N
-    return ends[rank], ends[rank + 1]
+    width = 8 + max(b - a for a, b in itertools.pairwise(ends))
+    return Slice(N, width, ends[rank], ends[rank + 1] - ends[rank], ALONE)
 
 
-def write(path, generation=1, size=1, state=None):
+def write(path, generation=1, size=1):
     def job(ranks):
-        own = columns(ranks.rank, size)
+        own = part(ranks.rank, size) if size > 1 else None
         held = Folder(path, ranks)
         for number in range(generation):
             body = {"generation in words": f"number {number + 1}"}
-            held.write(body, {("run/a/b", "x"): state or example(*own)}, own)
+            held.write(body, {("run/a/b", "x"): example(own)}, own)
 
     path.mkdir(exist_ok=True)
     on_threads(size, job)
@@ -72,16 +83,16 @@ def write(path, generation=1, size=1, state=None):
 def read(path, ranks=ALONE, own=None):
     held = Folder(path, ranks)
     index = held.read()
-    state = example(*(own or (0, N)))
+    state = example(own)
     for tensor in (state.V, state.halves, state.T):
-        tensor.zero_()
-    part = held.parts("run/a/b", own)["x"]
-    state.restore(part.numbers, part.stored)
+        tensor.fill_(3.0)
+    state.restore(*held.parts("run/a/b", own)["x"])
     return index, state
 
 
 def equal(found, want):
-    assert found.numbers() == want.numbers()
+    assert found.numbers() == want.numbers() and len(want.numbers()) == 3
+    assert len(want.tensors()) == len(want.split()) == 2
     for name, tensor in {**want.tensors(), **want.split()}.items():
         assert torch.equal(getattr(found, name), tensor), name
 
@@ -92,9 +103,13 @@ def equal(found, want):
 def test_what_p_ranks_wrote_q_ranks_read(tmp_path, monkeypatch, p, q, chunk):
     monkeypatch.setattr(shards, "CHUNK", chunk)
     write(tmp_path, size=p)
-    found = on_threads(q, lambda ranks: read(tmp_path, ranks, columns(ranks.rank, q))[1])
+
+    def own(rank):
+        return part(rank, q) if q > 1 else None
+
+    found = on_threads(q, lambda ranks: read(tmp_path, ranks, own(ranks.rank))[1])
     for rank, state in enumerate(found):
-        equal(state, example(*columns(rank, q)))
+        equal(state, example(own(rank)))
 
 
 def test_the_files_are_safetensors_and_the_index_says_where_each_tensor_lies(tmp_path):
@@ -127,15 +142,15 @@ def test_what_never_changes_is_written_once(tmp_path):
     held = Folder(tmp_path, ALONE)
     for count in range(4):
         state = dataclasses.replace(example(), count=count)
-        held.write({}, {("run", "x"): state, ("call", "y"): constant}, None)
+        held.write({}, {("run", "x"): state, ("call", "y"): constant})
     names = sorted(os.listdir(tmp_path))
     assert [name for name in names if "frozen" in name] == ["frozen-00001-0of1.safetensors"]
     assert len(names) == 5
     again = Folder(tmp_path, ALONE)
     again.read()
-    again.write({}, {("call", "y"): constant}, None)
-    part = again.parts("call", None)["y"]
-    assert torch.equal(part.stored["V"].tensor(), constant.V)
+    again.write({}, {("call", "y"): constant})
+    saved = again.parts("call")["y"]
+    assert torch.equal(saved.stored["V"].tensor(), constant.V)
     assert "frozen-00001-0of1.safetensors" in os.listdir(tmp_path)
 
 
@@ -194,7 +209,7 @@ def test_the_next_save_replaces_a_damaged_generation(tmp_path):
     held = Folder(tmp_path, ALONE)
     with pytest.warns(UserWarning, match="damaged"):
         held.read()
-    held.write({}, {("run/a/b", "x"): example()}, None)
+    held.write({}, {("run/a/b", "x"): example()})
     assert {name.split("-")[1].split(".")[0] for name in os.listdir(tmp_path)} == {"00002", "00004"}
     read(tmp_path)
 
@@ -228,7 +243,12 @@ def test_another_version_of_the_format_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "FORMAT", 2)
     write(tmp_path)
     monkeypatch.undo()
-    with pytest.raises(fh.InputError, match=r"format 2 of fasthessian .*format 1 is read here"):
+    words = r"format 2 of fasthessian .*format 1 is read here"
+    with pytest.raises(fh.InputError, match=words):
+        read(tmp_path)
+    later = {"format": 2, "version": "9.9", "what else": "a later version may hold"}
+    indexes.write(tmp_path / "index-00002.json", later)
+    with pytest.raises(fh.InputError, match=words):
         read(tmp_path)
 
 
@@ -244,18 +264,29 @@ def test_a_failed_write_leaves_the_generation_before_it(tmp_path, monkeypatch, f
     held.read()
     monkeypatch.setattr(os, function, full)
     with pytest.raises(OSError, match="No space left"):
-        held.write({}, {("run/a/b", "x"): example()}, None)
+        held.write({}, {("run/a/b", "x"): example()})
     monkeypatch.undo()
     assert sorted(os.listdir(tmp_path)) == before
     assert read(tmp_path)[0]["generation in words"] == "number 2"
 
 
 def test_an_error_of_one_rank_reaches_all(tmp_path, monkeypatch):
-    """The other ranks do not wait for it."""
-    monkeypatch.setattr(shards, "write", lambda *args: {}[0])
-    with pytest.raises(KeyError):
-        write(tmp_path, size=2)
-    assert os.listdir(tmp_path) == []
+    """The other ranks do not wait for it, and no index is written."""
+    write_shard = shards.write
+
+    def failing(path, *args):
+        if "1of2" in path.name:
+            raise OSError(28, "No space left on device")
+        return write_shard(path, *args)
+
+    def job(ranks):
+        with pytest.raises((OSError, UnsupportedError), match="No space left"):
+            own = part(ranks.rank, 2)
+            Folder(tmp_path, ranks).write({}, {("run", "x"): example(own)}, own)
+
+    monkeypatch.setattr(shards, "write", failing)
+    on_threads(2, job)
+    assert not list(tmp_path.glob("index-*"))
 
 
 def test_a_big_basis_is_written_and_read_without_a_copy(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import torch
 import fasthessian as fh
 from fasthessian.checkpoints import keeper
 from fasthessian.distributed.ranks import Ranks
+from fasthessian.errors import UnsupportedError
 
 F32, F64 = torch.float32, torch.float64
 BULK = torch.linspace(-1, 1, 490, dtype=F64)
@@ -157,6 +158,17 @@ class ThreadRanks(Ranks):
         self._barrier.wait(30)
         found = [json.loads(text) for text in self._shelf]
         self._barrier.wait(30)
+        return found
+
+    def together(self, job):
+        failure = found = None
+        try:
+            found = job()
+        except Exception as error:
+            failure = error
+        reasons = self.objects(None if failure is None else repr(failure))
+        if any(reasons):
+            raise failure or UnsupportedError(f"another rank failed: {max(filter(None, reasons))}")
         return found
 
     def any(self, flags):

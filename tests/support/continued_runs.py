@@ -119,7 +119,7 @@ def pairs(run, k, which, limit, callback=lambda states: None, made=0):
         callback(states)
         multiply([request])
         del request
-    for request in refine(run.A, found, 1e-3, run.kernels):
+    for request in refine(run.A, found, 1e-3, run.space):
         multiply([request])
     return {"pairs": dict(vars(found)), "products": run.A.matvecs - before}
 
@@ -127,14 +127,14 @@ def pairs(run, k, which, limit, callback=lambda states: None, made=0):
 def write(path, run, made=0):
     """The state of a run as the first generation of a folder."""
     path.mkdir()
-    Folder(path, ALONE).write({"made": made}, {("run", "krylov"): run.state}, None)
+    Folder(path, ALONE).write({"made": made}, {("run", "krylov"): run.state})
 
 
 def read(path, run):
     """Restore the state of a run; returns the products made before."""
     folder = Folder(path, ALONE)
     made = folder.read()["made"]
-    run.state.restore(*folder.parts("run", None)["krylov"])
+    run.state.restore(*folder.parts("run")["krylov"])
     return made
 
 
