@@ -80,6 +80,8 @@ def resume(
     if saved.single == isinstance(A, Mapping):
         kind = "an operator" if saved.single else "a dictionary of operators"
         raise InputError(f"A must be {kind}, as in the call that {path} was made by")
+    if saved.arguments.get("sharded") and not found._matrix._ranks:
+        saved.arguments["sharded"] = None  # one rank goes on with what several began
     algorithm: Any = ALGORITHMS[saved.algorithm]
     return algorithm(
         A, **saved.arguments, checkpoint=saved, time_limit=time_limit, progress=progress
