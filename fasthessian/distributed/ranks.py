@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fasthessian.arguments import positive
+from fasthessian.distributed.failures import Connection, described, known_to_all
 from fasthessian.errors import InputError, InputTypeError, Refusal, UnsupportedError
 
 if TYPE_CHECKING:
@@ -37,65 +39,90 @@ _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_
 _scatter = getattr(dist, "reduce_scatter_single", None) or getattr(
     dist, "reduce_scatter_tensor", None
 )
-FAILED = "fasthessian/failed"  # key of the store: what went wrong on a rank, by number of the sum
 
 
 class Ranks:
-    """The ranks of a process group.
+    """The ranks of a process group, for the argument ``group`` of operators.
+
+    A process group itself may be passed there, too. This class is for other time limits. If a rank
+    dies or raises, the others raise at once, and if it hangs, after a time limit. Their message
+    names the rank and the reason.
 
     Args:
-        group: a ``torch.distributed.ProcessGroup`` that this process belongs to; None for one rank
-            without communication.
+        group: a ``torch.distributed.ProcessGroup`` or a DeviceMesh of one dimension, which hold
+            this process; None for one rank without communication.
+        start_timeout: seconds that the others wait for a rank when an operator is built, when an
+            algorithm starts, and at the first product.
+        timeout: seconds that the others wait for a rank at every other sum.
 
     Attributes:
-        group: as given.
         rank: the number of this process in the group.
         size: the number of ranks.
         device: where small tensors must be for a collective: the CPU, or the GPU with NCCL.
+
+    Raises:
+        ValueError: the process group is not initialised, or this rank is not in it.
+        TypeError: it is no process group.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from fasthessian.distributed import Ranks
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> Ranks(dist.group.WORLD, timeout=30.0).size
+        1
+        >>> dist.destroy_process_group()
     """
 
-    def __init__(self, group: Any = None) -> None:
-        self.group = group
+    def __init__(
+        self, group: Any = None, *, start_timeout: float = 300.0, timeout: float = 100.0
+    ) -> None:
         self.rank, self.size = 0, 1
         self.device = torch.device("cpu")
+        self._connection: Connection | None = None  # a group is not held: the user may destroy it
         self._sums = 0  # sums so far, which names the failures of one of them
+        limits = positive("start_timeout", start_timeout), positive("timeout", timeout)
         if group is not None:
+            group = _process_group(group)
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+            self._connection = Connection(group, *limits)
             if "nccl" in str(dist.get_backend(group)):
                 self.device = torch.device("cuda", torch.cuda.current_device())
 
     def __bool__(self) -> bool:
         """Whether there is a process group, also of one rank."""
-        return self.group is not None
+        return self._connection is not None
 
     # sums and gathers; every rank must call them in the same order
 
     def sum_(self, pieces: Sequence[Tensor]) -> None:
         """Sum tensors over the ranks, in place, by one collective."""
-        if self.group is None:
+        if self._connection is None:
             return
         self._sums += 1
         if len(pieces) == 1 and pieces[0].is_contiguous():
-            dist.all_reduce(pieces[0], group=self.group)
+            self._connection.call(dist.all_reduce, pieces[0])
             return
         flat = torch.cat([piece.reshape(-1) for piece in pieces])
-        dist.all_reduce(flat, group=self.group)
+        self._connection.call(dist.all_reduce, flat)
         parts = torch.split(flat, [piece.numel() for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
             piece.copy_(part.view(piece.shape))
 
-    def rows(self, row: Tensor) -> Tensor:
-        """The rows (m,) of all ranks, in their order: (size, m), on the row's device."""
-        if self.group is None:
+    def rows(self, row: Tensor, start: bool = False) -> Tensor:
+        """The rows (m,) of all ranks, in their order: (size, m), on the row's device.
+
+        ``start``: the ranks come from work of different length, and wait for ``start_timeout``.
+        """
+        if self._connection is None:
             return row[None]
         own = row.contiguous().to(self.device) if self.device.type == "cuda" else row.contiguous()
         out = torch.empty(self.size * own.numel(), dtype=own.dtype, device=own.device)
-        _gather(out, own, group=self.group)  # type: ignore[misc]
+        self._connection.call(_gather, out, own, start=start)  # type: ignore[arg-type]
         return out.view(self.size, -1).to(row.device)
 
     def sum_in_order(self, t: Tensor) -> Tensor:
         """The sum of t over the ranks, added in the order of the ranks: the same bits on all."""
-        if self.group is None:
+        if self._connection is None:
             return t
         total: Tensor = self.rows(t.reshape(-1))[0].clone()
         for row in self.rows(t.reshape(-1))[1:]:
@@ -104,13 +131,13 @@ class Ranks:
 
     def objects(self, item: Any) -> list[Any]:
         """The items of all ranks, made of numbers, strings, lists and dictionaries."""
-        if self.group is None:
+        if self._connection is None:
             return [item]
         text = torch.tensor(list(json.dumps(item).encode()), dtype=torch.uint8)
-        sizes = self.rows(torch.tensor([len(text)]))
+        sizes = self.rows(torch.tensor([len(text)]), start=True)
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         padded[: len(text)] = text
-        texts = self.rows(padded)
+        texts = self.rows(padded, start=True)
         return [
             json.loads(bytes(row[: int(size)].tolist()))
             for row, size in zip(texts, sizes, strict=True)
@@ -118,7 +145,7 @@ class Ranks:
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Whether each flag is set on any rank."""
-        if self.group is None:
+        if self._connection is None:
             return list(flags)
         rows = self.rows(torch.tensor(list(flags), dtype=torch.uint8))
         return [bool(column.any()) for column in rows.unbind(1)]
@@ -127,7 +154,7 @@ class Ranks:
 
     def together(self, job: Callable[[], R]) -> R:
         """Do a job without collectives on every rank; if it fails on one, raise on all."""
-        if self.group is None:
+        if self._connection is None:
             return job()
         result: list[R] = []
 
@@ -149,59 +176,100 @@ class Ranks:
             numbers = job()
         except Exception as error:
             failure = error
-        rows = self.rows(torch.tensor([float(failure is not None), *numbers], dtype=torch.float64))
+        row = torch.tensor([float(failure is not None), *numbers], dtype=torch.float64)
+        rows = self.rows(row, start=True)
         if bool(rows[:, 0].any()):
             reasons = self.objects(None if failure is None else described(failure))
-            raise failure or UnsupportedError(_first(reasons))
+            if failure is None or not all(reasons):
+                rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
+                failure = self._named(failure, rank, reasons[rank])
+            known_to_all(failure)
+            raise failure
         return rows[:, 1:]
 
     @contextlib.contextmanager
-    def failing(self, pieces: Sequence[Tensor]) -> Iterator[None]:
+    def failing(self, pieces: Sequence[Tensor], deferred: bool = False) -> Iterator[None]:
         """Around the work of this rank that makes its pieces of the next sum.
 
         If the work fails here, this rank takes part in the sum with NaN, so that the other ranks
-        do not wait, and leaves the reason for them.
+        do not wait, and leaves the reason for them. They look for it in the sum, unless it is
+        ``deferred``.
         """
         try:
             yield
         except Exception as error:
-            if self.group is not None:
-                self._leave_reason(described(error))
-                for piece in pieces:
-                    piece.fill_(torch.nan)
-                self.sum_(pieces)
+            if self._connection is None:
+                raise
+            reason = described(error)
+            self._connection.say(f"failed/{self._sums}", f"rank {self.rank} failed: {reason}")
+            for piece in pieces:
+                piece.fill_(torch.nan)
+            self.sum_(pieces)
+            failure = self._named(error, self.rank, reason)
+            if not deferred:
+                known_to_all(failure)
+            if failure is error:
+                raise
+            raise failure from error
+        except BaseException as error:  # an interrupt
+            self.leave(error)
             raise
-
-    def _leave_reason(self, reason: str) -> None:
-        """Tell the other ranks why the next sum holds NaN."""
-        with contextlib.suppress(Exception):
-            self._store().set(f"{FAILED}/{self._sums}", f"rank {self.rank}: {reason}")
 
     def check(self) -> None:
         """Raise RuntimeError if a rank failed at the last sum, which then holds NaN."""
-        reason = None
-        with contextlib.suppress(Exception):
-            store, key = self._store(), f"{FAILED}/{self._sums - 1}"
-            if store.check([key]):
-                reason = store.get(key).decode()
-        if reason is not None:
-            raise UnsupportedError(reason)
+        if self._connection is not None:
+            reason = self._connection.said(f"failed/{self._sums - 1}")
+            if reason is not None:
+                failure = UnsupportedError(reason)
+                known_to_all(failure)
+                raise failure
 
-    def _store(self) -> Any:
-        return dist.distributed_c10d._get_process_group_store(self.group)
+    def leave(self, error: BaseException) -> None:
+        """Tell the other ranks that this one does not go on, unless all of them raise."""
+        if self._connection is not None:
+            self._connection.leave(error)
 
-
-def described(error: BaseException) -> str:
-    """An error as one line."""
-    words = " ".join(str(error).split())
-    return words if isinstance(error, Refusal) and words else f"{type(error).__name__}: {words}"
-
-
-def _first(reasons: Sequence[str | None]) -> str:
-    rank, reason = next((r, each) for r, each in enumerate(reasons) if each is not None)
-    return f"rank {rank} failed: {reason}"
+    def _named(self, error: Exception | None, rank: int, reason: str) -> Exception:
+        """The error of this rank or of another one, with its rank; errors of users as they are."""
+        if error is not None and not isinstance(error, Refusal):
+            return error
+        return (UnsupportedError if error is None else type(error))(f"rank {rank} failed: {reason}")
 
 
+def _process_group(group: Any) -> Any:
+    """The process group of the argument ``group`` of an operator."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise InputError(
+            f"group must be None, got {group!r:.60}: no process group is initialised; call "
+            f"torch.distributed.init_process_group() first and pass torch.distributed.group.WORLD"
+        )
+    if group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, int):
+        raise InputError(OUTSIDE)
+    if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):  # a DeviceMesh
+        if group.ndim != 1:
+            raise InputError(
+                f"group must have one dimension, got a DeviceMesh of {group.ndim}; "
+                f"pass one of them: mesh[name]"
+            )
+        group = group.get_group()
+    if not isinstance(group, dist.ProcessGroup):
+        raise InputTypeError(
+            f"group must be None, a torch.distributed.ProcessGroup or a DeviceMesh, got "
+            f"{type(group).__name__}; use group=torch.distributed.group.WORLD"
+        )
+    try:
+        rank = dist.get_rank(group)
+    except (ValueError, RuntimeError, KeyError):
+        rank = -1
+    if rank < 0:
+        raise InputError(OUTSIDE)
+    return group
+
+
+OUTSIDE = (
+    "group must hold this rank, which is not in it; make the operator only on the ranks of the "
+    "group"
+)
 ALONE = Ranks()
 _known: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()
 
@@ -216,38 +284,10 @@ def ranks_of(group: Any) -> Ranks:
     if group is None:
         _warn_if_started_by_torchrun()
         return ALONE
-    if not dist.is_available() or not dist.is_initialized():
-        raise InputError(
-            f"group must be None, got {group!r:.60}: no process group is initialised; call "
-            f"torch.distributed.init_process_group() first and pass torch.distributed.group.WORLD"
-        )
-    if group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, int):
-        raise InputError(
-            "group must hold this rank, which is not in it; make the operator only on the ranks "
-            "of the group"
-        )
-    if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):  # a DeviceMesh
-        if group.ndim != 1:
-            raise InputError(
-                f"group must have one dimension, got a DeviceMesh of {group.ndim}; "
-                f"pass one of them: mesh[name]"
-            )
-        group = group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
-        raise InputTypeError(
-            f"group must be None, a torch.distributed.ProcessGroup or a DeviceMesh, got "
-            f"{type(group).__name__}; use group=torch.distributed.group.WORLD"
-        )
+    if isinstance(group, Ranks):
+        return group
+    group = _process_group(group)
     if group not in _known:
-        try:
-            rank = dist.get_rank(group)
-        except (ValueError, RuntimeError, KeyError):
-            rank = -1
-        if rank < 0:
-            raise InputError(
-                "group must hold this rank, which is not in it; make the operator only on the "
-                "ranks of the group"
-            )
         _known[group] = Ranks(group)
     return _known[group]
 

@@ -45,9 +45,14 @@ class Guard:
             self._runs.enter_context(kept.run())
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *rest: object
+    ) -> None:
         """Poll once more: at the end, and after an error that a change may have caused."""
         self._runs.close()
+        if error is not None:
+            for A in self._matrices:
+                A._ranks.leave(error)
         if kind is None or issubclass(kind, (ValueError, RuntimeError)):
             self.check(poll=True)
 
