@@ -120,12 +120,31 @@ class Ranks:
         self._connection.call(_gather, out, own, start=start)  # type: ignore[arg-type]
         return out.view(self.size, -1).to(row.device)
 
+    def gather_(self, out: Tensor, piece: Tensor) -> None:
+        """Write the pieces (m,) of all ranks into out (size * m,), in the order of the ranks."""
+        if self._connection is None:
+            out.copy_(piece.reshape(-1))
+            return
+        self._connection.call(_gather, out, piece.reshape(-1))  # type: ignore[arg-type]
+
+    def scatter_(self, out: Tensor, pieces: Tensor) -> None:
+        """Sum ``pieces`` (size * m,) over the ranks, and write this rank's m numbers of it to out.
+
+        Also called reduce-scatter.
+        """
+        if self._connection is None:
+            out.copy_(pieces.view(out.shape))
+            return
+        self._sums += 1
+        self._connection.call(_scatter, out.view(-1), pieces)  # type: ignore[arg-type]
+
     def sum_in_order(self, t: Tensor) -> Tensor:
         """The sum of t over the ranks, added in the order of the ranks: the same bits on all."""
         if self._connection is None:
             return t
-        total: Tensor = self.rows(t.reshape(-1))[0].clone()
-        for row in self.rows(t.reshape(-1))[1:]:
+        rows = self.rows(t.reshape(-1))
+        total = rows[0].clone()
+        for row in rows[1:]:
             total += row
         return total.view(t.shape)
 
@@ -188,12 +207,17 @@ class Ranks:
         return rows[:, 1:]
 
     @contextlib.contextmanager
-    def failing(self, pieces: Sequence[Tensor], deferred: bool = False) -> Iterator[None]:
+    def failing(
+        self,
+        pieces: Sequence[Tensor],
+        add: Callable[[], None] | None = None,
+        deferred: bool = False,
+    ) -> Iterator[None]:
         """Around the work of this rank that makes its pieces of the next sum.
 
-        If the work fails here, this rank takes part in the sum with NaN, so that the other ranks
-        do not wait, and leaves the reason for them. They look for it in the sum, unless it is
-        ``deferred``.
+        The sum is ``add``, by default ``sum_``. If the work fails here, this rank takes part in it
+        with NaN, so that the other ranks do not wait, and leaves the reason for them. They look for
+        it if the sum holds NaN, unless it is ``deferred``.
         """
         try:
             yield
@@ -204,7 +228,7 @@ class Ranks:
             self._connection.say(f"failed/{self._sums}", f"rank {self.rank} failed: {reason}")
             for piece in pieces:
                 piece.fill_(torch.nan)
-            self.sum_(pieces)
+            (add or (lambda: self.sum_(pieces)))()
             failure = self._named(error, self.rank, reason)
             if not deferred:
                 known_to_all(failure)

@@ -85,7 +85,7 @@ class Shares:
             return
         if not self._evaluation.kept.running:
             self.agree()
-        with self.ranks.failing(outs, deferred):
+        with self.ranks.failing(outs, deferred=deferred):
             work()
         self.ranks.sum_(outs)
         if not deferred and not all(map(finite, outs)):
