@@ -12,19 +12,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
-import os
-import socket
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
+from fasthessian.distributed.processes import has_ended, this_process
 from fasthessian.errors import Refusal, UnsupportedError
 
 LOOK = 0.5  # seconds between two looks for failures while a collective is waited for
@@ -145,7 +143,7 @@ class Connection:
         number = _made.get(user, 0)
         _made[user] = number + 1
         self._prefix, self._begun = f"fasthessian/{user.group_name}/{number}", False
-        self._set(f"here/{self._rank}", json.dumps(_process()))
+        self._set(f"here/{self._rank}", json.dumps(this_process()))
 
     def _open(self) -> None:
         """Make the duplicate when all ranks are here."""
@@ -225,18 +223,18 @@ class Connection:
         ends = {rank: self._ended(rank) for rank in missing}
         dead = [rank for rank in missing if ends[rank]]
         if dead:
-            return f"rank {_listed(dead, 'and')} died: the process has ended"
+            return f"rank {listed(dead, 'and')} died: the process has ended"
         late = [limit for limit in marks.values() if limit != "closed"]
         if missing and late:
             return (
-                f"rank {_listed(missing, 'and')} did not answer within {late[0]} s; if it was "
+                f"rank {listed(missing, 'and')} did not answer within {late[0]} s; if it was "
                 f"busy, set a longer timeout: group=fasthessian.distributed.Ranks(group, timeout=)"
             )
         unknown = [rank for rank in missing if ends[rank] is None]
         if unknown:
-            return f"rank {_listed(unknown, 'or')} died"
+            return f"rank {listed(unknown, 'or')} died"
         if missing:
-            return f"rank {_listed(missing, 'and')} left the process group"
+            return f"rank {listed(missing, 'and')} left the process group"
         return f"the connection between the ranks broke: {words or 'no reason is known'}"
 
     def _marks(self) -> dict[int, str]:
@@ -248,17 +246,7 @@ class Connection:
         """Whether the process of a rank has ended; None if it is on another machine."""
         if not self._store.check([self._key(f"here/{rank}")]):
             return None
-        machine, number = json.loads(self._get(f"here/{rank}"))
-        if machine != _process()[0]:
-            return None
-        with contextlib.suppress(OSError):
-            status = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()
-            return status[0] in "ZX"  # the parent has not asked for the exit code yet
-        try:
-            os.kill(number, 0)
-        except OSError:
-            return True
-        return False
+        return has_ended(*json.loads(self._get(f"here/{rank}")))
 
     # the store; torch raises RuntimeError if the process that holds it has ended
 
@@ -313,17 +301,10 @@ def _first_line(error: BaseException) -> str:
     return str(error).partition("\n")[0]
 
 
-def _listed(ranks: list[int], word: str) -> str:
-    *first, last = map(str, ranks)
+def listed(items: Sequence[Any], word: str) -> str:
+    """Items as "a, b and c"."""
+    *first, last = map(str, items)
     return f"{', '.join(first)} {word} {last}" if first else last
-
-
-def _process() -> tuple[str, int]:
-    """This machine (with the container) and the number of this process."""
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.stat('/proc/self/ns/pid').st_ino}", os.getpid()
-    return socket.gethostname(), os.getpid()
 
 
 def _keep_forever(group: Any) -> None:

@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -24,12 +22,13 @@ from torch import Tensor
 
 from fasthessian.arguments import positive
 from fasthessian.distributed.failures import Connection, described, known_to_all
-from fasthessian.errors import InputError, InputTypeError, Refusal, UnsupportedError
+from fasthessian.distributed.groups import process_group, warn_if_started_by_torchrun
+from fasthessian.errors import Refusal, UnsupportedError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    Group = dist.ProcessGroup | DeviceMesh | None
+    Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Ranks | None"
 else:
     Group = Any
 
@@ -82,7 +81,7 @@ class Ranks:
         self._sums = 0  # sums so far, which names the failures of one of them
         limits = positive("start_timeout", start_timeout), positive("timeout", timeout)
         if group is not None:
-            group = _process_group(group)
+            group = process_group(group)
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
             self._connection = Connection(group, *limits)
             if "nccl" in str(dist.get_backend(group)):
@@ -239,6 +238,15 @@ class Ranks:
             self.leave(error)
             raise
 
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Around work with collectives: if it fails on this rank, it ends on the others."""
+        try:
+            yield
+        except BaseException as error:
+            self.leave(error)
+            raise
+
     def check(self) -> None:
         """Raise RuntimeError if a rank failed at the last sum, which then holds NaN."""
         if self._connection is not None:
@@ -260,40 +268,6 @@ class Ranks:
         return (UnsupportedError if error is None else type(error))(f"rank {rank} failed: {reason}")
 
 
-def _process_group(group: Any) -> Any:
-    """The process group of the argument ``group`` of an operator."""
-    if not dist.is_available() or not dist.is_initialized():
-        raise InputError(
-            f"group must be None, got {group!r:.60}: no process group is initialised; call "
-            f"torch.distributed.init_process_group() first and pass torch.distributed.group.WORLD"
-        )
-    if group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, int):
-        raise InputError(OUTSIDE)
-    if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):  # a DeviceMesh
-        if group.ndim != 1:
-            raise InputError(
-                f"group must have one dimension, got a DeviceMesh of {group.ndim}; "
-                f"pass one of them: mesh[name]"
-            )
-        group = group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
-        raise InputTypeError(
-            f"group must be None, a torch.distributed.ProcessGroup or a DeviceMesh, got "
-            f"{type(group).__name__}; use group=torch.distributed.group.WORLD"
-        )
-    try:
-        rank = dist.get_rank(group)
-    except (ValueError, RuntimeError, KeyError):
-        rank = -1
-    if rank < 0:
-        raise InputError(OUTSIDE)
-    return group
-
-
-OUTSIDE = (
-    "group must hold this rank, which is not in it; make the operator only on the ranks of the "
-    "group"
-)
 ALONE = Ranks()
 _known: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()
 
@@ -306,23 +280,11 @@ def ranks_of(group: Any) -> Ranks:
         TypeError: it is no process group.
     """
     if group is None:
-        _warn_if_started_by_torchrun()
+        warn_if_started_by_torchrun()
         return ALONE
     if isinstance(group, Ranks):
         return group
-    group = _process_group(group)
+    group = process_group(group)
     if group not in _known:
         _known[group] = Ranks(group)
     return _known[group]
-
-
-def _warn_if_started_by_torchrun() -> None:
-    """Warn if torchrun started several ranks and the process group is not initialised."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size.isdigit() and int(size) > 1 and "RANK" in os.environ and not dist.is_initialized():
-        warnings.warn(
-            f"group is None and no process group is initialised, but WORLD_SIZE={size}: each rank "
-            f"analyses its own data alone; call torch.distributed.init_process_group() first and "
-            f"pass group=torch.distributed.group.WORLD",
-            stacklevel=2,
-        )

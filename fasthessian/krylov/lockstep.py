@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from fasthessian.arguments import ProgressCallback
@@ -45,14 +45,9 @@ class Guard:
             self._runs.enter_context(kept.run())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, *rest: object
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
         """Poll once more: at the end, and after an error that a change may have caused."""
         self._runs.close()
-        if error is not None:
-            for A in self._matrices:
-                A._ranks.leave(error)
         if kind is None or issubclass(kind, (ValueError, RuntimeError)):
             self.check(poll=True)
 
@@ -69,6 +64,17 @@ class Guard:
                 )
 
 
+@contextlib.contextmanager
+def leaving(operators: Iterable[SymmetricOperator]) -> Iterator[None]:
+    """If the run fails on this rank, end it on the others, too."""
+    try:
+        yield
+    except BaseException as error:
+        for ranks in {A._matrix._ranks for A in operators}:
+            ranks.leave(error)
+        raise
+
+
 def answer(requests: Asking) -> None:
     """Answer every request, one by one."""
     for request in requests:
@@ -79,7 +85,7 @@ def answer(requests: Asking) -> None:
 def solve(A: Any, start: Start[R], progress: ProgressCallback | None) -> R | dict[str, R]:
     """The record of a run for an operator, or a record per name for a dictionary of operators."""
     if not isinstance(A, Mapping):
-        with Guard([operator(A)]) as guard:
+        with leaving([operator(A)]), Guard([operator(A)]) as guard:
             run = start(A, progress)
             while True:
                 try:
@@ -119,7 +125,8 @@ def _together(
         return callback
 
     found: dict[str, R] = {}
-    with Guard(map(operator, operators.values())) as guard:
+    checked = [operator(A) for A in operators.values()]
+    with leaving(checked), Guard(checked) as guard:
         runs = {name: start(A, callback_for(name)) for name, A in operators.items()}
         while runs:
             requests = []

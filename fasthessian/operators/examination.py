@@ -7,6 +7,7 @@ import dataclasses
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import closing
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.errors import InputError, UnsupportedError
+from fasthessian.operators.base import finite
 from fasthessian.operators.evaluation import Findings
 from fasthessian.operators.loss.part import REPEATED, Part
 from fasthessian.operators.matrix import Matrix
@@ -173,6 +175,18 @@ def _check_cut(A: Matrix, microbatch: int) -> str:
             f"use microbatch=None"
         )
     return f"; {unknown}" if unknown else ""
+
+
+def name_batch(A: Matrix, requests: Sequence[Request]) -> None:
+    """Raise ValueError for the first batch with a product that is not finite, if V is."""
+    spare = [Request(r.operator, r.V, torch.empty_like(r.out)) for r in requests]
+    if not all(finite(r.V) for r in spare):
+        return
+    with A._evaluation.conditions() as params, closing(A._evaluation.loss.parts()) as parts:
+        for part in parts:
+            A._new_graph(part, params).products(spare, first=True, keep=False)
+            if not all(finite(r.out) for r in spare):
+                raise InputError(f"{A} returned NaN for batch {part.position} of data")
 
 
 def _compare_product(A: Matrix, part: Part, names: str) -> str:
