@@ -32,9 +32,7 @@ def check_same(ranks: Ranks, items: Mapping[str, str]) -> None:
     numbers = [*_numbers(json.dumps(list(items.items())), 2), *_numbers(machine, 1)]
     rows = ranks.rows(torch.tensor(numbers), start=True)
     if not bool((rows[:, :2] == rows[0, :2]).all()):
-        failure = InputError(_difference(ranks.objects(dict(items))))
-        known_to_all(failure)
-        raise failure
+        raise known_to_all(InputError(_difference(ranks.objects(dict(items)))))
     if not bool((rows[:, 2] == rows[0, 2]).all()):
         warnings.warn(
             f"the CPUs of the ranks have different vector instructions "

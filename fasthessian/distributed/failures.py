@@ -16,7 +16,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.distributed import distributed_c10d as c10d
 from fasthessian.distributed.processes import has_ended, this_process
 from fasthessian.errors import Refusal, UnsupportedError
 
+E = TypeVar("E", bound=BaseException)
 LOOK = 0.5  # seconds between two looks for failures while a collective is waited for
 GRACE = 1.0  # seconds in which the ranks that are left tell each other that they are
 STAY = 0.6  # seconds that the rank which holds the store stays after a failure, for the others
@@ -197,9 +198,7 @@ class Connection:
         except RuntimeError:
             line = "rank 0, which holds the store of the process group, died"
         self._close()
-        failure = UnsupportedError(line)
-        known_to_all(failure)
-        return failure
+        return known_to_all(UnsupportedError(line))
 
     def _verdict(self, kind: str, words: str, limit: float) -> str:
         self._set(f"mark/{self._rank}", kind if kind == "closed" else f"{limit:g}")
@@ -272,10 +271,11 @@ class Connection:
         return bytes(self._store.get(self._key(key))).decode(errors="replace")
 
 
-def known_to_all(error: BaseException) -> None:
+def known_to_all(error: E) -> E:
     """Mark an error that is raised on all ranks, so that none of them tells the others."""
     with contextlib.suppress(Exception):
         setattr(error, MARK, True)
+    return error
 
 
 def _is_known(error: BaseException | None) -> bool:

@@ -201,8 +201,7 @@ class Ranks:
             if failure is None or not all(reasons):
                 rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
                 failure = self._named(failure, rank, reasons[rank])
-            known_to_all(failure)
-            raise failure
+            raise known_to_all(failure)
         return rows[:, 1:]
 
     @contextlib.contextmanager
@@ -252,9 +251,7 @@ class Ranks:
         if self._connection is not None:
             reason = self._connection.said(f"failed/{self._sums - 1}")
             if reason is not None:
-                failure = UnsupportedError(reason)
-                known_to_all(failure)
-                raise failure
+                raise known_to_all(UnsupportedError(reason))
 
     def leave(self, error: BaseException) -> None:
         """Tell the other ranks that this one does not go on, unless all of them raise."""

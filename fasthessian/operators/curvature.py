@@ -17,7 +17,7 @@ from fasthessian.operators.blocks import Block, partition
 from fasthessian.operators.checks import Check, check
 from fasthessian.operators.common import check_common
 from fasthessian.operators.evaluation import Evaluation
-from fasthessian.operators.examination import name_batch, prepare
+from fasthessian.operators.examination import name_batch, prepare, unite
 from fasthessian.operators.loss.part import Part
 from fasthessian.operators.loss.protocol import Loss
 from fasthessian.operators.products.engines import Graph, unused
@@ -28,6 +28,7 @@ from fasthessian.operators.request import Request
 from fasthessian.operators.shares import Shares
 from fasthessian.operators.source import Source
 from fasthessian.operators.torch_state.lock import exclusive
+from fasthessian.operators.torch_state.scopes import restored
 from fasthessian.vectors import Layout, real
 
 
@@ -65,7 +66,8 @@ class Curvature(SymmetricOperator):
         with options.ranks.leaving():
             note = options.ranks.together(exclusive(lambda: self._begin(source(), options)))
             self._agree()
-            self.engine = options.ranks.together(exclusive(prepared)) + note
+            words = options.ranks.together(exclusive(prepared))
+            self.engine = words + unite(self) + note
 
     def _begin(self, source: Source, options: Options) -> str:
         """Take over the loss and the options; return the note of the source for ``engine``."""
@@ -286,7 +288,6 @@ class Curvature(SymmetricOperator):
         self._shares.sum([total], lambda: self._evaluation.add_loss_(total, offset))
         return float(total)
 
-    @exclusive
     def check(self) -> Check:
         """Measure errors with this model, data and engine that would raise no exception.
 
@@ -306,7 +307,10 @@ class Curvature(SymmetricOperator):
         Returns:
             Check: the numbers, ``ok``, and the report.
         """
-        return check(self, self._exact)
+        if not self._ranks:
+            return exclusive(check)(self, self._exact)
+        with self._ranks.leaving():  # no collective under the lock of the process
+            return restored(check)(self, self._exact)
 
     def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
         """A vector (n,) from tensors by parameter name, or in the order of the parameters.
