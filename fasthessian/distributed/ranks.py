@@ -191,7 +191,8 @@ class Ranks:
         failure: Exception | None = None
         numbers: Sequence[float] = [0.0] * count
         try:
-            numbers = job()
+            with self._interrupted():
+                numbers = job()
         except Exception as error:
             failure = error
         row = torch.tensor([float(failure is not None), *numbers], dtype=torch.float64)
@@ -218,7 +219,8 @@ class Ranks:
         it if the sum holds NaN, unless it is ``deferred``.
         """
         try:
-            yield
+            with self._interrupted():
+                yield
         except Exception as error:
             if self._connection is None:
                 raise
@@ -233,15 +235,23 @@ class Ranks:
             if failure is error:
                 raise
             raise failure from error
-        except BaseException as error:  # an interrupt
-            self.leave(error)
-            raise
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
         """Around work with collectives: if it fails on this rank, it ends on the others."""
         try:
             yield
+        except BaseException as error:
+            self.leave(error)
+            raise
+
+    @contextlib.contextmanager
+    def _interrupted(self) -> Iterator[None]:
+        """Around a job of this rank alone: an interrupt ends the call on all ranks at once."""
+        try:
+            yield
+        except Exception:
+            raise
         except BaseException as error:
             self.leave(error)
             raise
