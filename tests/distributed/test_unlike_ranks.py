@@ -1,5 +1,7 @@
 """What one rank alone finds: errors, NaN, coupled batches. All ranks then say or do the same."""
 
+import warnings
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -224,6 +226,38 @@ def own_mode(blind):
 def test_all_ranks_take_the_mode_that_one_needs(three, blind):
     for mode, said, error in three(own_mode, blind):
         assert mode == "own" and said and error < 1e-12
+
+
+class Moody(nn.Module):
+    """Detaches a part of its output in eval mode; with large inputs training changes the output."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x):
+        z = self.layer(x)
+        slow = z if self.training else z.detach()
+        return (z + slow) * (2.0 if self.training and bool((x > 9).any()) else 1.0)
+
+
+def moody():
+    torch.manual_seed(0)
+    model, x = Moody().double(), torch.randn(5, 4).double()
+    x[0, 0] += 10 * (dist.get_rank() == 1)
+    data, criterion = (x, torch.tensor([0, 1, 2, 0, 1])), nn.CrossEntropyLoss()
+    group = dist.group.WORLD
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # rank 1 is warned of the detached part
+        said = failure(lambda: fh.Hessian(model, criterion, data, group=group))
+    return said, fh.Hessian(model, criterion, data, group=group, mode="train").check().ok
+
+
+def test_a_loss_that_is_another_one_in_the_mode_of_other_ranks_is_refused(three):
+    for rank, (said, ok) in enumerate(three(moody)):
+        assert said.startswith("UnsupportedError: rank 1 failed: the loss of a batch is ")
+        assert said.endswith("detach a part of the loss in eval mode; use mode='train'")
+        assert ok, rank
 
 
 def of_groups():
