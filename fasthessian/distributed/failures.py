@@ -29,6 +29,7 @@ E = TypeVar("E", bound=BaseException)
 LOOK = 0.5  # seconds between two looks for failures while a collective is waited for
 GRACE = 1.0  # seconds in which the ranks that are left tell each other that they are
 STAY = 0.6  # seconds that the rank which holds the store stays after a failure, for the others
+CLOSED, LATE = "closed", "late"  # how a rank noticed: an error, or its own time limit
 MARK = "known_to_all_ranks"  # attribute of an exception that every rank raises
 # how many duplicates were made of each group
 _made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -77,7 +78,7 @@ class Connection:
             else:
                 self._begun = self._begun or not start
                 return
-            raise self._failure("closed", words, limit)
+            raise self._failure(CLOSED, words, limit)
         try:
             work = collective(*tensors, group=group, async_op=True)
             found = self._waited(work, limit)
@@ -100,12 +101,12 @@ class Connection:
                 return None
             except RuntimeError as error:
                 if work.is_completed():
-                    return "closed", _first_line(error)
+                    return CLOSED, _first_line(error)
             if left <= LOOK:
-                return "late", ""
+                return LATE, ""
             with contextlib.suppress(RuntimeError):  # without the store, the time limit is left
                 if self._store.check([self._key("stopped")]):
-                    return "closed", ""
+                    return CLOSED, ""
 
     def leave(self, error: BaseException) -> None:
         """Tell the other ranks that this one does not go on, unless all raise the same."""
@@ -178,7 +179,7 @@ class Connection:
             raise
         if self._group is None:
             late = time.monotonic() >= end
-            raise self._failure("late" if late else "closed", words, self._start)
+            raise self._failure(LATE if late else CLOSED, words, self._start)
 
     def _close(self) -> None:
         """Forget the duplicate; the next call makes another one."""
@@ -201,7 +202,7 @@ class Connection:
         return known_to_all(UnsupportedError(line))
 
     def _verdict(self, kind: str, words: str, limit: float) -> str:
-        self._set(f"mark/{self._rank}", kind if kind == "closed" else f"{limit:g}")
+        self._set(f"mark/{self._rank}", kind if kind == CLOSED else f"{limit:g}")
         self._set("stopped", "")
         end, marks = time.monotonic() + GRACE, self._marks()
         while len(marks) < self._size and time.monotonic() < end:
@@ -223,7 +224,7 @@ class Connection:
         dead = [rank for rank in missing if ends[rank]]
         if dead:
             return f"rank {listed(dead, 'and')} died: the process has ended"
-        late = [limit for limit in marks.values() if limit != "closed"]
+        late = [limit for limit in marks.values() if limit != CLOSED]
         if missing and late:
             return (
                 f"rank {listed(missing, 'and')} did not answer within {late[0]} s; if it was "

@@ -10,11 +10,6 @@ import torch.distributed as dist
 
 from fasthessian.errors import InputError, InputTypeError
 
-OUTSIDE = (
-    "group must hold this rank, which is not in it; make the operator only on the ranks of the "
-    "group"
-)
-
 
 def process_group(group: Any) -> Any:
     """The process group of the argument ``group`` of an operator."""
@@ -24,7 +19,7 @@ def process_group(group: Any) -> Any:
             f"torch.distributed.init_process_group() first and pass torch.distributed.group.WORLD"
         )
     if group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, int):
-        raise InputError(OUTSIDE)
+        raise _outside()
     if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):  # a DeviceMesh
         if group.ndim != 1:
             raise InputError(
@@ -42,8 +37,15 @@ def process_group(group: Any) -> Any:
     except (ValueError, RuntimeError, KeyError):
         rank = -1
     if rank < 0:
-        raise InputError(OUTSIDE)
+        raise _outside()
     return group
+
+
+def _outside() -> InputError:
+    return InputError(
+        "group must hold this rank, which is not in it; make the operator only on the ranks of the "
+        "group"
+    )
 
 
 def warn_if_started_by_torchrun() -> None:

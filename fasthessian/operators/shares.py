@@ -71,11 +71,12 @@ class Shares:
         if bool(((totals - totals[:, :1]).abs() <= SAME * totals[:, :1]).all()):
             return
         first, other = found.index(ways[0]), found.index(ways[1])
-        line = (
-            f"weights must be given: the loss is a mean over {ways[0]} on rank {first}, but over "
-            f"{ways[1]} on rank {other}; pass weights=lambda batch: <its number of terms>"
+        raise known_to_all(
+            InputError(
+                f"weights must be given: the loss is a mean over {ways[0]} on rank {first}, but "
+                f"over {ways[1]} on rank {other}; pass weights=lambda batch: <its number of terms>"
+            )
         )
-        raise known_to_all(InputError(line))
 
     def sum(self, outs: Sequence[Tensor], work: Callable[[], None], deferred: bool = False) -> None:
         """Let ``work`` write the share of this rank into ``outs``, and sum them over the ranks.
