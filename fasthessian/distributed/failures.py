@@ -14,6 +14,8 @@ import ctypes
 import json
 import time
 import weakref
+import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -31,16 +33,17 @@ GRACE = 1.0  # seconds in which the ranks that are left tell each other that the
 STAY = 0.6  # seconds that the rank which holds the store stays after a failure, for the others
 CLOSED, LATE = "closed", "late"  # how a rank noticed: an error, or its own time limit
 MARK = "known_to_all_ranks"  # attribute of an exception that every rank raises
-# how many duplicates were made of each group
-_made: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+# how many duplicates were made of the groups of one name and with the same ranks: a new process
+# group may have the names, and the store, of one that was destroyed
+_made: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
 
 class Connection:
     """The duplicate of a process group, and how its ranks tell each other about failures.
 
     Keys of the store, for each duplicate: ``here/r``, the process of rank r; ``stopped``, set by
-    any rank that does not go on; ``mark/r``, how rank r noticed; ``verdict``, the line that all
-    ranks raise.
+    any rank that does not go on; ``mark/r``, how rank r noticed, and ``marks``, how many did;
+    ``verdict``, the line that all ranks raise.
 
     Args:
         group: the user's process group.
@@ -142,9 +145,11 @@ class Connection:
         if self._prefix:
             return
         user: Any = self._user()
-        number = _made.get(user, 0)
-        _made[user] = number + 1
-        self._prefix, self._begun = f"fasthessian/{user.group_name}/{number}", False
+        kind = user.group_name, tuple(self._ranks)
+        members = zlib.crc32(repr(self._ranks).encode())
+        self._prefix = f"fasthessian/{user.group_name}/{members}/{_made[kind]}"
+        self._begun = False
+        _made[kind] += 1
         self._set(f"here/{self._rank}", json.dumps(this_process()))
 
     def _open(self) -> None:
@@ -204,16 +209,15 @@ class Connection:
     def _verdict(self, kind: str, words: str, limit: float) -> str:
         self._set(f"mark/{self._rank}", kind if kind == CLOSED else f"{limit:g}")
         self._set("stopped", "")
-        end, marks = time.monotonic() + GRACE, self._marks()
-        while len(marks) < self._size and time.monotonic() < end:
+        end, count = time.monotonic() + GRACE, self._store.add(self._key("marks"), 1)
+        while count < self._size and time.monotonic() < end:
             if self._store.check([self._key("verdict")]):
                 return self._get("verdict")
-            time.sleep(0.05)
-            marks = self._marks()
-            missing = [rank for rank in range(self._size) if rank not in marks]
-            if all(self._ended(rank) for rank in missing):
+            if count == self._size - 1 and self._others_ended():
                 break
-        line = self._judged(marks, words)
+            time.sleep(0.05)
+            count = self._store.add(self._key("marks"), 0)
+        line = self._judged(self._marks(), words)
         if not self._store.check([self._key("verdict")]):
             self._set("verdict", line)
         return self._get("verdict")
@@ -236,6 +240,10 @@ class Connection:
         if missing:
             return f"rank {listed(missing, 'and')} left the process group"
         return f"the connection between the ranks broke: {words or 'no reason is known'}"
+
+    def _others_ended(self) -> bool:
+        marks = self._marks()
+        return all(self._ended(rank) for rank in range(self._size) if rank not in marks)
 
     def _marks(self) -> dict[int, str]:
         keys = {rank: f"mark/{rank}" for rank in range(self._size)}
