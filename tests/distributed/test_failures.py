@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import failing_ranks
-from tests.support.failing_ranks import CASES, START, TIMEOUT
+from tests.support.failing_ranks import CASES, SCRIPT, START, TIMEOUT
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -32,7 +31,7 @@ EXPECTED = {  # what the other ranks say, and within which seconds
 @pytest.fixture(scope="module")
 def reports():
     """Each case runs in processes of its own, because a rank may be killed."""
-    command = [sys.executable, failing_ranks.__file__, *CASES]
+    command = [sys.executable, SCRIPT, *CASES]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     assert len(lines) == len(CASES), done.stderr

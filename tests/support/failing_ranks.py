@@ -22,6 +22,7 @@ from torch import nn
 import fasthessian as fh
 from fasthessian.distributed import Ranks
 
+SCRIPT = __file__
 WAIT = 40  # seconds for one case
 START, TIMEOUT = 5.0, 3.0  # time limits
 CASES = {  # the rank that fails, how, and whether rank 0 holds the store
