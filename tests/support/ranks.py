@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-WAIT = 40  # seconds for one call on all ranks
+WAIT = 120  # seconds for one call on all ranks
 
 
 class Pool:
