@@ -2,14 +2,29 @@
 
 import pytest
 
-from tests.support.ranks import pool
+from tests.support.ranks import Pool
 
 
 @pytest.fixture(scope="session")
-def two():
-    yield from pool(2)
+def pools():
+    """By size; a pool that a test had to close is replaced for the next one."""
+    made = {}
+    yield made
+    for pool in made.values():
+        pool.close()
 
 
-@pytest.fixture(scope="session")
-def four():
-    yield from pool(4)
+def ready(pools, size):
+    if size not in pools or pools[size].closed:
+        pools[size] = Pool(size)
+    return pools[size]
+
+
+@pytest.fixture
+def two(pools):
+    return ready(pools, 2)
+
+
+@pytest.fixture
+def four(pools):
+    return ready(pools, 4)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,9 +36,7 @@ class Case:
     options: Callable[[Batches], dict[str, Any]] = lambda share: {}
     dense: bool = False  # whether plain torch takes all batches as one, with this criterion
     bound: float = BOUND
-    cuts: dict[int, tuple[tuple[int, ...], ...]] = field(
-        default_factory=lambda: {2: ((4,), (0,)), 4: ((1, 3, 3),)}
-    )
+    cuts: tuple[tuple[int, ...], ...] = ((4,),)  # the first batches of ranks 1, 2, ...
 
     def make(self) -> tuple[nn.Module, Any, Batches]:
         """The same numbers at each call and on each rank; leaves the RNG alone."""
@@ -161,42 +159,50 @@ def always(**options: Any) -> Callable[[Batches], dict[str, Any]]:
     return lambda share: options
 
 
+EMPTY_FIRST, FOUR = ((0,), (4,)), ((4,), (1, 3, 3))
 CASES = {
-    "mlp": Case(mlp, dense=True),
+    "mlp": Case(mlp, dense=True, cuts=((2,), (0,), (6,), (1, 3, 3), (0, 3, 6), (0, 0, 5))),
     "one batch per rank": Case(
-        lambda: (*mlp()[:2], labelled()[:4]), cuts={2: ((0,),), 4: ((1, 2, 3), (0, 0, 0))}
+        lambda: (*mlp()[:2], labelled()[:4]), ALL[:2], cuts=((1, 2, 3), (0, 0, 3))
     ),
-    "empty shares at both ends": Case(mlp, cuts={2: ((6,),), 4: ((0, 3, 6), (0, 0, 5))}),
-    "cnn": Case(cnn, dense=True),
+    "cnn": Case(cnn, dense=True, cuts=FOUR),
     "cnn in training mode": Case(cnn, ("Hessian", "GaussNewton"), always(mode="train")),
-    "gpt": Case(gpt, dense=True),
-    "gpt with an ignored batch": Case(gpt_with_an_ignored_batch, dense=True),
-    "mappings": Case(mappings, ("Hessian",)),
-    "mean function": Case(lambda: (network(), mean_loss, regressed()), UNDRAWN, dense=True),
-    "sum function": Case(lambda: (network(), sum_loss, regressed()), UNDRAWN, dense=True),
+    "gpt": Case(gpt, dense=True, cuts=FOUR),
+    "gpt with an ignored batch": Case(
+        gpt_with_an_ignored_batch, ("Hessian", "Fisher"), dense=True, cuts=((1,), (1, 2, 4))
+    ),
+    "mappings": Case(mappings, ("Hessian",), cuts=EMPTY_FIRST),
+    "mean function": Case(
+        lambda: (network(), mean_loss, regressed()), UNDRAWN, dense=True, cuts=EMPTY_FIRST
+    ),
+    "sum function": Case(
+        lambda: (network(), sum_loss, regressed()), UNDRAWN, dense=True, cuts=EMPTY_FIRST
+    ),
     "sum function, one batch per rank": Case(
         lambda: (network(), sum_loss, regressed()[:4]),
-        UNDRAWN,
         dense=True,
-        cuts={2: ((0,),), 4: ((1, 2, 3), (0, 0, 3))},
+        kinds=UNDRAWN[:2],
+        cuts=((1, 2, 3), (0, 0, 3)),
     ),
     "mse": Case(lambda: (network(), nn.MSELoss(), regressed()), dense=True),
-    "mse, sum": Case(lambda: (network(), nn.MSELoss(reduction="sum"), regressed()), dense=True),
+    "mse, sum": Case(
+        lambda: (network(), nn.MSELoss(reduction="sum"), regressed()), dense=True, cuts=EMPTY_FIRST
+    ),
     "binary": Case(binary, dense=True),
-    "class weights": Case(class_weighted, dense=True),
+    "class weights": Case(class_weighted, dense=True, cuts=((4,), (1, 3, 3))),
     "criterion of the model": Case(lambda: (network(), of_model, labelled()), ("Hessian",)),
     "weights as a callable": Case(masked, ("Hessian", "GaussNewton"), always(weights=chosen), True),
     "weights as a list": Case(
         masked, ("Hessian", "GaussNewton"), lambda s: {"weights": [chosen(b) for b in s]}, True
     ),
     "microbatch": Case(mlp, options=always(microbatch=3), dense=True),
-    "weight decay": Case(mlp, options=always(weight_decay=0.3)),
+    "weight decay": Case(mlp, options=always(weight_decay=0.3), cuts=((0,), (0, 3, 6))),
     "subset": Case(mlp, options=always(params=["2.bias", "0.weight"])),
     "recompute": Case(gpt, ("Hessian", "GaussNewton"), always(engine="recompute"), True),
     "retained": Case(gpt, ("Hessian", "GaussNewton"), always(engine="retained"), True),
     "forward": Case(cnn, ("Hessian", "GaussNewton"), always(engine="forward"), True),
     "difference": Case(mlp, ("Hessian",), always(engine="difference"), True, bound=1e-6),
-    "no memory for graphs": Case(mlp, options=always(memory_budget=0)),
+    "no memory for graphs": Case(mlp, ("Hessian", "Fisher"), always(memory_budget=0)),
 }
 
 
@@ -232,7 +238,7 @@ def product_of_dense(name: str) -> np.ndarray:
 
 
 def on_ranks(name: str, cuts: tuple[int, ...]) -> dict[str, dict[str, np.ndarray]]:
-    """The answers of this rank by kind of matrix; the same bits at the second call."""
+    """The answers of this rank by kind of matrix."""
     case, made = CASES[name], {}
     for kind in case.kinds:
         model, criterion, batches = case.make()
@@ -240,7 +246,7 @@ def on_ranks(name: str, cuts: tuple[int, ...]) -> dict[str, dict[str, np.ndarray
         options = case.options(mine)
         A = getattr(fh, kind)(model, criterion, mine, group=dist.group.WORLD, **options)
         made[kind] = answers(A)
-        same_bits(made[kind], answers(A))
+    same_bits(made[kind], answers(A))  # also at the second call
     return made
 
 
