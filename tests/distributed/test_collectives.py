@@ -33,7 +33,10 @@ def test_a_product_makes_one_sum(two, kind, depth, batches):
         for what, (size, made) in calls.items():
             assert sum(numbers >= size for numbers in made) == 1 or what == "loss", (what, made)
             # at most one more, in which the ranks agree at the start of a call by a few numbers
-            assert len(made) <= 2 and all(numbers <= 16 for numbers in sorted(made)[:-1]), (what, made)
+            assert len(made) <= 2 and all(numbers <= 16 for numbers in sorted(made)[:-1]), (
+                what,
+                made,
+            )
 
 
 @pytest.mark.parametrize("name", STEPS)
