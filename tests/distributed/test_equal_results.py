@@ -18,7 +18,7 @@ EXACT = {"residuals"}  # of converged pairs: rounding, without digits to compare
 
 
 def compared(ranks, name):
-    found = ranks(result, name, "Hessian", CUTS[ranks.size])
+    found = ranks(result, name, CUTS[ranks.size])
     same_bits(*found)
     wanted = of_one_process(name)
     assert found[0].keys() == wanted.keys()

@@ -199,7 +199,6 @@ CASES = {
     "weight decay": Case(mlp, options=always(weight_decay=0.3), cuts=((0,), (0, 3, 6))),
     "subset": Case(mlp, options=always(params=["2.bias", "0.weight"])),
     "recompute": Case(gpt, ("Hessian", "GaussNewton"), always(engine="recompute"), True),
-    "retained": Case(gpt, ("Hessian", "GaussNewton"), always(engine="retained"), True),
     "forward": Case(cnn, ("Hessian", "GaussNewton"), always(engine="forward"), True),
     "difference": Case(mlp, ("Hessian",), always(engine="difference"), True, bound=1e-6),
     "no memory for graphs": Case(mlp, ("Hessian", "Fisher"), always(memory_budget=0)),

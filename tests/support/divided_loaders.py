@@ -53,10 +53,9 @@ def far(A: Any, whole: Any) -> float:
     return max(distance(found[key], wanted[key]) for key in wanted)
 
 
-def sampled(count: int, size: int, how: str) -> list[float]:
-    """A DataLoader with a DistributedSampler against all samples that it yields on some rank."""
-    language = how == "ragged"
-    dataset = (ragged if language else labelled)(count)
+def sampled(count: int, size: int, how: str, kinds: tuple[str, ...]) -> Any:
+    """The samples that a DataLoader with a DistributedSampler has on this rank; its answers."""
+    dataset = (ragged if how == "ragged" else labelled)(count)
     sampler = DistributedSampler(
         dataset, shuffle=how != "sequential", seed=4, drop_last=how == "dropping sampler"
     )
@@ -66,22 +65,25 @@ def sampled(count: int, size: int, how: str) -> list[float]:
         loader = DataLoader(dataset, batch_sampler=BatchSampler(sampler, size, drop_last=False))
     else:
         loader = DataLoader(dataset, size, sampler=sampler, drop_last=how == "dropping loader")
-    seen: list[Any] = [None] * dist.get_world_size()
     indices = list(sampler)
     if how == "dropping loader":
         indices = indices[: len(indices) // size * size]
-    dist.all_gather_object(seen, indices)
-    union = sorted({index for part in seen for index in part})
-    everything = tuple(column[union] for column in dataset.tensors)
     options = {"microbatch": 2} if how == "microbatch" else {}
     if how == "weights":
         options = {"weights": lambda batch: len(batch[1])}
-    distances = []
-    for kind in KINDS:
-        make, model, criterion = getattr(fh, kind), problem(language), nn.CrossEntropyLoss()
-        A = make(model, criterion, loader, group=dist.group.WORLD, **options)
-        distances.append(far(A, make(model, criterion, everything)))
-    return distances
+    made = []
+    for kind in kinds:
+        model, criterion = problem(how == "ragged"), nn.CrossEntropyLoss()
+        A = getattr(fh, kind)(model, criterion, loader, group=dist.group.WORLD, **options)
+        made.append(answers(A))
+    return indices, made
+
+
+def of_samples(count: int, how: str, indices: list[int], kind: str) -> dict[str, Any]:
+    """The answers of one process with these samples of the same data."""
+    dataset = (ragged if how == "ragged" else labelled)(count)
+    data = tuple(column[indices] for column in dataset.tensors)
+    return answers(getattr(fh, kind)(problem(how == "ragged"), nn.CrossEntropyLoss(), data))
 
 
 def own_loader(size: int) -> float:
