@@ -192,14 +192,14 @@ CASES = {
     "class weights": Case(class_weighted, dense=True, cuts=((4,), (1, 3, 3))),
     "criterion of the model": Case(lambda: (network(), of_model, labelled()), ("Hessian",)),
     "weights as a callable": Case(
-        masked, ("Hessian", "GaussNewton"), always(weights=chosen), True, cuts=((1, 3, 3),)
+        masked, ("Hessian", "GaussNewton"), always(weights=chosen), True, cuts=FOUR
     ),
     "weights as a list": Case(
         masked,
         ("Hessian", "GaussNewton"),
         lambda share: {"weights": [chosen(batch) for batch in share]},
         dense=True,
-        cuts=((1, 3, 3),),
+        cuts=FOUR,
     ),
     "microbatch": Case(mlp, options=always(microbatch=3), dense=True),
     "weight decay": Case(mlp, options=always(weight_decay=0.3), cuts=((0,), (0, 3, 6))),

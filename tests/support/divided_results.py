@@ -51,7 +51,7 @@ RESULTS = {
         for name, block in A.blocks("stage").items()
     },
 }
-CHECKED = ("symmetry", "repetition", "gradient", "difference")  # rows of A.check()
+CHECKED = ("symmetry", "repetition", "gradient", "difference", "weights")  # rows of A.check()
 
 
 def flat(value: Any, name: str = "") -> dict[str, np.ndarray]:
