@@ -72,7 +72,8 @@ class Call(NamedTuple):
 
     def words(self) -> dict[str, str]:
         """The algorithm and its arguments in words, which must be the same on all ranks."""
-        return {"algorithm": self.algorithm, **{k: repr(x) for k, x in self.arguments.items()}}
+        arguments = {f"{k} of {self.algorithm}": repr(x) for k, x in self.arguments.items()}
+        return {"algorithm": self.algorithm, **arguments}
 
     def saved(self) -> dict[str, Any]:
         """What the index of a checkpoint holds of the call."""
