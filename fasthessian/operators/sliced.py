@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fasthessian.distributed.ranks import Ranks
 from fasthessian.distributed.slices import Slice
 from fasthessian.operators.base import SymmetricOperator, finite
 from fasthessian.operators.blocks import Block
@@ -35,6 +36,10 @@ class Sliced(SymmetricOperator):
 
     def _agree(self, call: Mapping[str, str] | None = None) -> None:
         self._curvature._agree(call)
+
+    @property
+    def _probes(self) -> Ranks:
+        return self._curvature._probes
 
     def gather(self, rows: Tensor) -> Tensor:
         """See ``SymmetricOperator.gather``."""
