@@ -6,8 +6,8 @@ from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.spectrum import spectrum
 from fasthessian.algorithms.trace import trace
+from fasthessian.diagnosis import doctor
 from fasthessian.errors import ConvergenceWarning, InputError, InputTypeError
-from fasthessian.kernels import doctor
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.fisher import EmpiricalFisher, Fisher
 from fasthessian.operators.gaussnewton import GaussNewton

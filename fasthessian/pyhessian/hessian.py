@@ -77,8 +77,8 @@ class hessian(Attributes):
             the batches of one pass are kept, with a warning.
         cuda, device: accepted for old scripts. The device is that of the parameters; asking for
             CUDA on a machine without CUDA warns once.
-        group: the ranks that the data are divided over, a process group, as in `fasthessian.Hessian`.
-            Each rank passes its own share, ``dataloader=[]`` if it has none. All ranks get the
+        group: the process group that the data are divided over, as in `fasthessian.Hessian`. Each
+            rank passes its own share, ``dataloader=[]`` if it has none. All ranks get the
             results of one process with all data, and whole eigenvectors. They must make the same
             calls in the same order; reading ``gradsH`` is a call, too. It is then the gradient of
             the whole loss, whose derivative is refused: each rank has the graph of its share alone.

@@ -72,8 +72,8 @@ class _WithoutGraph(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         raise InputError(
-            "gradsH of a hessian with group cannot be differentiated: each rank has the graph of its "
-            "share of the data alone; use h.dataloader_hv_product(v), which sums over the ranks"
+            "gradsH of a hessian with group cannot be differentiated: each rank has the graph of "
+            "its share of the data alone; use h.dataloader_hv_product(v), which sums over the ranks"
         )
 
 

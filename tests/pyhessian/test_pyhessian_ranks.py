@@ -139,11 +139,9 @@ def test_one_pass_of_loaders_that_change_is_kept(two, noisy_rank):
 def refusals():
     model, criterion, x, y = problem()
     h = hessian(model, criterion, data=mine(x, y), cuda=False, group=dist.group.WORLD)
-    found = []
     v = [torch.ones_like(p) for p in h.params]
-    with pytest.raises(ValueError, match="use h.dataloader_hv_product") as caught:
+    with pytest.raises(ValueError, match=r"use h\.dataloader_hv_product"):
         hessian_vector_product(h.gradsH, h.params, v)
-    found.append(str(caught.value))
     h.params = h.params[:1]
     assert len(h.eigenvalues()[1][0]) == 1  # as the message advises
     h.gradsH = h.gradsH[:1]
@@ -154,7 +152,6 @@ def refusals():
     wrong = (x, y) if dist.get_rank() else 3
     with pytest.raises((TypeError, RuntimeError), match="data must be one batch"):
         hessian(model, criterion, data=wrong, cuda=False, group=dist.group.WORLD)
-    return found
 
 
 def test_what_cannot_be_summed_is_refused_on_all_ranks(two):
