@@ -14,7 +14,7 @@ def doctor() -> str:
     """Report which backends can serve each device here, and why the others cannot.
 
     Then what torch.distributed offers here, how this process was started, and what would hinder a
-    run over several ranks. Ranks that differ in versions, model or data are found when a run starts.
+    run over several ranks. Ranks that differ in their versions are found when a run starts.
 
     Example:
         >>> import fasthessian as fh

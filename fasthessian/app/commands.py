@@ -1,10 +1,13 @@
-"""The commands of ``fasthessian``: ``analyze``, ``plot``, ``doctor``."""
+"""The commands of ``fasthessian``: ``analyze``, ``plot``, ``doctor``; see ``plan`` for its own."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import io
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,10 @@ import click
 from click.core import ParameterSource
 
 from fasthessian.__about__ import __version__
+from fasthessian.app.plan import plan_command
 from fasthessian.app.problems import BUILTIN, Settings, load
+from fasthessian.distributed.launch import is_first, job
+from fasthessian.distributed.ranks import ranks_of
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import FORMATS
 from fasthessian.operators.products.engines import ENGINES
@@ -28,7 +34,19 @@ Examples:
   fasthessian analyze my_script:problem --steps 100 --probes 4
   fasthessian analyze my_script:problem --blocks layer --check --no-density --no-landscape
   fasthessian analyze my_script:problem --matrix ggn --params "^head" --microbatch 32
+  torchrun --nproc-per-node 2 -m fasthessian analyze my_script:problem --sharded
 """
+
+
+def once(command: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A command that rank 0 carries out alone, if torchrun started several ranks."""
+    assert command is not None
+
+    @functools.wraps(command)
+    def on_rank_0(*args: Any, **options: Any) -> Any:
+        return command(*args, **options) if is_first() else None
+
+    return on_rank_0
 
 
 @click.group(
@@ -72,6 +90,13 @@ None, for Hugging Face models, which return their loss.
 
 The report folder holds report.html (open it in a browser), result.json (all numbers) and the
 figures. The same seed gives the same numbers.
+
+Several processes, each with its GPU if there are some, share the work if torchrun starts them.
+They divide the data that the function returns; if it returns other data on each rank, or a loader
+with a DistributedSampler, these are the shares. Rank 0 prints and writes.
+
+\b
+  torchrun --nproc-per-node 2 -m fasthessian analyze my_script:problem
 
 {EXAMPLES}"""
 )
@@ -163,6 +188,12 @@ figures. The same seed gives the same numbers.
     "of the largest eigenvalue. offload: vectors of a GPU in host memory.",
 )
 @click.option(
+    "--sharded/--no-sharded",
+    default=None,
+    help="Of several ranks, each keeps a part of every Lanczos vector. Without it: if the model is "
+    "so large that it pays.",
+)
+@click.option(
     "--check",
     is_flag=True,
     help="First check the products on this model: symmetry, repetition, central differences, "
@@ -202,7 +233,7 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
 
     from fasthessian.app import analysis
     from fasthessian.app.delivery import Unfinished, deliver
-    from fasthessian.app.plan import Plan
+    from fasthessian.app.options import AnalysisOptions
     from fasthessian.app.progress import Stages, show_summary, stderr
     from fasthessian.app.report.folder import check_folder
     from fasthessian.app.report.html import template
@@ -213,12 +244,13 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
     def pick(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names}
 
-    plan = Plan(
+    asked = AnalysisOptions(
         **pick(
             "top", "bottom", "max_products", "trace", "trace_rtol", "density", "steps", "probes"
         ),
         **pick("basis", "landscape", "points", "span", "seed", "check", "blocks"),
         **pick("matrix", "engine", "mode", "params", "precision", "microbatch", "weight_decay"),
+        **pick("sharded"),
     )
     quiet = options["as_json"] and ctx.get_parameter_source("out") is ParameterSource.DEFAULT
     out = None if quiet else options["out"]
@@ -232,17 +264,22 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
         **pick("data", "epochs", "train_images", "lr", "samples", "batch_size", "seed")
     )
     console = stderr()
-    # what the user's own code prints must not be mixed with the JSON
-    aside = contextlib.redirect_stdout(sys.stderr if options["as_json"] else sys.stdout)
-    with Stages(console) as stages, aside:
+    with contextlib.ExitStack() as stack:
+        if not is_first():
+            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        elif options["as_json"]:  # what the user's own code prints must not be mixed with the JSON
+            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
+        stages, group = stack.enter_context(Stages(console)), stack.enter_context(job())
         start = time.perf_counter()
         name = options["problem"]
         progress = stages.stage(f"{'training' if name in BUILTIN else 'loading'} {name}")
-        problem = load(name, settings, progress)
+        problem = load(name, settings, progress, ranks_of(group))
         timing = {"training": time.perf_counter() - start}
-        found = analysis.analyze(problem, plan, stages.stage)
+        found = analysis.analyze(problem, asked, stages.stage, group)
+    if not is_first():
+        return
     timing |= found.seconds | {"total": time.perf_counter() - begin}
-    result = result_of(problem, plan, found, timing)
+    result = result_of(problem, asked, found, timing)
     stages.say(f"engine {found.engine}")
     if words := steps(result):
         stages.say(f"Lanczos steps {words}")
@@ -259,6 +296,7 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
 @click.argument("result", metavar="RESULT.JSON")
 @click.option("--out", metavar="DIR", default="figures", help="Folder for the figures.")
 @click.option("--overwrite", is_flag=True, help="Replace figures that the folder already has.")
+@once
 def plot(result: str, out: str, overwrite: bool) -> None:
     r"""Draw the figures of a RESULT.JSON again.
 
@@ -279,9 +317,10 @@ def plot(result: str, out: str, overwrite: bool) -> None:
         click.echo(Path(out) / name)
 
 
-@cli.command()
-def doctor() -> None:
-    r"""Show which kernels serve on this machine.
+@cli.command("doctor")
+@once
+def doctor_command() -> None:
+    r"""Show which kernels serve on this machine, and what several ranks would find.
 
     For each kernel that does not serve, it says why.
 
@@ -289,6 +328,10 @@ def doctor() -> None:
     Example:
       fasthessian doctor
     """
-    from fasthessian import kernels
+    from fasthessian.diagnosis import doctor
 
-    click.echo(kernels.doctor())
+    click.echo(doctor())
+
+
+plan_command.callback = once(plan_command.callback)
+cli.add_command(plan_command)

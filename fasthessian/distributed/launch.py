@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from fasthessian.errors import InputError, Refusal, UnsupportedError
 
@@ -153,22 +154,23 @@ def job() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def last_words(say: Callable[[], None]) -> None:
-    """Let rank 0 say why the job ends; another rank does only if rank 0 does not.
+def last_words(say: Callable[[], None], words: str = "") -> None:
+    """Let rank 0 say why the job ends; another rank does if rank 0 does not.
 
-    torchrun ends all ranks when one has ended with an error, so the others wait for rank 0.
+    With ``words``, it also does if those of rank 0 are others. torchrun ends all ranks when one has
+    ended with an error, so the others wait for rank 0.
     """
-    if not several():
-        say()
-        return
     if is_first():
         say()
-    with contextlib.suppress(Exception):  # without a store, nobody waits
-        store, rank, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=PATIENCE)))
-        if rank == 0:
-            store.set(SAID, "")
-        else:
-            store.wait([SAID], timedelta(seconds=PATIENCE))
+    if not several():
         return
+    with contextlib.suppress(Exception):  # rank 0 is silent, or there is no store
+        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=PATIENCE)))
+        if rank == 0:
+            store.set(SAID, words)
+            return
+        store.wait([SAID], timedelta(seconds=PATIENCE))
+        if words in ("", store.get(SAID).decode()):
+            return
     if not is_first():
         say()

@@ -223,6 +223,11 @@ def _first(reasons: Sequence[str | None]) -> str:
     return f"rank {rank} failed: {reason}"
 
 
+def backend_of(group: Any) -> str:
+    """The backend of a process group, such as ``gloo``."""
+    return str(dist.get_backend(group))
+
+
 ALONE = Ranks()
 _known: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()
 

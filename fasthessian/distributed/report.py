@@ -33,7 +33,7 @@ def _backends() -> Iterator[str]:
     if dist.is_gloo_available():
         yield "gloo"
     if dist.is_nccl_available():
-        yield f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"
+        yield f"nccl {'.'.join(map(str, torch.cuda.nccl.version()))}"  # type: ignore[no-untyped-call]
     if dist.is_mpi_available():
         yield "mpi"
 

@@ -209,7 +209,8 @@ class SymmetricOperator:
         piece = torch.zeros(width, dtype=rows.dtype, device=rows.device)
         row = torch.empty(ranks.size * width, dtype=rows.dtype, device=rows.device)
         whole = torch.empty(*rows.shape[:-1], n, dtype=rows.dtype, device=rows.device)
-        for v, out in zip(rows.reshape(-1, held), whole.view(-1, n), strict=True):
+        outs = whole.view(-1, n)
+        for v, out in zip(rows.reshape(len(outs), held), outs, strict=True):
             piece[:held] = v
             ranks.gather_(row, piece)
             out.copy_(row[:n])

@@ -29,6 +29,7 @@ class Shares:
     def __init__(self, ranks: Ranks, evaluation: Evaluation) -> None:
         self.ranks, self._evaluation = ranks, evaluation
         self._terms = 0.0  # of all ranks
+        self._of_ranks: list[tuple[float, int]] = []
 
     def agree(self) -> None:
         """Count the terms of all ranks.
@@ -46,6 +47,7 @@ class Shares:
             return [loss.terms_here, loss.count, loss.samples]
 
         rows = self.ranks.exchanged(counted, 3)
+        self._of_ranks = [(terms, int(parts)) for terms, parts, _ in rows.tolist()]
         total = float(rows[:, 0].sum())
         if total <= 0:
             raise InputError(f"{NO_TERMS}, or no rank has a batch")
@@ -55,6 +57,12 @@ class Shares:
         self._terms = total
         _, parts, samples = rows[: self.ranks.rank].sum(0).tolist()
         loss.set_share(total, int(parts), int(samples))
+
+    @property
+    def of_ranks(self) -> list[tuple[float, int]]:
+        """The number of terms and of parts of each rank."""
+        loss = self._evaluation.loss
+        return self._of_ranks if self.ranks else [(loss.terms_here, loss.count)]
 
     def _compare_ways(self) -> None:
         """Raise ValueError if the ranks count terms in ways that give them different weights.
