@@ -46,10 +46,9 @@ def main(args: Sequence[str] | None = None) -> None:
     except Exception as error:  # each rank may have its own, so each is shown once
         if "RANK" not in os.environ:
             raise
-        from fasthessian.distributed.launch import last_words
+        from fasthessian.distributed.launch import leave
 
-        last_words(traceback.print_exc, f"{type(error).__name__}: {error}")
-        sys.exit(1)
+        leave(1, traceback.print_exc, f"{type(error).__name__}: {error}")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -59,7 +58,6 @@ def fail(code: int, message: str) -> NoReturn:
     if "RANK" not in os.environ:
         print(line, file=sys.stderr)
         sys.exit(code)
-    from fasthessian.distributed.launch import last_words
+    from fasthessian.distributed.launch import leave
 
-    last_words(lambda: print(line, file=sys.stderr, flush=True))
-    sys.exit(code)
+    leave(code, lambda: print(line, file=sys.stderr))

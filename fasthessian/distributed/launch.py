@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ REPEATABLE = {"NCCL_NVLS_ENABLE": "0", "NCCL_ALGO": "Ring", "NCCL_PROTO": "Simpl
 FIXED = re.compile(r"(?!NVLS)\w+")  # one algorithm or protocol; of several, NCCL chooses
 EXPORTS = " ".join(f"{name}={value}" for name, value in REPEATABLE.items())
 SAID = "fasthessian/said"  # key of the store: rank 0 has said why it ends
+LEFT = "fasthessian/left"  # how many ranks have nothing more to say
 PATIENCE = 10.0  # seconds that the other ranks wait for that
 
 
@@ -154,23 +156,34 @@ def job() -> Iterator[Any]:
     dist.destroy_process_group()
 
 
-def last_words(say: Callable[[], None], words: str = "") -> None:
-    """Let rank 0 say why the job ends; another rank does if rank 0 does not.
+def leave(code: int, say: Callable[[], None], words: str = "") -> NoReturn:
+    """End a process with an error, after ``say`` has said why.
 
-    With ``words``, it also does if those of rank 0 are others. torchrun ends all ranks when one has
-    ended with an error, so the others wait for rank 0.
+    Of several ranks, rank 0 says it; another one does if rank 0 does not, and with ``words`` also
+    if those of rank 0 are others. torchrun kills the ranks that are left when one has ended with an
+    error: so all wait until nobody has more to say, and end at once.
     """
-    if is_first():
-        say()
     if not several():
-        return
-    with contextlib.suppress(Exception):  # rank 0 is silent, or there is no store
-        store, rank, _ = next(rendezvous("env://", timeout=timedelta(seconds=PATIENCE)))
+        say()
+        sys.exit(code)
+    silent = not is_first()
+    if not silent:
+        say()
+    limit = timedelta(seconds=PATIENCE)
+    with contextlib.suppress(Exception):  # another rank does not end, or there is no store
+        store, rank, size = next(rendezvous("env://", timeout=limit))
         if rank == 0:
             store.set(SAID, words)
-            return
-        store.wait([SAID], timedelta(seconds=PATIENCE))
-        if words in ("", store.get(SAID).decode()):
-            return
-    if not is_first():
+        else:
+            store.wait([SAID], limit)
+            silent = False
+            if words not in ("", store.get(SAID).decode()):
+                say()
+        if store.add(LEFT, 1) == size:
+            store.set(f"{LEFT} by all", "")
+        store.wait([f"{LEFT} by all"], timedelta(seconds=1))
+    if silent:
         say()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # the usual way out takes so long that torchrun kills some ranks
