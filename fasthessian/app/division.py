@@ -146,7 +146,8 @@ def _obstacle(problem: Problem, options: AnalysisOptions, sizes: list[int], rank
             try:  # an operator with microbatches tests whether samples are coupled
                 operator(problem, dataclasses.replace(options, microbatch=most, check=False))
             except Exception as error:
-                return " ".join(str(error).split()) or type(error).__name__
+                words = " ".join(str(error).split()) or type(error).__name__
+                return words.partition(";")[0]  # the rest is advice about the option
         return ""
 
     reasons = [reason for reason in ranks.objects(refused()) if reason]
@@ -191,7 +192,7 @@ def _of_loader(loader: Any, ranks: Ranks) -> tuple[Any, str]:
     """A loader of the batches of this rank."""
     plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
     if not plain or loader.batch_sampler is None:
-        return _Every(loader, ranks), f"each rank takes every {ranks.size}th batch of the loader"
+        return _Every(loader, ranks), f"each rank takes one of every {ranks.size} batches of the loader"
     share = _Share(loader.batch_sampler, _generators(loader), ranks)
     own: DataLoader[Any] = DataLoader(
         loader.dataset,

@@ -153,6 +153,8 @@ def job() -> Iterator[Any]:
     except (Refusal, SystemExit):
         dist.destroy_process_group()
         raise
+    # A thread of gloo may still hold a tensor of the last sum. If Python ends first, it aborts.
+    dist.barrier()
     dist.destroy_process_group()
 
 
