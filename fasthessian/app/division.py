@@ -192,7 +192,9 @@ def _of_loader(loader: Any, ranks: Ranks) -> tuple[Any, str]:
     """A loader of the batches of this rank."""
     plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
     if not plain or loader.batch_sampler is None:
-        return _Every(loader, ranks), f"each rank takes one of every {ranks.size} batches of the loader"
+        return _Every(
+            loader, ranks
+        ), f"each rank takes one of every {ranks.size} batches of the loader"
     share = _Share(loader.batch_sampler, _generators(loader), ranks)
     own: DataLoader[Any] = DataLoader(
         loader.dataset,

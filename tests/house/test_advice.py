@@ -59,6 +59,13 @@ FOLLOWED = {
     "basis='offload' needs ": "test_machines.py::test_options_that_would_fit_on_a_gpu_or_its_host",
     "; pip install 'fasthessian[cli]'": INSTALLED,
     "figures need matplotlib; pip install matplotlib": INSTALLED,
+    "a checkpoint needs safetensors; pip install": INSTALLED,
+    " alone; pass checkpoint='run.fh'":
+        "test_keeper.py::test_a_limit_of_time_ends_a_call_before_the_product_that_would_exceed_it",
+    "no save was completed; call the algorithm":
+        "test_refused_checkpoints.py::test_a_call_that_was_killed_before_its_first_save_is_made_again",
+    "no checkpoint that is whole":
+        "test_refused_checkpoints.py::test_a_checkpoint_that_cannot_be_read_is_deleted",
     "the report needs jinja2; pip install jinja2": INSTALLED,
     "which is missing; pip install scikit-learn": INSTALLED,
     "nvcc on PATH": INSTALLED,
