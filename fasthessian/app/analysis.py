@@ -19,21 +19,21 @@ from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.spectrum import spectrum
 from fasthessian.algorithms.trace import trace
 from fasthessian.app.advice import as_options
-from fasthessian.app.division import divided
+from fasthessian.app.division import Distribution, distribution, divided
 from fasthessian.app.matrix import operator
 from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import Problem
-from fasthessian.distributed.ranks import Group, backend_of, ranks_of
+from fasthessian.app.saving import Saving
+from fasthessian.distributed.ranks import Group, ranks_of
 from fasthessian.errors import ConvergenceWarning, InputError
-from fasthessian.krylov.sharding import is_sharded
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.checks import Check
 from fasthessian.operators.curvature import Curvature
-from fasthessian.results.record import Record
 from fasthessian.results.records import BlockSpectra, Density, Eigenpairs, Estimate, Landscape
 from fasthessian.study.training import OnStep
 
 BLOCK_SAMPLES = 64  # products for the trace of a block
+NOWHERE = Saving()
 LEAST_SAMPLES = 16  # products of the trace that `spectrum` always keeps free
 
 T = TypeVar("T")
@@ -44,19 +44,6 @@ class Stage(Protocol):
 
     def __call__(self, title: str, at_most: int | None = None) -> OnStep:
         """``at_most`` bounds the steps of a stage whose total is not known beforehand."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Distribution(Record):
-    """How several ranks shared the work."""
-
-    ranks: int
-    backend: str  # of the process group
-    division: str  # how the data were divided, in words
-    # of each rank: batches (with --microbatch, their pieces), and terms of the loss
-    batches: Annotated[tuple[int, ...], "ranks"]
-    terms: Annotated[tuple[float, ...], "ranks"]
-    sharded: bool  # whether the Lanczos vectors were split over the ranks
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,11 +108,16 @@ class Timed:
 
 
 def analyze(
-    problem: Problem, options: AnalysisOptions, stage: Stage, group: Group = None
+    problem: Problem,
+    options: AnalysisOptions,
+    stage: Stage,
+    group: Group = None,
+    saving: Saving = NOWHERE,
 ) -> Analysis:
     """Compute what ``options`` ask for, of the curvature matrix of ``problem`` that they name.
 
-    With ``group``, the ranks divide the data and return the same numbers.
+    With ``group``, the ranks divide the data and return the same numbers. ``saving`` saves all
+    except self-checks and blocks, and goes on with what was saved before.
 
     The landscape runs along the first two eigenvectors, or along one if only one was asked for. If
     the landscape or the blocks fail, the result holds the rest and ``failed`` says why.
@@ -156,7 +148,8 @@ def analyze(
         check = (
             timed.run("check", "self-checks", lambda _: self_check(A)) if options.check else None
         )
-        found = spectra(A, options, timed)
+        saving.make(ranks)
+        found = spectra(A, options, timed, saving)
         surface = None
         if options.landscape and found.top is not None:
             top = found.top
@@ -166,7 +159,9 @@ def analyze(
             surface = timed.attempt(
                 "landscape",
                 "loss landscape",
-                lambda step: landscape(A, top.vectors[:2], span, options.points, progress=step),
+                lambda step: saving.run(
+                    "landscape", landscape, A, top.vectors[:2], span, options.points, progress=step
+                ),
             )
         parts = None
         if blocks:
@@ -177,12 +172,6 @@ def analyze(
     notes = [as_options(" ".join(str(w.message).split())) for w in caught] + timed.failed
     for rank, others in enumerate(ranks.objects(notes)):
         notes += [f"rank {rank}: {note}" for note in others if note not in notes]
-    shared = None
-    if ranks:
-        terms, batches = zip(*((terms, parts) for terms, parts in A.shares), strict=True)
-        sharded = is_sharded(A, options.sharded)
-        backend = backend_of(group)
-        shared = Distribution(ranks.size, backend, division, batches, terms, sharded)
     return Analysis(
         parameters=A.n,
         tensors=len(A.layout.names),
@@ -198,7 +187,7 @@ def analyze(
         blocks=parts,
         kernels=kernels.select(A.device).NAME,
         failed=tuple(timed.failed),
-        distribution=shared,
+        distribution=distribution(A, options, group, division) if ranks else None,
     )
 
 
@@ -208,7 +197,7 @@ def self_check(A: Curvature) -> Check:
     return dataclasses.replace(check, report=as_options(check.report))
 
 
-def spectra(A: Curvature, options: AnalysisOptions, timed: Timed) -> Spectra:
+def spectra(A: Curvature, options: AnalysisOptions, timed: Timed, saving: Saving) -> Spectra:
     """Eigenvalues, trace and density, as far as the options ask for them.
 
     If they ask for eigenvalues and the trace, one run of `spectrum` finds both, and the density of
@@ -235,7 +224,9 @@ def spectra(A: Curvature, options: AnalysisOptions, timed: Timed) -> Spectra:
         one = timed.run(
             "spectrum",
             "spectrum",
-            lambda step: spectrum(
+            lambda step: saving.run(
+                "spectrum",
+                spectrum,
                 A,
                 k=(options.top, options.bottom),
                 steps=steps,
@@ -258,12 +249,15 @@ def spectra(A: Curvature, options: AnalysisOptions, timed: Timed) -> Spectra:
         if k == 0:
             return None
         most = options.max_products
-        return timed.run(
+        found: Eigenpairs = timed.run(
             key,
             f"{key} {k} eigenvalues",
-            lambda step: eigsh(A, k, which, max_matvecs=most, progress=step, **keywords),
+            lambda step: saving.run(
+                key, eigsh, A, k=k, which=which, max_matvecs=most, progress=step, **keywords
+            ),
             most,
         )
+        return found
 
     top, bottom = end("top", options.top, "LA"), end("bottom", options.bottom, "SA")
     total = shape = None
@@ -271,13 +265,17 @@ def spectra(A: Curvature, options: AnalysisOptions, timed: Timed) -> Spectra:
         total = timed.run(
             "trace",
             "trace",
-            lambda step: trace(A, rtol=options.trace_rtol, seed=options.seed, progress=step),
+            lambda step: saving.run(
+                "trace", trace, A, rtol=options.trace_rtol, seed=options.seed, progress=step
+            ),
         )
     if options.density:
         shape = timed.run(
             "density",
             "spectral density",
-            lambda step: density(A, steps=steps, probes=options.probes, progress=step, **keywords),
+            lambda step: saving.run(
+                "density", density, A, steps=steps, probes=options.probes, progress=step, **keywords
+            ),
         )
     return Spectra(top, bottom, total, shape)
 

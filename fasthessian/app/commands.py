@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +12,8 @@ from click.core import ParameterSource
 
 from fasthessian.__about__ import __version__
 from fasthessian.app.plan import plan_command
-from fasthessian.app.problems import BUILTIN, Settings, load
-from fasthessian.distributed.launch import is_first, job
-from fasthessian.distributed.ranks import ranks_of
+from fasthessian.app.problems import BUILTIN
+from fasthessian.distributed.launch import is_first
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import FORMATS
 from fasthessian.operators.products.engines import ENGINES
@@ -34,6 +29,8 @@ Examples:
   fasthessian analyze my_script:problem --steps 100 --probes 4
   fasthessian analyze my_script:problem --blocks layer --check --no-density --no-landscape
   fasthessian analyze my_script:problem --matrix ggn --params "^head" --microbatch 32
+  fasthessian analyze my_script:problem --checkpoint run --time-limit 3000
+  fasthessian analyze my_script:problem --resume run --time-limit 3000
   torchrun --nproc-per-node 2 -m fasthessian analyze my_script:problem --sharded
 """
 
@@ -219,6 +216,25 @@ with a DistributedSampler, these are the shares. Rank 0 prints and writes.
     type=float,
     help="The landscape reaches from -span to +span; without it, the curvature sets the span.",
 )
+@click.option(
+    "--checkpoint",
+    metavar="DIR",
+    help="New folder in which spectrum and landscape are saved every minute or so. After a kill, "
+    "or SIGTERM, SIGUSR1 or SIGUSR2, which save and stop, go on with --resume.",
+)
+@click.option(
+    "--resume",
+    metavar="DIR",
+    help="Go on with what --checkpoint saved; all other options as in the first call. The training "
+    "is repeated, which gives the same model.",
+)
+@click.option(
+    "--time-limit",
+    type=float,
+    metavar="SECONDS",
+    help="Save in time and stop with exit code 0, the training included; with --checkpoint or "
+    "--resume.",
+)
 @click.option("--out", metavar="DIR", default="report", help="Report folder, new or empty.")
 @click.option("--overwrite", is_flag=True, help="Replace a report that the folder already has.")
 @click.option(
@@ -228,68 +244,10 @@ with a DistributedSampler, these are the shares. Rank 0 prints and writes.
 @click.pass_context
 def analyze(ctx: click.Context, /, **options: Any) -> None:
     """Read the options, run the analysis, show and write the result."""
-    begin = time.perf_counter()
-    import torch
+    from fasthessian.app.carry_out import carry_out
 
-    from fasthessian.app import analysis
-    from fasthessian.app.delivery import Unfinished, deliver
-    from fasthessian.app.options import AnalysisOptions
-    from fasthessian.app.progress import Stages, show_summary, stderr
-    from fasthessian.app.report.folder import check_folder
-    from fasthessian.app.report.html import template
-    from fasthessian.app.report.result import result_of
-    from fasthessian.app.report.summary import steps
-    from fasthessian.results.plots import figure
-
-    def pick(*names: str) -> dict[str, Any]:
-        return {name: options[name] for name in names}
-
-    asked = AnalysisOptions(
-        **pick(
-            "top", "bottom", "max_products", "trace", "trace_rtol", "density", "steps", "probes"
-        ),
-        **pick("basis", "landscape", "points", "span", "seed", "check", "blocks"),
-        **pick("matrix", "engine", "mode", "params", "precision", "microbatch", "weight_decay"),
-        **pick("sharded"),
-    )
-    quiet = options["as_json"] and ctx.get_parameter_source("out") is ParameterSource.DEFAULT
-    out = None if quiet else options["out"]
-    if out is not None:
-        figure()  # these two raise before the work if matplotlib or jinja2 is missing
-        template()
-        check_folder(out, overwrite=options["overwrite"])
-    if options["threads"] is not None:
-        torch.set_num_threads(options["threads"])
-    settings = Settings(
-        **pick("data", "epochs", "train_images", "lr", "samples", "batch_size", "seed")
-    )
-    console = stderr()
-    with contextlib.ExitStack() as stack:
-        if not is_first():
-            stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
-        elif options["as_json"]:  # what the user's own code prints must not be mixed with the JSON
-            stack.enter_context(contextlib.redirect_stdout(sys.stderr))
-        stages, group = stack.enter_context(Stages(console)), stack.enter_context(job())
-        start = time.perf_counter()
-        name = options["problem"]
-        progress = stages.stage(f"{'training' if name in BUILTIN else 'loading'} {name}")
-        problem = load(name, settings, progress, ranks_of(group))
-        timing = {"training": time.perf_counter() - start}
-        found = analysis.analyze(problem, asked, stages.stage, group)
-    if not is_first():
-        return
-    timing |= found.seconds | {"total": time.perf_counter() - begin}
-    result = result_of(problem, asked, found, timing)
-    stages.say(f"engine {found.engine}")
-    if words := steps(result):
-        stages.say(f"Lanczos steps {words}")
-    unfinished = deliver(result, out, options["as_json"], options["overwrite"])
-    where = None if out is None or unfinished else str(Path(out) / "report.html")
-    show_summary(console, result, where)
-    if unfinished is not None:
-        raise unfinished
-    if found.failed:
-        raise Unfinished(f"{'; '.join(found.failed)}; the result holds everything else")
+    named = ctx.get_parameter_source("out") is not ParameterSource.DEFAULT
+    carry_out(options, named)
 
 
 @cli.command()

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -16,10 +16,35 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 from fasthessian.app.matrix import operator
 from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import Problem
-from fasthessian.distributed.ranks import Ranks
+from fasthessian.distributed.ranks import Group, Ranks, backend_of
+from fasthessian.krylov.sharding import is_sharded
+from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.loss.batches import Batch, is_object, items, piece, samples
 from fasthessian.operators.loss.calls import takes_model
 from fasthessian.operators.torch_state.random_state import seeded
+from fasthessian.results.record import Record
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Distribution(Record):
+    """How several ranks shared the work."""
+
+    ranks: int
+    backend: str  # of the process group
+    division: str  # how the data were divided, in words
+    # of each rank: batches (with --microbatch, their pieces), and terms of the loss
+    batches: Annotated[tuple[int, ...], "ranks"]
+    terms: Annotated[tuple[float, ...], "ranks"]
+    sharded: bool  # whether the Lanczos vectors were split over the ranks
+
+
+def distribution(
+    A: Curvature, options: AnalysisOptions, group: Group, division: str
+) -> Distribution:
+    """How the ranks of ``group`` share the work on ``A``, whose data they divided in this way."""
+    terms, batches = zip(*A.shares, strict=True)
+    sharded, backend = is_sharded(A, options.sharded), backend_of(group)
+    return Distribution(len(terms), backend, division, batches, terms, sharded)
 
 
 def divided(problem: Problem, options: AnalysisOptions, ranks: Ranks) -> tuple[Problem, str]:
@@ -192,9 +217,8 @@ def _of_loader(loader: Any, ranks: Ranks) -> tuple[Any, str]:
     """A loader of the batches of this rank."""
     plain = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
     if not plain or loader.batch_sampler is None:
-        return _Every(
-            loader, ranks
-        ), f"each rank takes one of every {ranks.size} batches of the loader"
+        words = f"each rank takes one of every {ranks.size} batches of the loader"
+        return _Every(loader, ranks), words
     share = _Share(loader.batch_sampler, _generators(loader), ranks)
     own: DataLoader[Any] = DataLoader(
         loader.dataset,

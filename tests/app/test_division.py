@@ -1,4 +1,4 @@
-"""The data of a problem, divided over ranks: the numbers of one process, however they were given."""
+"""The data of a problem, divided over ranks: the numbers of one process, in every form."""
 
 import dataclasses
 

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from fasthessian.__about__ import __version__
-from fasthessian.app.analysis import Analysis, Distribution
+from fasthessian.app.analysis import Analysis
+from fasthessian.app.division import Distribution
 from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import Problem
 from fasthessian.errors import InputError

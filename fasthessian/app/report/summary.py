@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from fasthessian.app.analysis import Distribution
+from fasthessian.app.division import Distribution
 from fasthessian.app.options import MATRICES
 from fasthessian.app.report.result import Result
 from fasthessian.results.plots import shown
