@@ -15,7 +15,7 @@ from fasthessian.checkpoints.call import Call
 from fasthessian.checkpoints.state import State
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.krylov.checkpointed import keeper
-from fasthessian.krylov.lockstep import Guard
+from fasthessian.krylov.lockstep import Guard, leaving
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.torch_state.scopes import restored
 from fasthessian.results.records import Landscape
@@ -83,7 +83,11 @@ def landscape(
     betas = alphas.clone() if len(rows) == 2 else alphas[:0].clone()
     steps = [(a,) for a in alphas] if len(rows) == 1 else torch.cartesian_prod(alphas, betas)
     counter = _Counter()
-    with Guard([A]) as guard, keeper(call, {"": A}, {"": counter}, "losses") as kept:
+    with (
+        leaving([A]),
+        Guard([A], call) as guard,
+        keeper(call, {"": A}, {"": counter}, "losses") as kept,
+    ):
         if kept.ended:
             return kept.ended[""][0]  # type: ignore[no-any-return]
         states = kept.runs[""]

@@ -70,6 +70,10 @@ class Call(NamedTuple):
         limit = None if self.time_limit is None else positive("time_limit", self.time_limit)
         return Path(path), limit
 
+    def words(self) -> dict[str, str]:
+        """The algorithm and its arguments in words, which must be the same on all ranks."""
+        return {"algorithm": self.algorithm, **{k: repr(x) for k, x in self.arguments.items()}}
+
     def saved(self) -> dict[str, Any]:
         """What the index of a checkpoint holds of the call."""
         arguments = {name: _plain(x) for name, x in self.arguments.items()}

@@ -18,6 +18,7 @@ from fasthessian.checkpoints.folder import Folder
 from fasthessian.checkpoints.records import Items, packed_warnings, unpacked_warnings
 from fasthessian.checkpoints.state import State
 from fasthessian.checkpoints.states import Counted, States
+from fasthessian.distributed.failures import known_to_all
 from fasthessian.distributed.slices import Slice
 from fasthessian.errors import InputError, Stopped
 
@@ -214,7 +215,7 @@ class Keeper:
         )
         if folder.ranks.rank == 0:
             print(stopped, file=sys.stderr)
-        raise stopped
+        raise known_to_all(stopped)
 
     def _refuse_limit(self) -> None:
         saving = self._saving
@@ -223,11 +224,12 @@ class Keeper:
         if not self._rates and saving.saved is not None:
             seconds = saving.saved.index["seconds"]
         path = str(saving.folder.path)
-        raise InputError(
+        refusal = InputError(
             f"time_limit={saving.limit:g} is too short: one of the {self._unit} took {seconds:.2g} "
             f"s; {self._made} are saved in {path}: go on with fh.resume({path!r}, A, "
             f"time_limit=...)"
         )
+        raise known_to_all(refusal)
 
     def _note_signal(self, number: int, frame: FrameType | None) -> None:
         self._signal = signal.Signals(number).name

@@ -13,6 +13,7 @@ from fasthessian.checkpoints.folder import Folder
 from fasthessian.checkpoints.keeper import Keeper, Saving
 from fasthessian.checkpoints.records import Items
 from fasthessian.checkpoints.states import Counted
+from fasthessian.distributed.failures import known_to_all
 from fasthessian.distributed.ranks import Ranks
 from fasthessian.errors import InputError
 from fasthessian.krylov.sharding import sharded_operator
@@ -112,10 +113,11 @@ def _check(saved: Saved, operators: Mapping[str, SymmetricOperator], ranks: Rank
             if name in before and name in now:
                 words = words or _named(name, difference(before[name], now[name], A.dtype))
     if words:
-        raise InputError(
+        refusal = InputError(
             f"{saved.folder.path} is the checkpoint of another run ({words}); resume it with the "
             f"operator that it was made with"
         )
+        raise known_to_all(refusal)
 
 
 def _named(name: str, words: str) -> str:

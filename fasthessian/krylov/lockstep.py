@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from fasthessian.arguments import ProgressCallback
 from fasthessian.checkpoints.call import Call
 from fasthessian.checkpoints.keeper import Keeper
 from fasthessian.checkpoints.states import States
+from fasthessian.distributed.consistency import check_same
 from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.krylov.checkpointed import keeper
 from fasthessian.operators.base import SymmetricOperator, multiply, operator
@@ -33,9 +34,11 @@ class Guard:
     """Notices changes, during a run, of what the operators depend on.
 
     Products before and after such a change belong to two matrices. Changes between runs are fine.
+    At the start the ranks of the operators agree on their data, and compare the call.
     """
 
-    def __init__(self, operators: Iterable[SymmetricOperator]) -> None:
+    def __init__(self, operators: Iterable[SymmetricOperator], call: Call) -> None:
+        self._call = call
         matrices = {id(A._matrix): A._matrix for A in operators}
         self._matrices = list(matrices.values())
         self._kept = {id(A._kept): A._kept for A in self._matrices}.values()
@@ -44,6 +47,8 @@ class Guard:
     def __enter__(self) -> Guard:
         for A in self._matrices:
             A._agree()
+        for ranks in {A._ranks for A in self._matrices}:
+            check_same(ranks, self._call.words())
         self._counts = [kept.changes(poll=True)[0] for kept in self._kept]
         for kept in self._kept:
             self._runs.enter_context(kept.run())
@@ -68,6 +73,17 @@ class Guard:
                 )
 
 
+@contextlib.contextmanager
+def leaving(operators: Iterable[SymmetricOperator]) -> Iterator[None]:
+    """If the run fails on this rank, end it on the others, too."""
+    try:
+        yield
+    except BaseException as error:
+        for ranks in {A._matrix._ranks for A in operators}:
+            ranks.leave(error)
+        raise
+
+
 def answer(requests: Asking) -> None:
     """Answer every request, one by one."""
     for request in requests:
@@ -85,7 +101,11 @@ def solve(
     """
     single = not isinstance(A, Mapping)
     operators = {"": operator(A)} if single else _checked(A)
-    with Guard(operators.values()) as guard, keeper(call, operators) as kept:
+    with (
+        leaving(operators.values()),
+        Guard(operators.values(), call) as guard,
+        keeper(call, operators) as kept,
+    ):
         callback_for = _callbacks(progress, kept) if not single else lambda name: progress
         runs = {
             name: start(B, callback_for(name), kept.runs[name])

@@ -76,7 +76,9 @@ class Hessian(Curvature):
             be empty (``[]``). L is then the loss over the data of all ranks, and the ranks together
             make one sum per product. All ranks must make the same calls in the same order. What a
             ``DistributedSampler`` repeats to give all ranks the same number of samples counts once.
-            None: one process, all of the data.
+            A rank that fails ends the call on all ranks, a hung one after 100 s (300 s at the
+            start); ``fasthessian.distributed.Ranks`` sets other limits. Ranks that differ in the
+            model, its values, options or versions are refused. None: one process, all of the data.
         mode: ``"eval"`` or ``"train"``. In training mode, dropout masks are drawn once per batch
             and then stay fixed.
         memory_budget: bytes for kept graphs; None means half of the free memory.

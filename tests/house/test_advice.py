@@ -37,7 +37,34 @@ FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
 PLAN = "test_plan.py::test_the_advice_of_an_error_works"
 NOTE = "test_plan.py::test_the_advice_of_a_note_works"
 INSTALLED = "test_advice.py::test_no_message_asks_to_install_an_installed_package"
+GROUPS = "test_bad_groups.py::"
 FOLLOWED = {
+    "make the same call with the same model":
+        "test_consistency.py::test_a_rank_that_differs_is_named_on_all_ranks",
+    "copy those of rank 0: ": "test_consistency.py::test_the_tensors_of_rank_0_can_be_copied",
+    "; make the operator only on the ranks":
+        "test_unlike_ranks.py::"
+        "test_groups_may_overlap_or_have_one_rank_and_a_destroyed_one_is_refused",
+    "which other ranks need, ":
+        "test_unlike_ranks.py::"
+        "test_a_loss_that_is_another_one_in_the_mode_of_other_ranks_is_refused",
+    "first and pass torch.distributed":
+        GROUPS + "test_a_group_needs_an_initialised_process_group",
+    "analyses its own data alone; ": GROUPS + "test_a_run_of_torchrun_without_a_group_is_warned_of",
+    "pass one of them: mesh[name]": GROUPS + "test_a_group_is_a_process_group_or_a_mesh",
+    "; use group=torch.distributed.group.WORLD":
+        GROUPS + "test_a_group_is_a_process_group_or_a_mesh",
+    "() and build a new operator": GROUPS + "test_a_group_that_was_destroyed_needs_a_new_operator",
+    "divide the model by ": GROUPS + "test_fsdp1_is_refused",
+    "pass the torch.nn.Module that was split": GROUPS + "test_a_stage_of_a_pipeline_is_refused",
+    "pass its operators one by one":
+        GROUPS + "test_sharded_needs_a_group_and_a_single_operator",
+    "make the operator with group=":
+        GROUPS + "test_sharded_needs_a_group_and_a_single_operator",
+    "or model.module if that is meant": GROUPS + "test_a_distributed_model_needs_a_group",
+    "; pass the group to both":
+        GROUPS + "test_a_sampler_for_another_number_of_ranks_is_refused",
+    "set a longer timeout: ": GROUPS + "test_a_busy_rank_needs_a_longer_timeout",
     "pass a criterion, or mode='train'":
         "test_detectors.py::test_a_model_with_a_loss_only_in_training_is_refused_in_eval_mode",
     "closure frees its graph":

@@ -43,7 +43,14 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that is not accepted."""
-        _ = self.ranks  # raises for a group that is not accepted
+        ranks = self.ranks  # raises for a group that is not accepted
+        try:
+            self._check()
+        except InputError as error:
+            ranks.leave(error)  # the others may wait for this rank
+            raise
+
+    def _check(self) -> None:
         if self.engine not in ENGINES:
             raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
         if self.precision not in (None, *PRECISIONS):
