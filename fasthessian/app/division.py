@@ -42,7 +42,7 @@ def distribution(
     A: Curvature, options: AnalysisOptions, group: Group, division: str
 ) -> Distribution:
     """How the ranks of ``group`` share the work on ``A``, whose data they divided in this way."""
-    terms, batches = zip(*A.shares, strict=True)
+    terms, batches = zip(*A._shares.of_ranks, strict=True)
     sharded, backend = is_sharded(A, options.sharded), backend_of(group)
     return Distribution(len(terms), backend, division, batches, terms, sharded)
 

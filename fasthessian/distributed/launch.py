@@ -60,7 +60,7 @@ def init(backend: str | None = None, *, deterministic: bool = False) -> Any:
         >>> print(group)  # python script.py; with torchrun, the process group
         None
     """
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         group = dist.group.WORLD
         if deterministic and "nccl" in str(dist.get_backend(group)):
             _check_repeatable()
@@ -73,8 +73,6 @@ def init(backend: str | None = None, *, deterministic: bool = False) -> Any:
             f"{', '.join(missing)} must be set with RANK and WORLD_SIZE, as torchrun does; start "
             f"with torchrun, or unset RANK and WORLD_SIZE"
         )
-    if not dist.is_available():
-        raise UnsupportedError("this build of torch has no torch.distributed; install another one")
     backend = backend or default_backend()
     if "nccl" in backend:
         if deterministic:

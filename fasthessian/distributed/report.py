@@ -15,8 +15,6 @@ LOCAL = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 def report() -> list[str]:
     """One line each: the backends, the process group, torchrun's variables, each hindrance."""
-    if not dist.is_available():
-        return ["this build of torch has no torch.distributed: a job has one process"]
     found = [f"torch.distributed with {', '.join(_backends()) or 'no backend'}"]
     if dist.is_initialized():
         rank, size, backend = dist.get_rank(), dist.get_world_size(), dist.get_backend()

@@ -223,11 +223,6 @@ class Curvature(SymmetricOperator):
 
     # The public methods.
 
-    @property
-    def shares(self) -> list[tuple[float, int]]:
-        """For each rank: the terms of the loss in its data, and their batches or microbatches."""
-        return self._shares.of_ranks
-
     def blocks(
         self, by: str | re.Pattern[str] | Mapping[str, str] | Callable[[str], str | None]
     ) -> dict[str, Block]:

@@ -62,9 +62,8 @@ class Shares:
 
     @property
     def of_ranks(self) -> list[tuple[float, int]]:
-        """The number of terms and of parts of each rank."""
-        loss = self._evaluation.loss
-        return self._of_ranks if self.ranks else [(loss.terms_here, loss.count)]
+        """For each rank: the terms of the loss in its data, and their batches or microbatches."""
+        return self._of_ranks
 
     def _compare_ways(self) -> None:
         """Raise ValueError if the ranks count terms in ways that give them different weights.

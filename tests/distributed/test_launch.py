@@ -143,6 +143,12 @@ def test_doctor_names_what_hinders_gpus(started, gpus, monkeypatch):
     ]  # fmt: skip
     os.environ.update(NCCL_NVLS_ENABLE="0", LOCAL_WORLD_SIZE="2")
     assert described("hindrance") == []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    for name, answer in (("backend", launch.default_backend()), ("rank", 0), ("world_size", 2)):
+        monkeypatch.setattr(dist, f"get_{name}", lambda answer=answer: answer)
+    assert described("hindrance") == []  # with the backend that the next message advises
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+    assert "leave the backend to fasthessian.distributed.init()" in described("hindrance")[0]
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     assert "this build of torch has no NCCL" in described("hindrance")[0]
 
