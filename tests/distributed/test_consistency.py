@@ -156,8 +156,8 @@ def other_seed():
 def test_an_algorithm_needs_the_same_arguments_on_all_ranks(three):
     for line in three(other_seed):
         assert line == (
-            "group needs the same seed on all ranks, got 0 on ranks 0 and 2, 1 on rank 1; make the "
-            "same call with the same model and versions on all ranks"
+            "group needs the same seed of eigsh on all ranks, got 0 on ranks 0 and 2, 1 on rank 1; "
+            "make the same call with the same model and versions on all ranks"
         )
 
 
