@@ -197,7 +197,9 @@ def self_check(A: Curvature) -> Check:
     return dataclasses.replace(check, report=as_options(check.report))
 
 
-def spectra(A: Curvature, options: AnalysisOptions, timed: Timed, saving: Saving) -> Spectra:
+def spectra(
+    A: Curvature, options: AnalysisOptions, timed: Timed, saving: Saving = NOWHERE
+) -> Spectra:
     """Eigenvalues, trace and density, as far as the options ask for them.
 
     If they ask for eigenvalues and the trace, one run of `spectrum` finds both, and the density of
