@@ -7,8 +7,8 @@ from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.resume import resume
 from fasthessian.algorithms.spectrum import spectrum
 from fasthessian.algorithms.trace import trace
+from fasthessian.diagnosis import doctor
 from fasthessian.errors import ConvergenceWarning, InputError, InputTypeError, Stopped
-from fasthessian.kernels import doctor
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.fisher import EmpiricalFisher, Fisher
 from fasthessian.operators.gaussnewton import GaussNewton

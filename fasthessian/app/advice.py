@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 REWRITES = (  # pattern and replacement, applied in this order
+    (r"fh\.resume\('(.*?)/\w+', A(?:, time_limit=\.\.\.)?\)", r"--resume \1"),
+    (r"\btime_limit=", "--time-limit "),
     (r",? or basis='none' needs [\d.]+ \w+", ", or leave the density out (--no-density)"),
     (r"with sigma=\S+ take basis='full', or a sigma of at least \S+", "take basis='full'"),
     (r"fewer steps or pairs, or a smaller ncv", "fewer --steps, --top or --bottom"),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -20,8 +19,12 @@ from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.spectrum import spectrum
 from fasthessian.algorithms.trace import trace
 from fasthessian.app.advice import as_options
-from fasthessian.app.options import MATRICES, AnalysisOptions
+from fasthessian.app.division import Distribution, distribution, divided
+from fasthessian.app.matrix import operator
+from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import Problem
+from fasthessian.app.saving import Saving
+from fasthessian.distributed.ranks import Group, ranks_of
 from fasthessian.errors import ConvergenceWarning, InputError
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.checks import Check
@@ -30,6 +33,7 @@ from fasthessian.results.records import BlockSpectra, Density, Eigenpairs, Estim
 from fasthessian.study.training import OnStep
 
 BLOCK_SAMPLES = 64  # products for the trace of a block
+NOWHERE = Saving()
 LEAST_SAMPLES = 16  # products of the trace that `spectrum` always keeps free
 
 T = TypeVar("T")
@@ -63,6 +67,7 @@ class Analysis:
     blocks: BlockSpectra | None = None
     kernels: str = ""  # name of the backend that serves the operator's device
     failed: tuple[str, ...] = ()  # stages after the spectrum that failed, and why
+    distribution: Distribution | None = None  # None for one process
 
 
 class Spectra(NamedTuple):
@@ -102,8 +107,17 @@ class Timed:
             return None
 
 
-def analyze(problem: Problem, options: AnalysisOptions, stage: Stage) -> Analysis:
+def analyze(
+    problem: Problem,
+    options: AnalysisOptions,
+    stage: Stage,
+    group: Group = None,
+    saving: Saving = NOWHERE,
+) -> Analysis:
     """Compute what ``options`` ask for, of the curvature matrix of ``problem`` that they name.
+
+    With ``group``, the ranks divide the data and return the same numbers. ``saving`` saves all
+    except self-checks and blocks, and goes on with what was saved before.
 
     The landscape runs along the first two eigenvectors, or along one if only one was asked for. If
     the landscape or the blocks fail, the result holds the rest and ``failed`` says why.
@@ -111,11 +125,19 @@ def analyze(problem: Problem, options: AnalysisOptions, stage: Stage) -> Analysi
     Raises:
         ValueError: the operator or an algorithm cannot work with the options, model or batch.
     """
+    ranks = ranks_of(group)
+    if options.sharded and not ranks:
+        raise InputError(
+            "--sharded needs several ranks; start with torchrun --nproc-per-node 2 -m fasthessian"
+        )
     timed = Timed(stage)
     start = time.perf_counter()
+    division = ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        A = operator(problem, options)
+        if ranks:
+            problem, division = divided(problem, options, ranks)
+        A = operator(problem, options, group)
         for option, k in (("--top", options.top), ("--bottom", options.bottom)):
             if k > A.n:
                 raise InputError(f"{option} {k} is more than the {A.n} parameters of the model")
@@ -126,7 +148,8 @@ def analyze(problem: Problem, options: AnalysisOptions, stage: Stage) -> Analysi
         check = (
             timed.run("check", "self-checks", lambda _: self_check(A)) if options.check else None
         )
-        found = spectra(A, options, timed)
+        saving.make(ranks)
+        found = spectra(A, options, timed, saving)
         surface = None
         if options.landscape and found.top is not None:
             top = found.top
@@ -136,7 +159,9 @@ def analyze(problem: Problem, options: AnalysisOptions, stage: Stage) -> Analysi
             surface = timed.attempt(
                 "landscape",
                 "loss landscape",
-                lambda step: landscape(A, top.vectors[:2], span, options.points, progress=step),
+                lambda step: saving.run(
+                    "landscape", landscape, A, top.vectors[:2], span, options.points, progress=step
+                ),
             )
         parts = None
         if blocks:
@@ -145,6 +170,8 @@ def analyze(problem: Problem, options: AnalysisOptions, stage: Stage) -> Analysi
                 "blocks", title, lambda step: block_spectra(blocks, options.seed, step)
             )
     notes = [as_options(" ".join(str(w.message).split())) for w in caught] + timed.failed
+    for rank, others in enumerate(ranks.objects(notes)):
+        notes += [f"rank {rank}: {note}" for note in others if note not in notes]
     return Analysis(
         parameters=A.n,
         tensors=len(A.layout.names),
@@ -160,34 +187,8 @@ def analyze(problem: Problem, options: AnalysisOptions, stage: Stage) -> Analysi
         blocks=parts,
         kernels=kernels.select(A.device).NAME,
         failed=tuple(timed.failed),
+        distribution=distribution(A, options, group, division) if ranks else None,
     )
-
-
-def operator(problem: Problem, options: AnalysisOptions) -> Curvature:
-    """The matrix that the options name."""
-    keywords: dict[str, Any] = {
-        name: getattr(options, name)
-        for name in ("engine", "mode", "precision", "microbatch", "weight_decay")
-    }
-    if options.matrix == "fisher":
-        keywords["seed"] = options.seed
-    if options.params is not None:
-        named = dict(problem.model.named_parameters())
-        try:
-            chosen = [
-                k for k, p in named.items() if p.requires_grad and re.search(options.params, k)
-            ]
-        except re.error as error:
-            raise InputError(
-                f"--params {options.params!r} is not a regular expression: {error}"
-            ) from error
-        if not chosen:
-            raise InputError(
-                f"--params {options.params!r} matches no trainable parameter of the model; its "
-                f"names are {', '.join(list(named)[:4])}{', ...' if len(named) > 4 else ''}"
-            )
-        keywords["params"] = chosen
-    return MATRICES[options.matrix].make(problem.model, problem.criterion, problem.data, **keywords)
 
 
 def self_check(A: Curvature) -> Check:
@@ -196,7 +197,9 @@ def self_check(A: Curvature) -> Check:
     return dataclasses.replace(check, report=as_options(check.report))
 
 
-def spectra(A: Curvature, options: AnalysisOptions, timed: Timed) -> Spectra:
+def spectra(
+    A: Curvature, options: AnalysisOptions, timed: Timed, saving: Saving = NOWHERE
+) -> Spectra:
     """Eigenvalues, trace and density, as far as the options ask for them.
 
     If they ask for eigenvalues and the trace, one run of `spectrum` finds both, and the density of
@@ -205,7 +208,11 @@ def spectra(A: Curvature, options: AnalysisOptions, timed: Timed) -> Spectra:
     first probe of the density is part of these, even if it takes more, and the trace takes what
     they leave, at least 16.
     """
-    keywords: dict[str, Any] = {"seed": options.seed, "basis": options.basis}
+    keywords: dict[str, Any] = {
+        "seed": options.seed,
+        "basis": options.basis,
+        "sharded": options.sharded,
+    }
     steps = min(options.steps, A.n)
     if options.trace and options.top + options.bottom:
         if not options.density:
@@ -219,7 +226,9 @@ def spectra(A: Curvature, options: AnalysisOptions, timed: Timed) -> Spectra:
         one = timed.run(
             "spectrum",
             "spectrum",
-            lambda step: spectrum(
+            lambda step: saving.run(
+                "spectrum",
+                spectrum,
                 A,
                 k=(options.top, options.bottom),
                 steps=steps,
@@ -242,12 +251,15 @@ def spectra(A: Curvature, options: AnalysisOptions, timed: Timed) -> Spectra:
         if k == 0:
             return None
         most = options.max_products
-        return timed.run(
+        found: Eigenpairs = timed.run(
             key,
             f"{key} {k} eigenvalues",
-            lambda step: eigsh(A, k, which, max_matvecs=most, progress=step, **keywords),
+            lambda step: saving.run(
+                key, eigsh, A, k=k, which=which, max_matvecs=most, progress=step, **keywords
+            ),
             most,
         )
+        return found
 
     top, bottom = end("top", options.top, "LA"), end("bottom", options.bottom, "SA")
     total = shape = None
@@ -255,13 +267,17 @@ def spectra(A: Curvature, options: AnalysisOptions, timed: Timed) -> Spectra:
         total = timed.run(
             "trace",
             "trace",
-            lambda step: trace(A, rtol=options.trace_rtol, seed=options.seed, progress=step),
+            lambda step: saving.run(
+                "trace", trace, A, rtol=options.trace_rtol, seed=options.seed, progress=step
+            ),
         )
     if options.density:
         shape = timed.run(
             "density",
             "spectral density",
-            lambda step: density(A, steps=steps, probes=options.probes, progress=step, **keywords),
+            lambda step: saving.run(
+                "density", density, A, steps=steps, probes=options.probes, progress=step, **keywords
+            ),
         )
     return Spectra(top, bottom, total, shape)
 

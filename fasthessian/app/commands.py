@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import sys
-import time
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,8 @@ from click.core import ParameterSource
 
 from fasthessian.__about__ import __version__
 from fasthessian.app.plan import plan_command
-from fasthessian.app.problems import BUILTIN, Settings, load
+from fasthessian.app.problems import BUILTIN
+from fasthessian.distributed.launch import is_first
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import FORMATS
 from fasthessian.operators.products.engines import ENGINES
@@ -29,7 +29,21 @@ Examples:
   fasthessian analyze my_script:problem --steps 100 --probes 4
   fasthessian analyze my_script:problem --blocks layer --check --no-density --no-landscape
   fasthessian analyze my_script:problem --matrix ggn --params "^head" --microbatch 32
+  fasthessian analyze my_script:problem --checkpoint run --time-limit 3000
+  fasthessian analyze my_script:problem --resume run --time-limit 3000
+  torchrun --nproc-per-node 2 -m fasthessian analyze my_script:problem --sharded
 """
+
+
+def once(command: Callable[..., Any] | None) -> Callable[..., Any]:
+    """A command that rank 0 carries out alone, if torchrun started several ranks."""
+    assert command is not None
+
+    @functools.wraps(command)
+    def on_rank_0(*args: Any, **options: Any) -> Any:
+        return command(*args, **options) if is_first() else None
+
+    return on_rank_0
 
 
 @click.group(
@@ -73,6 +87,13 @@ None, for Hugging Face models, which return their loss.
 
 The report folder holds report.html (open it in a browser), result.json (all numbers) and the
 figures. The same seed gives the same numbers.
+
+Several processes, each with its GPU if there are some, share the work if torchrun starts them.
+They divide the data that the function returns; if it returns other data on each rank, or a loader
+with a DistributedSampler, these are the shares. Rank 0 prints and writes.
+
+\b
+  torchrun --nproc-per-node 2 -m fasthessian analyze my_script:problem
 
 {EXAMPLES}"""
 )
@@ -164,6 +185,12 @@ figures. The same seed gives the same numbers.
     "of the largest eigenvalue. offload: vectors of a GPU in host memory.",
 )
 @click.option(
+    "--sharded/--no-sharded",
+    default=None,
+    help="Of several ranks, each keeps a part of every Lanczos vector. Without it: if the model is "
+    "so large that it pays.",
+)
+@click.option(
     "--check",
     is_flag=True,
     help="First check the products on this model: symmetry, repetition, central differences, "
@@ -189,6 +216,25 @@ figures. The same seed gives the same numbers.
     type=float,
     help="The landscape reaches from -span to +span; without it, the curvature sets the span.",
 )
+@click.option(
+    "--checkpoint",
+    metavar="DIR",
+    help="New folder in which spectrum and landscape are saved every minute or so. After a kill, "
+    "or SIGTERM, SIGUSR1 or SIGUSR2, which save and stop, go on with --resume.",
+)
+@click.option(
+    "--resume",
+    metavar="DIR",
+    help="Go on with what --checkpoint saved; all other options as in the first call. The training "
+    "is repeated, which gives the same model.",
+)
+@click.option(
+    "--time-limit",
+    type=float,
+    metavar="SECONDS",
+    help="Save in time and stop with exit code 0, the training included; with --checkpoint or "
+    "--resume.",
+)
 @click.option("--out", metavar="DIR", default="report", help="Report folder, new or empty.")
 @click.option("--overwrite", is_flag=True, help="Replace a report that the folder already has.")
 @click.option(
@@ -198,68 +244,17 @@ figures. The same seed gives the same numbers.
 @click.pass_context
 def analyze(ctx: click.Context, /, **options: Any) -> None:
     """Read the options, run the analysis, show and write the result."""
-    begin = time.perf_counter()
-    import torch
+    from fasthessian.app.carry_out import carry_out
 
-    from fasthessian.app import analysis
-    from fasthessian.app.delivery import Unfinished, deliver
-    from fasthessian.app.options import AnalysisOptions
-    from fasthessian.app.progress import Stages, show_summary, stderr
-    from fasthessian.app.report.folder import check_folder
-    from fasthessian.app.report.html import template
-    from fasthessian.app.report.result import result_of
-    from fasthessian.app.report.summary import steps
-    from fasthessian.results.plots import figure
-
-    def pick(*names: str) -> dict[str, Any]:
-        return {name: options[name] for name in names}
-
-    asked = AnalysisOptions(
-        **pick(
-            "top", "bottom", "max_products", "trace", "trace_rtol", "density", "steps", "probes"
-        ),
-        **pick("basis", "landscape", "points", "span", "seed", "check", "blocks"),
-        **pick("matrix", "engine", "mode", "params", "precision", "microbatch", "weight_decay"),
-    )
-    quiet = options["as_json"] and ctx.get_parameter_source("out") is ParameterSource.DEFAULT
-    out = None if quiet else options["out"]
-    if out is not None:
-        figure()  # these two raise before the work if matplotlib or jinja2 is missing
-        template()
-        check_folder(out, overwrite=options["overwrite"])
-    if options["threads"] is not None:
-        torch.set_num_threads(options["threads"])
-    settings = Settings(
-        **pick("data", "epochs", "train_images", "lr", "samples", "batch_size", "seed")
-    )
-    console = stderr()
-    # what the user's own code prints must not be mixed with the JSON
-    aside = contextlib.redirect_stdout(sys.stderr if options["as_json"] else sys.stdout)
-    with Stages(console) as stages, aside:
-        start = time.perf_counter()
-        name = options["problem"]
-        progress = stages.stage(f"{'training' if name in BUILTIN else 'loading'} {name}")
-        problem = load(name, settings, progress)
-        timing = {"training": time.perf_counter() - start}
-        found = analysis.analyze(problem, asked, stages.stage)
-    timing |= found.seconds | {"total": time.perf_counter() - begin}
-    result = result_of(problem, asked, found, timing)
-    stages.say(f"engine {found.engine}")
-    if words := steps(result):
-        stages.say(f"Lanczos steps {words}")
-    unfinished = deliver(result, out, options["as_json"], options["overwrite"])
-    where = None if out is None or unfinished else str(Path(out) / "report.html")
-    show_summary(console, result, where)
-    if unfinished is not None:
-        raise unfinished
-    if found.failed:
-        raise Unfinished(f"{'; '.join(found.failed)}; the result holds everything else")
+    named = ctx.get_parameter_source("out") is not ParameterSource.DEFAULT
+    carry_out(options, named)
 
 
 @cli.command()
 @click.argument("result", metavar="RESULT.JSON")
 @click.option("--out", metavar="DIR", default="figures", help="Folder for the figures.")
 @click.option("--overwrite", is_flag=True, help="Replace figures that the folder already has.")
+@once
 def plot(result: str, out: str, overwrite: bool) -> None:
     r"""Draw the figures of a RESULT.JSON again.
 
@@ -280,9 +275,10 @@ def plot(result: str, out: str, overwrite: bool) -> None:
         click.echo(Path(out) / name)
 
 
-@cli.command()
-def doctor() -> None:
-    r"""Show which kernels serve on this machine.
+@cli.command("doctor")
+@once
+def doctor_command() -> None:
+    r"""Show which kernels serve on this machine, and what several ranks would find.
 
     For each kernel that does not serve, it says why.
 
@@ -290,9 +286,10 @@ def doctor() -> None:
     Example:
       fasthessian doctor
     """
-    from fasthessian import kernels
+    from fasthessian.diagnosis import doctor
 
-    click.echo(kernels.doctor())
+    click.echo(doctor())
 
 
+plan_command.callback = once(plan_command.callback)
 cli.add_command(plan_command)

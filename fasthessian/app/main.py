@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -41,10 +43,21 @@ def main(args: Sequence[str] | None = None) -> None:
         from fasthessian.app.advice import as_options
 
         fail(2, as_options(str(error)))
+    except Exception as error:  # each rank may have its own, so each is shown once
+        if "RANK" not in os.environ:
+            raise
+        from fasthessian.distributed.launch import leave
+
+        leave(1, traceback.print_exc, f"{type(error).__name__}: {error}")
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def fail(code: int, message: str) -> NoReturn:
-    """Print the message as one line and leave."""
-    print("error:", " ".join(message.split()), file=sys.stderr)
-    sys.exit(code)
+    """Print the message as one line and leave; of several ranks, rank 0 prints alone."""
+    line = f"error: {' '.join(message.split())}"
+    if "RANK" not in os.environ:
+        print(line, file=sys.stderr)
+        sys.exit(code)
+    from fasthessian.distributed.launch import leave
+
+    leave(code, lambda: print(line, file=sys.stderr))

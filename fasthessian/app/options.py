@@ -59,6 +59,7 @@ class AnalysisOptions:
     precision: str | None = None
     microbatch: int | None = None
     weight_decay: float = 0.0
+    sharded: bool | None = None  # split Lanczos vectors over ranks; None: if that pays
 
     def __post_init__(self) -> None:
         """Raise ValueError for options that do not go together, before any work."""

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fasthessian.distributed.ranks import ALONE, Ranks
 from fasthessian.errors import InputError
 from fasthessian.study import data as images
 from fasthessian.study.resnet import resnet
@@ -109,8 +110,13 @@ BUILTIN = {
 }
 
 
-def load(spec: str, settings: Settings, progress: OnStep | None = None) -> Problem:
+def load(
+    spec: str, settings: Settings, progress: OnStep | None = None, ranks: Ranks = ALONE
+) -> Problem:
     """The problem called ``spec``: a built-in one, trained here, or ``module:function``.
+
+    Each of several ``ranks`` trains, as nobody then waits for the length of a training. Machines
+    may round differently, so all go on with the model of the first rank.
 
     Args:
         spec: a key of `BUILTIN`, or a function to import. The function is called without arguments
@@ -118,13 +124,22 @@ def load(spec: str, settings: Settings, progress: OnStep | None = None) -> Probl
             folder is searched first.
         settings: data, training length, samples and seed.
         progress: called with (training steps done, steps in all).
+        ranks: those of the job.
 
     Raises:
         ValueError: the problem, module or function does not exist, the function returns something
             else, the problem does not take a setting, or the data cannot be read.
     """
     if ":" in spec:
-        return own(spec, settings)
+        return ranks.together(lambda: own(spec, settings))
+    problem = ranks.together(lambda: trained(spec, settings, progress))
+    for tensor in problem.model.state_dict().values():
+        tensor.copy_(ranks.rows(tensor.reshape(-1))[0].view(tensor.shape))
+    return problem
+
+
+def trained(spec: str, settings: Settings, progress: OnStep | None = None) -> Problem:
+    """A built-in problem, trained here."""
     if spec not in BUILTIN:
         raise InputError(
             f"no problem {spec!r}; use {', '.join(BUILTIN)}, or module:function of your own"

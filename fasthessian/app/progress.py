@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -19,6 +20,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from fasthessian.distributed.launch import is_first
+
 if TYPE_CHECKING:
     from fasthessian.app.report.result import Result
     from fasthessian.study.training import OnStep
@@ -27,8 +30,8 @@ EVERY = 15.0  # seconds between lines if stderr is no terminal, on which a bar c
 
 
 def stderr() -> Console:
-    """The terminal or log that standard error goes to."""
-    return Console(stderr=True)
+    """The terminal or log that standard error goes to; of several ranks, rank 0 has it alone."""
+    return Console(stderr=True) if is_first() else Console(file=io.StringIO(), quiet=True)
 
 
 class Stages:

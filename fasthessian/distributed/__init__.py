@@ -1,5 +1,6 @@
 """The ranks of a process group: sums, shards and failures; the only room with torch.distributed."""
 
+from fasthessian.distributed.launch import init
 from fasthessian.distributed.ranks import Ranks
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "init"]

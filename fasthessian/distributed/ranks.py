@@ -290,6 +290,11 @@ class Ranks:
         return (UnsupportedError if error is None else type(error))(f"rank {rank} failed: {reason}")
 
 
+def backend_of(group: Any) -> str:
+    """The backend of a process group, such as ``gloo``."""
+    return str(dist.get_backend(group))
+
+
 ALONE = Ranks()
 _known: weakref.WeakKeyDictionary[Any, Ranks] = weakref.WeakKeyDictionary()
 

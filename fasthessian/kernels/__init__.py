@@ -7,7 +7,6 @@ softmax_curvature_`` (see ``reference``) and ``unavailable(device) -> reason | N
 from __future__ import annotations
 
 import os
-import platform
 from types import ModuleType
 
 import torch
@@ -54,19 +53,9 @@ def select(device: torch.device | str, backend: str | None = None) -> ModuleType
     return module
 
 
-def doctor() -> str:
-    """Report which backends can serve each device here, and why the others cannot.
-
-    Example:
-        >>> import fasthessian as fh
-        >>> "reference" in fh.doctor()
-        True
-    """
-    lines = [
-        f"torch {torch.__version__}, Python {platform.python_version()}, "
-        f"{torch.get_num_threads()} threads, "
-        f"CUDA {'available' if torch.cuda.is_available() else 'not available'}"
-    ]
+def report() -> list[str]:
+    """Which backends can serve each device here, and why the others cannot: lines of ``doctor``."""
+    lines = []
     for name, module in BACKENDS.items():
         detail = getattr(module, "describe", lambda: "pure torch, every device")
         lines.append(f"{name:<10} {detail()}")
@@ -78,4 +67,4 @@ def doctor() -> str:
             lines.append(f"{device:<10} served by {select(device).NAME}")
         except (RuntimeError, ValueError) as error:
             lines.append(f"{device:<10} not served: {error}")
-    return "\n".join(lines)
+    return lines

@@ -34,9 +34,13 @@ def check_sharded(A: Any, sharded: Any) -> None:
         )
 
 
-def sharded_operator(A: SymmetricOperator, sharded: bool | None) -> SymmetricOperator:
-    """The operator on slices if that is wanted, or for None if it pays; else the operator."""
-    ranks = A._matrix._ranks
+def is_sharded(A: SymmetricOperator, sharded: bool | None) -> bool:
+    """Whether vectors are split: if that is wanted, or for None if it pays."""
     if sharded is None:
-        sharded = ranks.size > 1 and A.n >= PAYS
-    return Sliced(A) if sharded and isinstance(A, (Curvature, Block)) else A
+        sharded = A._matrix._ranks.size > 1 and A.n >= PAYS
+    return sharded and isinstance(A, (Curvature, Block))
+
+
+def sharded_operator(A: SymmetricOperator, sharded: bool | None) -> SymmetricOperator:
+    """The operator on slices if vectors are split; else the operator."""
+    return Sliced(A) if is_sharded(A, sharded) and isinstance(A, (Curvature, Block)) else A

@@ -30,6 +30,7 @@ class Shares:
     def __init__(self, ranks: Ranks, evaluation: Evaluation) -> None:
         self.ranks, self._evaluation = ranks, evaluation
         self._terms = 0.0  # of all ranks
+        self._of_ranks: list[tuple[float, int]] = []
 
     def agree(self) -> None:
         """Count the terms of all ranks.
@@ -47,6 +48,7 @@ class Shares:
             return [loss.terms_here, loss.count, loss.samples, evaluation.relative_error()]
 
         rows = self.ranks.exchanged(counted, 4)
+        self._of_ranks = [(terms, int(parts)) for terms, parts, *_ in rows.tolist()]
         evaluation.error = float(rows[:, 3].max())  # algorithms decide by it: it must be the same
         total = float(rows[:, 0].sum())
         if total <= 0:
@@ -57,6 +59,11 @@ class Shares:
         self._terms = total
         _, parts, samples, _ = rows[: self.ranks.rank].sum(0).tolist()
         loss.set_share(total, int(parts), int(samples))
+
+    @property
+    def of_ranks(self) -> list[tuple[float, int]]:
+        """For each rank: the terms of the loss in its data, and their batches or microbatches."""
+        return self._of_ranks
 
     def _compare_ways(self) -> None:
         """Raise ValueError if the ranks count terms in ways that give them different weights.

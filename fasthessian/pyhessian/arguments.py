@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fasthessian.distributed.ranks import ALONE, Ranks
 from fasthessian.errors import ConvergenceWarning, InputError, InputTypeError, UnsupportedError
 from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.loss.batches import Batch, leaves
 from fasthessian.operators.loss.calls import raised_in
-from fasthessian.operators.loss.sources import LoaderSource
+from fasthessian.operators.loss.sources import LoaderSource, own_samples
 
 # scripts save results and load them again, and `torch.load` refuses types that it does not know
 torch.serialization.add_safe_globals([float])
@@ -112,15 +113,18 @@ def _ours(error: Exception) -> bool:
     return raised_in(error).startswith(PACKAGE)
 
 
-def one_pass(loader: Iterable[Batch]) -> list[Batch]:
+def one_pass(loader: Iterable[Batch], ranks: Ranks = ALONE) -> list[Batch]:
     """The batches of one pass over a loader that yields different batches at each pass.
+
+    Samples that a DistributedSampler repeats to give all ranks the same number are left out.
 
     Raises:
         RuntimeError: the batches take more than half of the free memory.
     """
     room = available_bytes(torch.device("cpu")) // 2
     batches, held = [], 0
-    with contextlib.closing(LoaderSource(loader, ordered=False).one_pass()) as stream:
+    source = LoaderSource(loader, False, own_samples(loader, ranks))
+    with contextlib.closing(source.one_pass()) as stream:
         for batch in stream:
             held += sum(tensor.nbytes for tensor in leaves(batch))
             if held > room:
@@ -136,7 +140,7 @@ def one_pass(loader: Iterable[Batch]) -> list[Batch]:
         f"drop_last): the {len(batches)} of one pass ({readable(held)}) are kept, so that H is one "
         "matrix; pass dataloader=list(dataloader) to keep them yourself",
         UserWarning,
-        stacklevel=5,
+        stacklevel=6,
     )
     return batches
 

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fasthessian.distributed.ranks import Group, ranks_of
 from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.hessian import Hessian
@@ -16,7 +17,7 @@ from fasthessian.operators.loss.sources import CHANGED
 from fasthessian.operators.torch_state.lock import process_lock
 from fasthessian.operators.torch_state.snapshot import Snapshot
 from fasthessian.pyhessian.arguments import Number, explained, one_pass
-from fasthessian.pyhessian.products import gradients, operator, same, surroundings
+from fasthessian.pyhessian.products import gradients, operator, same, surroundings, without_graph
 from fasthessian.pyhessian.utils import hessian_vector_product
 from fasthessian.vectors import Layout
 
@@ -36,6 +37,7 @@ class Attributes:
     params: list[Tensor]
 
     _initialised = False
+    _group: Group = None
     _held: tuple[tuple[Any, ...], Hessian] | None = None
     _pass: tuple[Any, list[Any]] | None = None  # a loader that changes, and one pass over it
     _gradients: tuple[list[Tensor], Snapshot] | None = None  # with the point they belong to
@@ -48,7 +50,7 @@ class Attributes:
 
         With ``data`` they have the graph that `hessian_vector_product` differentiates; it is built
         again after the parameters change. With ``dataloader`` they are the mean gradient, without a
-        graph.
+        graph. With ``group`` they are the gradient over the data of all ranks.
         """
         params = self._trainable()
         held = self._gradients
@@ -65,14 +67,15 @@ class Attributes:
 
     def _differentiated(self, params: list[Tensor], curved: bool = True) -> Sequence[Tensor | None]:
         """The gradients of the loss; with ``data``, they have their graph."""
-        if not self.full_dataset:
+        if not self.full_dataset and self._group is None:
             return gradients(self.model, self.criterion, self._batches(), params, curved)
 
         def mean() -> list[Tensor]:
             A = self._hessian(params)
             return A.layout.views(A.gradient())
 
-        return self._settled(mean)
+        found = self._settled(mean)
+        return found if self._group is None else without_graph(found, params)
 
     def _keep(
         self, params: list[Tensor], grads: Sequence[Tensor | None]
@@ -116,21 +119,35 @@ class Attributes:
     def _settled(self, work: Callable[[], Result]) -> Result:
         """The result of ``work``; if the loader proves to change, one pass of it is kept first.
 
+        If it changes on one rank, ``work`` raises an error that says so on all.
+
         Raises:
             RuntimeError: products have already been made from batches of an earlier pass.
         """
-        try:
-            return work()
-        except RuntimeError as error:
-            if not str(error).startswith(CHANGED):
-                raise
-            if self._held is not None and self._held[1].matvecs:
-                raise UnsupportedError(
-                    "dataloader yields other batches than at the products before; "
-                    "pass dataloader=list(dataloader)"
-                ) from None
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                here = any(str(e).startswith(CHANGED) for e in (error, error.__cause__))
+                if not (here or (self._group is not None and CHANGED in str(error))):
+                    raise
+                if self._held is not None and self._held[1].matvecs:
+                    raise UnsupportedError(
+                        "dataloader yields other batches than at the products before; "
+                        "pass dataloader=list(dataloader)"
+                    ) from None
+            self._keep_pass(here)
+
+    def _keep_pass(self, here: bool) -> None:
+        """Keep one pass over the loader if it changes ``here``; it may also be on another rank."""
+        if self._group is None:
             self._pass = self.data, one_pass(self.data)
-        return work()
+            return
+        self._held = None  # all ranks build the operator again
+        ranks = ranks_of(self._group)
+        batches = ranks.together(lambda: one_pass(self.data, ranks) if here else None)
+        if batches is not None:
+            self._pass = self.data, batches
 
     def _operator(self) -> tuple[SymmetricOperator, Layout]:
         """The current operator on flat vectors, and their layout."""
@@ -139,7 +156,13 @@ class Attributes:
             if method is not Attributes.dataloader_hv_product:
                 return operator(self._overridden, self.params)
         elif not (self._made_here() and same(self.params, self._trainable())):
-            return operator(self._by_gradients, self.params)
+            if self._group is None:
+                return operator(self._by_gradients, self.params)
+            if not self._made_here():
+                raise InputError(
+                    "gradsH must not be assigned with group, since each rank has the graph of its "
+                    "share of the data alone; assign params, which is enough"
+                )
         if self._made_here() and not self._shown:
             self._gradients, self._built = None, ()  # the operator has its own graphs
         A = self._hessian(self.params)
@@ -164,7 +187,10 @@ class Attributes:
         mode = "eval" if self._initialised or not self.model.training else "train"
         key = (self.model, self.criterion, mode, self._pass, *batch, *params)
         if self._held is None or not same(self._held[0], key):
-            A = Hessian(self.model, self.criterion, self._batches(), params=params, mode=mode)
+            A = Hessian(
+                self.model, self.criterion, self._batches(), params=params, mode=mode,
+                group=self._group,
+            )  # fmt: skip
             self._held = key, A
         return self._held[1]
 

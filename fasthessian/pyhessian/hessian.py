@@ -16,8 +16,10 @@ from fasthessian.algorithms.density import density
 from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.trace import trace
 from fasthessian.arguments import integer
+from fasthessian.distributed.ranks import Group, ranks_of
 from fasthessian.errors import ConvergenceWarning, InputError
 from fasthessian.operators.loss.batches import to_device
+from fasthessian.operators.parameters import unwrapped
 from fasthessian.pyhessian.arguments import (
     asks_cuda,
     check_model,
@@ -75,6 +77,11 @@ class hessian(Attributes):
             the batches of one pass are kept, with a warning.
         cuda, device: accepted for old scripts. The device is that of the parameters; asking for
             CUDA on a machine without CUDA warns once.
+        group: the process group that the data are divided over, as in `fasthessian.Hessian`. Each
+            rank passes its own share, ``dataloader=[]`` if it has none. All ranks get the
+            results of one process with all data, and whole eigenvectors. They must make the same
+            calls in the same order; reading ``gradsH`` is a call, too. It is then the gradient of
+            the whole loss, whose derivative is refused: each rank has the graph of its share alone.
 
     Attributes:
         model, criterion, data, inputs, targets: as given, on the device.
@@ -111,9 +118,13 @@ class hessian(Attributes):
         cuda: Any = True,
         *,
         device: Any = None,
+        group: Group = None,
     ) -> None:
         check_model(model)
         check_source(data, dataloader)
+        ranks = ranks_of(group)
+        unwrapped(model, ranks)  # refuses DistributedDataParallel without group
+        self._group = group
         self.model, self.criterion = model.eval(), criterion
         self.params = self._trainable()
         if not self.params:
@@ -121,11 +132,16 @@ class hessian(Attributes):
         self.device = device_name(self.params[0].device, wanted=asks_cuda(cuda, device))
         self.full_dataset = data is None
         self._initialised = True
-        if data is None:
-            self.data = dataloader
+
+        def take() -> list[float]:
+            self.data = dataloader if data is None else data
+            if data is not None:
+                self.inputs, self.targets = split_batch(to_device(data, self.params[0].device))
+            return [data is not None]
+
+        given = ranks.exchanged(take, 1).any() if ranks else take()[0]
+        if not given:  # on no rank
             return
-        self.data = data
-        self.inputs, self.targets = split_batch(to_device(data, self.params[0].device))
         with explained():
             try:
                 grads = self._differentiated(self.params)
@@ -156,7 +172,9 @@ class hessian(Attributes):
         most = maxIter * top_n
         with quiet():
             pairs, layout = self._run(
-                lambda A: eigsh(A, min(top_n, A.n), "LM", tol=rtol, max_matvecs=most, seed=seed)
+                lambda A: eigsh(
+                    A, min(top_n, A.n), "LM", tol=rtol, max_matvecs=most, seed=seed, gather=True
+                )
             )
         if not pairs.converged and tol > 0:
             warnings.warn(
@@ -210,5 +228,6 @@ class hessian(Attributes):
         return numbers(result.nodes), numbers(result.weights)
 
     def _seed(self) -> int:
-        """A seed drawn from torch's random state."""
-        return int(torch.randint(1 << 56, (), device="cpu"))
+        """A seed drawn from torch's random state: that of the first rank."""
+        own = int(torch.randint(1 << 56, (), device="cpu"))
+        return own if self._group is None else int(ranks_of(self._group).objects(own)[0])

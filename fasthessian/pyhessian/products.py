@@ -62,6 +62,30 @@ def leave(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
             p.grad = None if grad is None else grad.clone()
 
 
+class _WithoutGraph(torch.autograd.Function):
+    """A gradient of the whole loss; the graphs of its parts are on other ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, param: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise InputError(
+            "gradsH of a hessian with group cannot be differentiated: each rank has the graph of "
+            "its share of the data alone; use h.dataloader_hv_product(v), which sums over the ranks"
+        )
+
+
+def without_graph(grads: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of the loss of all ranks, whose derivatives by the parameters are refused.
+
+    Without that, `hessian_vector_product` would return zeros, as for linear parameters.
+    """
+    with no_inference_mode(), grad_mode(True):
+        return [_WithoutGraph.apply(g, p) for g, p in zip(grads, params, strict=True)]  # type: ignore[no-untyped-call]
+
+
 def operator(product: Product, params: Sequence[Tensor]) -> tuple[SymmetricOperator, Layout]:
     """A product on lists of tensors as an operator on flat vectors, with their layout."""
     layout = Layout({f"params[{i}]": p for i, p in enumerate(params)})

@@ -103,7 +103,7 @@ def test_the_kernels_on_record_are_those_of_the_operators_device(monkeypatch):
     def select(device):
         return types.SimpleNamespace(NAME=f"kernels for {device}")
 
-    def moved(A, options, timed):
+    def moved(A, options, timed, saving):
         A.device = torch.device("cuda", 1)
         return Spectra()
 

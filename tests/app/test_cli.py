@@ -307,7 +307,7 @@ def test_an_interrupt_leaves_no_report(here, capsys, monkeypatch):
     def interrupt(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("fasthessian.app.report.result.result_of", interrupt)
+    monkeypatch.setattr("fasthessian.app.carry_out.result_of", interrupt)
     code, _, err = run(capsys, "analyze", "mine:problem", *SMALL)
     assert code == 130 and err.endswith("error: interrupted; nothing was written\n")
     assert sorted(os.listdir()) == ["mine.py"]

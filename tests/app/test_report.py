@@ -12,6 +12,7 @@ import torch
 
 import fasthessian as fh
 from fasthessian.app.analysis import Analysis
+from fasthessian.app.division import Distribution
 from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import Problem
 from fasthessian.app.report import figures, folder, method, result, summary
@@ -72,6 +73,7 @@ def small_analysis(**changes):
             tensor(12.0, -3.0), tensor(1.0, 0.5),
         ),
         check=Check(1e-7, 0.0, 1e-4, 1e-3, math.nan, 1e-8, True, "symmetry ok"),
+        distribution=Distribution(2, "gloo", "whole batches <2>", (1, 1), (9.0, 12.0), True),
     )  # fmt: skip
     return dataclasses.replace(analysis, **changes)
 

@@ -34,6 +34,7 @@ ADVICE = re.compile(
 
 MEMORY = "test_advice_works.py::test_a_basis_that_does_not_fit"
 FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
+SAVING = "test_saving.py::test_the_advice_about_checkpoints_works"
 PLAN = "test_plan.py::test_the_advice_of_an_error_works"
 NOTE = "test_plan.py::test_the_advice_of_a_note_works"
 INSTALLED = "test_advice.py::test_no_message_asks_to_install_an_installed_package"
@@ -143,6 +144,14 @@ FOLLOWED = {
     "use --wrap plain, or raise --ranks": PLAN,
     " is not known; give --": NOTE,
     "are not counted; give --activation-memory": NOTE,
+    "and --resume goes on; give one": SAVING,
+    "needs a folder to save to; give --checkpoint DIR": SAVING,
+    "; give the options of the first call": SAVING,
+    "as torchrun does; start with torchrun, or unset":
+        "test_launch.py::test_missing_variables_are_named",
+    " has no GPU, this machine has ": "test_launch.py::test_more_ranks_than_gpus_are_refused",
+    "leave the backend to fasthessian.distributed.init()":
+        "test_launch.py::test_doctor_names_what_hinders_gpus",
     "take: basis=": "test_plan.py::test_nothing_fits",
     "ask the scheduler for: ": "test_plan.py::test_the_tables_show_the_numbers",
 }  # fmt: skip

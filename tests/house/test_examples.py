@@ -75,4 +75,4 @@ def test_example_scripts_run(path, tmp_path):
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 5
+    assert len(EXAMPLES) == 6

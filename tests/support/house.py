@@ -20,7 +20,7 @@ EXTENSION = f"{PACKAGE}._native"  # compiled: no module of a room
 FLOORS = (
     ("__about__", "errors", "arguments", "memory"),
     ("kernels", "distributed", "planning"),
-    ("vectors",),
+    ("vectors", "diagnosis"),
     ("results",),
     ("checkpoints",),
     ("operators.torch_state", "operators.request", "operators.kept"),

@@ -17,6 +17,7 @@ import torch
 
 from fasthessian.__about__ import __version__
 from fasthessian.app.analysis import Analysis
+from fasthessian.app.division import Distribution
 from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import Problem
 from fasthessian.errors import InputError
@@ -34,6 +35,7 @@ PARTS: dict[str, type[Record]] = {
     "landscape": Landscape,
     "blocks": BlockSpectra,
     "check": Check,
+    "distribution": Distribution,
 }
 
 

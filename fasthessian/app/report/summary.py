@@ -6,6 +6,7 @@ import math
 
 from torch import Tensor
 
+from fasthessian.app.division import Distribution
 from fasthessian.app.options import MATRICES
 from fasthessian.app.report.result import Result
 from fasthessian.results.plots import shown
@@ -78,9 +79,23 @@ def summary(result: Result) -> Rows:
         rows.append(("landscape", loss_range(found.landscape.losses)))
     if found.blocks is not None:
         rows.append(("blocks", "\n".join(block_lines(found.blocks))))
+    if found.distribution is not None:
+        rows.append(("ranks", ranks(found.distribution)))
     rows.append(("products", f"{found.matvecs:,} {kind(result)}-vector products"))
     rows.append(("time", f"{result.timing['total']:.1f} s"))
     return rows
+
+
+def ranks(found: Distribution) -> str:
+    """How many ranks there were, and what each of them did."""
+    shares = zip(found.terms, found.batches, strict=True)
+    words = [f"{terms:g} terms in {batches}" for terms, batches in shares]
+    more = f" and {len(words) - LISTED} more" if len(words) > LISTED else ""
+    split = "; Lanczos vectors are split over them" if found.sharded else ""
+    return (
+        f"{found.ranks} with {found.backend}{split}\n{found.division}\n"
+        f"terms of the loss and batches: {', '.join(words[:LISTED])}{more}"
+    )
 
 
 def eigenvalues(symbol: str, pairs: Eigenpairs) -> Rows:

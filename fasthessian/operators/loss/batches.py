@@ -126,34 +126,41 @@ def halves(batch: Batch, dim: int = 0) -> Iterator[Batch]:
 
 def _windows(batch: Batch, count: int, most: int, dim: int) -> Iterator[Batch]:
     """Cut what is ``count`` long along ``dim`` into pieces of at most ``most``."""
+    for start in range(0, count, most):
+        yield piece(batch, start, min(start + most, count), count, dim)
+
+
+def piece(batch: Batch, start: int, stop: int, count: int, dim: int = 0) -> Batch:
+    """The samples ``start`` to ``stop`` of a batch of ``count``, which are counted along ``dim``.
+
+    Raises:
+        ValueError: the batch holds an object that cannot be cut.
+    """
     if name := uncuttable(batch):
         raise InputError(f"data holds a {name}, which cannot be cut")
-    for start in range(0, count, most):
-        stop = min(start + most, count)
 
-        def window(item: Any, start: int = start, stop: int = stop) -> Any:
-            axis = min(dim, item.dim() - 1) if isinstance(item, Tensor) else -1
-            if axis < 0 or item.shape[axis] != count:
-                return item
-            if item.layout is not torch.strided:
-                raise InputError(
-                    f"data holds a {item.layout} tensor of shape {tuple(item.shape)}, which cannot "
-                    f"be cut"
-                )
-            return item.narrow(axis, start, stop - start)
+    def window(item: Any) -> Any:
+        axis = min(dim, item.dim() - 1) if isinstance(item, Tensor) else -1
+        if axis < 0 or item.shape[axis] != count:
+            return item
+        if item.layout is not torch.strided:
+            raise InputError(
+                f"data holds a {item.layout} tensor of shape {tuple(item.shape)}, which cannot "
+                f"be cut"
+            )
+        return item.narrow(axis, start, stop - start)
 
-        def entries(item: Any, start: int = start, stop: int = stop) -> Any:
-            per_sample = isinstance(item, (tuple, list)) and len(item) == count
-            return item[start:stop] if per_sample else item
+    def entries(item: Any) -> Any:
+        per_sample = isinstance(item, (tuple, list)) and len(item) == count
+        return item[start:stop] if per_sample else item
 
-        if is_rows(batch):
-            yield batch[start:stop]
-        elif dim or not listed_targets(batch):
-            yield mapped(batch, window)
-        elif isinstance(batch, Mapping):
-            yield {key: entries(window(item)) for key, item in batch.items()}
-        else:
-            yield type(batch)(entries(window(item)) for item in batch)
+    if is_rows(batch):
+        return batch[start:stop]
+    if dim or not listed_targets(batch):
+        return mapped(batch, window)
+    if isinstance(batch, Mapping):
+        return {key: entries(window(item)) for key, item in batch.items()}
+    return type(batch)(entries(window(item)) for item in batch)
 
 
 def listed_targets(batch: Batch) -> int:
