@@ -27,7 +27,7 @@ from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.linearised import second_derivative
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.request import Request
-from fasthessian.operators.source import of_closure, of_model
+from fasthessian.operators.source import divided, of_closure, of_model
 
 
 class Hessian(Curvature):
@@ -152,7 +152,9 @@ class Hessian(Curvature):
         microbatch: int | None = None,
         weight_decay: float = 0.0,
     ) -> None:
-        options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
+        options = Options(
+            engine, precision, mode, memory_budget, microbatch, weight_decay, group, divided(model)
+        )
         super().__init__(
             lambda: of_model(model, criterion, data, params, weights, options),
             options,

@@ -45,7 +45,8 @@ class Shares:
             evaluation.within_memory(evaluation.count, "the number of terms")
             return [loss.terms_here, loss.count, loss.samples]
 
-        rows = self.ranks.exchanged(counted, 3)
+        with loss.gathered.open():
+            rows = self.ranks.exchanged(loss.gathered.section(counted), 3)
         total = float(rows[:, 0].sum())
         if total <= 0:
             raise InputError(f"{NO_TERMS}, or no rank has a batch")
@@ -83,10 +84,12 @@ class Shares:
         if not self.ranks:
             work()
             return
-        if not self._evaluation.kept.running:
-            self.agree()
-        with self.ranks.failing(outs):
-            work()
+        gathered = self._evaluation.loss.gathered
+        with gathered.open():
+            if not self._evaluation.kept.running:
+                self.agree()
+            with self.ranks.failing(outs):
+                gathered.section(work)()
         self.ranks.sum_(outs)
         if not deferred and not all(map(finite, outs)):
             self.ranks.check()

@@ -35,8 +35,9 @@ from fasthessian.operators.loss.model_checks import check_modules
 from fasthessian.operators.loss.part import Part
 from fasthessian.operators.loss.sources import LoaderSource, MemorySource, source
 from fasthessian.operators.loss.terms import NO_TERMS, Terms
+from fasthessian.operators.torch_state.gathered import WHOLE, Gathered, shifted
 from fasthessian.operators.torch_state.gradient_hooks import active_hooks
-from fasthessian.operators.torch_state.module_state import own_buffers, shifted, training
+from fasthessian.operators.torch_state.module_state import own_buffers, training
 from fasthessian.operators.torch_state.random_state import seeded
 from fasthessian.operators.torch_state.reachable import (
     DATA,
@@ -61,6 +62,7 @@ class ModelLoss:
         ordered: whether a loader must yield the samples in the same order at every pass.
         scaled: whether a matrix depends on the number of terms even if there is a single part.
         ranks: the ranks that share the data; each of them has its own, possibly none.
+        gathered: the full parameters of a fully_shard model.
 
     Attributes:
         terms_here: the number of terms, or the sum of the given weights, in the data of this rank.
@@ -85,6 +87,7 @@ class ModelLoss:
         ordered: bool = False,
         scaled: bool = False,
         ranks: Ranks = ALONE,
+        gathered: Gathered = WHOLE,
     ) -> None:
         if criterion is not None and not callable(criterion):
             raise InputTypeError(
@@ -92,7 +95,7 @@ class ModelLoss:
             )
         if criterion is None:
             self.origin = "model"
-        self.model, self.criterion = model, criterion
+        self.model, self.criterion, self.gathered = model, criterion, gathered
         self.takes_model = takes_model(criterion)  # the criterion is a loss of (model, batch)
         self._form = ""  # how the loss is found in what the model returns, if that is a guess
         self.microbatch = microbatch
@@ -115,7 +118,7 @@ class ModelLoss:
 
     def _is_batch(self, batch: Batch) -> bool:
         """Whether the loss takes this list of tensors as one batch; if not, it is several."""
-        with training(self.roots, "eval"), torch.no_grad():
+        with training(self.roots, "eval"), self.gathered.place(), torch.no_grad():
             try:
                 self.loss_in_any_mode(0, batch)
             except Exception as error:
@@ -238,17 +241,20 @@ class ModelLoss:
         return coupling(self, params, allowed)
 
     def protected(self) -> Scope[None]:
-        """A scope that does nothing: only the ``roots`` need protection."""
-        return Scope(lambda undo: None)
+        """Inside, the model has full parameters; its ``roots`` are protected elsewhere."""
+        return self.gathered.place()
 
     def _gradient(
         self, batch: Batch, params: Sequence[Tensor], moved: bool, mode: str
     ) -> tuple[Sequence[Tensor], list[float]]:
-        with training(self.roots, mode), shifted(params, STEP if moved else 0.0):
+        with training(self.roots, mode), self._shifted(params, moved):
             loss = self.evaluate(Part(0, 1.0, batch, 0))[1]
             found = denominators(loss)  # before autograd frees the graph
             pieces = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
             return [real(piece) for piece in pieces], found
+
+    def _shifted(self, params: Sequence[Tensor], moved: bool) -> Scope[None]:
+        return shifted(params, STEP if moved else 0.0, self.gathered)
 
     def batches(self) -> Generator[tuple[int, Batch], None, None]:
         """(index, batch) of all batches whose weight is not 0."""
@@ -260,6 +266,7 @@ class ModelLoss:
     def entries(self, whole: bool) -> Iterator[Entry]:
         """What the loss depends on; if not ``whole``, only parameters, buffers and batches."""
         seen: set[int] = set()
+        yield from self.gathered.entries(seen)
         yield from module_entries("model", self.model, POINT, seen, whole)
         if isinstance(self.criterion, nn.Module):
             yield from module_entries("criterion", self.criterion, DATA, seen, whole)
@@ -271,7 +278,7 @@ class ModelLoss:
 
     def named_parameters(self) -> dict[str, Tensor]:
         """The model's parameters as they are now."""
-        return dict(self.model.named_parameters())
+        return self.gathered.replaced(dict(self.model.named_parameters()))
 
     def _chunks(self) -> Generator[tuple[int, float, float, Batch], None, None]:
         """(index of the batch, its weight, the microbatch's weight, microbatch) over one pass."""

@@ -1,0 +1,341 @@
+"""The full parameters of a ``fully_shard`` model during products, by one of two routes.
+
+* ``unshard``: all parameters are gathered before a product or a run of products, and freed after
+  it. Kept graphs refer to the same memory, which holds the same values when it is filled again.
+* ``regather``: a module that reads a parameter gathers it. Graphs do not keep it: they keep its
+  name, and gather it again when a derivative needs it. So few parameters are full at a time.
+
+The user's module keeps its shards. During a pass, its tables of parameters are replaced by tables
+of full ones. Nothing here acts if the model is not divided (``WHOLE``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from fasthessian.distributed.fsdp import Rounds, Shards
+from fasthessian.distributed.ranks import ALONE, Ranks
+from fasthessian.errors import InputError, UnsupportedError
+from fasthessian.memory import readable
+from fasthessian.operators.torch_state.module_state import keep_values
+from fasthessian.operators.torch_state.reachable import POINT, Entry
+from fasthessian.operators.torch_state.scopes import (
+    Scope,
+    UndoLog,
+    saved_tensors,
+    scope,
+)
+from fasthessian.operators.torch_state.snapshot import Snapshot
+from fasthessian.vectors import like, real
+
+R = TypeVar("R")
+_keep_version: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+ROUTES = ("unshard", "regather")
+
+
+class Reference(NamedTuple):
+    """A full parameter, or a view of it, that a graph would keep."""
+
+    name: str
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class Gathered:
+    """Full parameters of a model, for the length of a product or of a run.
+
+    Args:
+        shards: the model's divided parameters; None if it has none.
+
+    Attributes:
+        route: "unshard", "regather", or "" before it is chosen.
+        words: text for ``engine``.
+    """
+
+    def __init__(self, shards: Shards | None = None) -> None:
+        self._shards, self._ranks = shards, ALONE
+        self.route = self.words = ""
+        self._opened = False
+        self._leaves: dict[str, nn.Parameter] = {}
+        self._names: dict[int, str] = {}  # of the leaves, by id
+        self._shifts: dict[str, Tensor] = {}  # by which parameters are moved in a regather
+        self._snapshot: Snapshot | None = None
+        self._changes = torch.zeros(1)  # how often the shards of any rank changed
+        # The full parameters that are alive, and their names, by the address of their storage.
+        # While there is a weak reference, no other storage gets this address.
+        self._alive: dict[int, tuple[StorageWeakRef, str]] = {}
+
+    def __bool__(self) -> bool:
+        """Whether the model is divided."""
+        return self._shards is not None
+
+    @property
+    def regathers(self) -> bool:
+        """Whether graphs gather parameters again."""
+        return self.route == "regather"
+
+    def group(self, group: Any) -> Any:
+        """The process group of the model's mesh, or the user's."""
+        return group if self._shards is None else self._shards.group(group)
+
+    @property
+    def held(self) -> int:
+        """Bytes of full parameters that are kept during a product."""
+        return self._size() if self.route == "unshard" else 0
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the divided parameters."""
+        if self._shards is None:
+            return None
+        return next(iter(self._shards.parameters.values())).device  # type: ignore[no-any-return]
+
+    def _size(self) -> int:
+        assert self._shards is not None
+        dtypes = self._shards.dtypes
+        return sum(p.numel() * dtypes[k].itemsize for k, p in self._shards.parameters.items())
+
+    def choose(self, engine: str, ranks: Ranks, room: float) -> None:
+        """Choose the route. ``room`` is the number of bytes that full parameters may take.
+
+        Raises:
+            ValueError: the engine cannot serve this model.
+        """
+        if self._shards is None:
+            return
+        self._ranks, self._rounds = ranks, Rounds(self._shards, ranks)
+        size, recurrent = self._size(), self._shards.recurrent
+        if engine == "regather" and recurrent:
+            raise InputError(
+                f"engine must be 'unshard' for this model, got 'regather': the recurrent layer "
+                f"{recurrent!r} keeps references to its parameters"
+            )
+        self.route, why = "unshard", f"within the budget of {readable(room)}"
+        if engine in ROUTES:
+            self.route, why = engine, "as asked"
+        elif engine in ("forward", "difference") or recurrent:
+            why = f"which {engine if engine in ('forward', 'difference') else recurrent!r} needs"
+        elif ranks.any([size > room])[0]:  # the ranks must take the same route
+            self.route, why = "regather", f"above the budget of {readable(room)} of some rank"
+        self.words = f"; {self.route}: parameters of {readable(size)} by fully_shard, {why}"
+        for dtype in sorted(map(str, self._shards.reduced)):
+            self.words += (
+                f"; MixedPrecisionPolicy: computed in {dtype.removeprefix('torch.')}, products "
+                f"are summed over the ranks without it"
+            )
+        for name, p in self._shards.parameters.items():
+            leaf = self._leaf(p.shape, self._shards.dtypes[name], p.device)
+            self._leaves[name] = nn.Parameter(leaf, requires_grad=p.requires_grad)
+        self._names = {id(leaf): name for name, leaf in self._leaves.items()}
+
+    def _leaf(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A leaf without memory: to be filled, or NaN that nothing may read."""
+        if self.regathers:
+            return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
+        leaf = torch.empty(shape, dtype=dtype, device=device)
+        leaf.untyped_storage().resize_(0)
+        return leaf
+
+    def replaced(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same parameters, of which the divided ones are replaced by leaves of full shape."""
+        return {name: self._leaves.get(name, p) for name, p in named.items()}
+
+    # all ranks together
+
+    def open(self) -> Scope[None]:
+        """Inside this scope, the full parameters can be used. All ranks enter it together.
+
+        Scopes inside it do nothing, so that a run gathers once.
+        """
+        return _open(self)
+
+    def section(self, job: Callable[[], R]) -> Callable[[], R]:
+        """The job of this rank, which ends when all ranks are done with theirs.
+
+        Ranks may differ in how often they gather. No collective may be called inside.
+        """
+        if not self.regathers:
+            return job
+
+        def done() -> R:
+            try:
+                found = job()
+            except Exception:
+                self._rounds.finish()
+                raise
+            self._rounds.finish()
+            return found
+
+        return done
+
+    def _begin(self) -> None:
+        """Find the shards, see whether any rank's changed, and gather them."""
+        assert self._shards is not None
+        shards, changed = self._shards, False
+
+        def found() -> bool:
+            shards.find()
+            now: dict[Hashable, Tensor] = {**shards.local()}
+            if self._snapshot is None:
+                self._snapshot = Snapshot(now)
+                return False
+            written, changed = self._snapshot.compare(now)
+            self._snapshot.update(now, [*written, *changed])
+            return bool(changed)
+
+        changed = self._ranks.any([self._ranks.together(found)])[0]
+        self._changes += changed
+        if not self.regathers:
+            for name, leaf in self._leaves.items():
+                storage = leaf.untyped_storage()
+                with torch.no_grad(), _keep_version(leaf):
+                    full = shards.full(name)
+                    storage.resize_(full.numel() * full.element_size())
+                    leaf.copy_(full)
+
+    def _end(self) -> None:
+        self._opened = False
+        if not self.regathers:
+            for leaf in self._leaves.values():
+                leaf.untyped_storage().resize_(0)
+
+    # one rank
+
+    def place(self) -> Scope[None]:
+        """Inside this scope, the model computes with full parameters, and without FSDP's hooks."""
+        return _place(self)
+
+    def entries(self, seen: set[int]) -> Iterator[Entry]:
+        """What the loss depends on: the shards of this rank, and changes of the others'."""
+        if self._shards is None:
+            return
+        for module, _ in self._shards.places():
+            seen.update(id(p) for p in module._parameters.values())
+        for name, shard in self._shards.local().items():
+            yield f"parameter {name!r}", shard, POINT
+        yield "a parameter of another rank", self._changes, POINT
+
+    def value(self, p: Tensor) -> Tensor:
+        """The value of a parameter, or of a leaf that stands for it."""
+        name = self._names.get(id(p))
+        return self._gather(name) if name is not None and self.regathers else p.detach()
+
+    def move(self, undo: UndoLog, params: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
+        """Until the undo, the parameters are moved by these tensors."""
+        plain = [i for i, p in enumerate(params) if not (self.regathers and id(p) in self._names)]
+        values = keep_values(undo, [params[i] for i in plain])
+        undo(setattr, self, "_shifts", self._shifts)
+        self._shifts = {
+            self._names[id(p)]: like(shift, p)
+            for i, (p, shift) in enumerate(zip(params, shifts, strict=True))
+            if i not in plain
+        }
+        for i, at in zip(plain, values, strict=True):
+            params[i].data = at + like(shifts[i], at)
+
+    def _gather(self, name: str) -> Tensor:
+        full = self._rounds.gather(name)
+        if name in self._shifts:
+            full = full + self._shifts[name]
+        for address in [key for key, (ref, _) in self._alive.items() if ref.expired()]:
+            del self._alive[address]
+        storage = full.untyped_storage()
+        self._alive[storage._cdata] = StorageWeakRef(storage), name
+        return full
+
+    def _pack(self, t: Tensor) -> Any:
+        """What a graph keeps instead of t: a reference, if t is a view of a full parameter."""
+        if t.layout is not torch.strided:
+            return t
+        _, name = self._alive.get(t.untyped_storage()._cdata, (None, ""))
+        if not name or t.dtype != self._leaves[name].dtype or t.is_conj() or t.is_neg():
+            return t
+        return Reference(name, t.size(), t.stride(), int(t.storage_offset()))
+
+    def _unpack(self, kept: Any) -> Tensor:
+        if not isinstance(kept, Reference):
+            return kept
+        return self._gather(kept.name).as_strided(kept.size, kept.stride, kept.offset)
+
+
+WHOLE = Gathered()
+
+
+class _Gather(torch.autograd.Function):
+    """A leaf without memory becomes the full parameter, whose gradient it gets."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, gather: Callable[[], Tensor]) -> Tensor:
+        return gather()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        return gradient, None
+
+
+class _Table(dict[str, Any]):
+    """The parameters of a module, which are gathered when they are read."""
+
+    def __init__(self, parameters: dict[str, Any], gathered: Gathered) -> None:
+        super().__init__(parameters)
+        self._gathered = gathered
+
+    def __getitem__(self, key: str) -> Any:
+        leaf = super().__getitem__(key)
+        name = self._gathered._names.get(id(leaf))
+        if name is None:
+            return leaf
+        return _Gather.apply(leaf, lambda: self._gathered._gather(name))  # type: ignore[no-untyped-call]
+
+
+@scope
+def shifted(
+    undo: UndoLog, params: Sequence[Tensor], step: float, gathered: Gathered = WHOLE
+) -> None:
+    """Move the parameters by random numbers of ``step`` times their root mean square."""
+    if not step:
+        return
+    square = sum(float(real(gathered.value(p)).double().square().sum()) for p in params)
+    step *= math.sqrt(square / sum(real(p).numel() for p in params)) or 1.0
+    generator = torch.Generator().manual_seed(0)
+    shifts = []
+    for p in params:
+        noise = torch.randn(real(p.data).shape, generator=generator, dtype=torch.float32)
+        shifts.append(step * noise.to(p.device, p.dtype.to_real()))
+    gathered.move(undo, params, shifts)
+
+
+@scope
+def _open(undo: UndoLog, gathered: Gathered) -> None:
+    if gathered and not gathered._opened:
+        undo(gathered._end)
+        gathered._begin()
+        gathered._opened = True
+
+
+@scope
+def _place(undo: UndoLog, gathered: Gathered) -> None:
+    shards = gathered._shards
+    if shards is None:
+        return
+    if not gathered._opened:  # the memory of the leaves is empty
+        raise UnsupportedError("the parameters of the fully_shard model are not gathered")
+    for module, names in shards.places():
+        table = {**module._parameters}
+        table.update({key: gathered._leaves[name] for key, name in names.items()})
+        undo(vars(module).__setitem__, "_parameters", module._parameters)
+        vars(module)["_parameters"] = _Table(table, gathered) if gathered.regathers else table
+        if isinstance(module, nn.RNNBase):
+            undo(vars(module).__setitem__, "_flat_weights", module._flat_weights)
+            weights = [getattr(module, name, None) for name in module._flat_weights_names]
+            vars(module)["_flat_weights"] = weights
+    shards.bypass_hooks(undo)
+    if gathered.regathers:
+        undo.enter(saved_tensors(gathered._pack, gathered._unpack))
