@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.multiprocessing import reductions
 
 from fasthessian.distributed.fsdp import Rounds, Shards
 from fasthessian.distributed.ranks import ALONE, Ranks
@@ -36,6 +36,7 @@ from fasthessian.vectors import like, real
 
 R = TypeVar("R")
 _keep_version: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
+_weak: Any = reductions.StorageWeakRef
 ROUTES = ("unshard", "regather")
 
 
@@ -70,7 +71,7 @@ class Gathered:
         self._changes = torch.zeros(1)  # how often the shards of any rank changed
         # The full parameters that are alive, and their names, by the address of their storage.
         # While there is a weak reference, no other storage gets this address.
-        self._alive: dict[int, tuple[StorageWeakRef, str]] = {}
+        self._alive: dict[int, tuple[Any, str]] = {}
 
     def __bool__(self) -> bool:
         """Whether the model is divided."""
@@ -182,7 +183,8 @@ class Gathered:
 
         def found() -> bool:
             shards.find()
-            now: dict[Hashable, Tensor] = {**shards.local()}
+            now: dict[Hashable, Tensor] = {}
+            now.update(shards.local())
             if self._snapshot is None:
                 self._snapshot = Snapshot(now)
                 return False
@@ -244,10 +246,9 @@ class Gathered:
         full = self._rounds.gather(name)
         if name in self._shifts:
             full = full + self._shifts[name]
-        for address in [key for key, (ref, _) in self._alive.items() if ref.expired()]:
-            del self._alive[address]
+        self._alive = {at: (ref, of) for at, (ref, of) in self._alive.items() if not ref.expired()}
         storage = full.untyped_storage()
-        self._alive[storage._cdata] = StorageWeakRef(storage), name
+        self._alive[storage._cdata] = _weak(storage), name
         return full
 
     def _pack(self, t: Tensor) -> Any:
@@ -259,7 +260,7 @@ class Gathered:
             return t
         return Reference(name, t.size(), t.stride(), int(t.storage_offset()))
 
-    def _unpack(self, kept: Any) -> Tensor:
+    def _unpack(self, kept: Tensor | Reference) -> Tensor:
         if not isinstance(kept, Reference):
             return kept
         return self._gather(kept.name).as_strided(kept.size, kept.stride, kept.offset)
@@ -276,7 +277,7 @@ class _Gather(torch.autograd.Function):
         return gather()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient, None
 
 
