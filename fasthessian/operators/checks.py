@@ -65,7 +65,8 @@ def check(A: Matrix, exact: bool) -> Check:
         forward = _forward(A, u, Au)
         if forward <= allowed:  # kinks change differences, not derivatives
             allowed, kinks = math.inf, f"  kinks: forward mode agrees to {forward:.1e}"
-    weights, batch, uncut = evaluation.coupling()
+    section = evaluation.loss.gathered.section
+    weights, batch, uncut = section(evaluation.coupling)()
     rows = (
         ("symmetry", symmetry, ASYMMETRY[A.dtype], "products are wrong: use another engine"),
         ("repetition", repetition, ASYMMETRY[A.dtype],
@@ -103,7 +104,7 @@ def _difference(A: Matrix, v: Tensor, Av: Tensor) -> tuple[float, float]:
 def _forward(A: Matrix, v: Tensor, Av: Tensor) -> float:
     """The distance between A v and forward mode; NaN if forward mode fails."""
     try:
-        found = _by_forward(A, v)
+        found = A._evaluation.loss.gathered.section(lambda: _by_forward(A, v))()
     except MemoryError:
         raise
     except Exception:  # a model may raise anything under torch.func

@@ -327,7 +327,8 @@ class Curvature(SymmetricOperator):
         Returns:
             Check: the numbers, ``ok``, and the report.
         """
-        return check(self, self._exact)
+        with self._options.gathered.open():
+            return check(self, self._exact)
 
     def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
         """A vector (n,) from tensors by parameter name, or in the order of the parameters.

@@ -3,7 +3,8 @@
 * ``unshard``: all parameters are gathered before a product or a run of products, and freed after
   it. Kept graphs refer to the same memory, which holds the same values when it is filled again.
 * ``regather``: a module that reads a parameter gathers it. Graphs do not keep it: they keep its
-  name, and gather it again when a derivative needs it. So few parameters are full at a time.
+  name, and gather it again when a derivative needs it. So few parameters are full at a time. The
+  smallest ones (biases, norms) are many and need little memory: they are gathered as by "unshard".
 
 The user's module keeps its shards. During a pass, its tables of parameters are replaced by tables
 of full ones. Nothing here acts if the model is not divided (``WHOLE``).
@@ -38,6 +39,7 @@ R = TypeVar("R")
 _keep_version: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
 _weak: Any = reductions.StorageWeakRef
 ROUTES = ("unshard", "regather")
+SMALL = 0.05  # share of the bytes of all parameters that is not worth gathering again
 
 
 class Reference(NamedTuple):
@@ -65,7 +67,7 @@ class Gathered:
         self.route = self.words = ""
         self._opened = False
         self._leaves: dict[str, nn.Parameter] = {}
-        self._names: dict[int, str] = {}  # of the leaves, by id
+        self._names: dict[int, str] = {}  # by id, of the leaves without memory
         self._shifts: dict[str, Tensor] = {}  # by which parameters are moved in a regather
         self._snapshot: Snapshot | None = None
         self._changes = torch.zeros(1)  # how often the shards of any rank changed
@@ -131,18 +133,22 @@ class Gathered:
                 f"; MixedPrecisionPolicy: computed in {dtype.removeprefix('torch.')}, products "
                 f"are summed over the ranks without it"
             )
-        for name, p in self._shards.parameters.items():
-            leaf = self._leaf(p.shape, self._shards.dtypes[name], p.device)
-            self._leaves[name] = nn.Parameter(leaf, requires_grad=p.requires_grad)
-        self._names = {id(leaf): name for name, leaf in self._leaves.items()}
+        self._make_leaves(self._shards, SMALL * size if self.regathers else size)
 
-    def _leaf(self, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A leaf without memory: to be filled, or NaN that nothing may read."""
-        if self.regathers:
-            return torch.full((), torch.nan, dtype=dtype, device=device).expand(shape)
-        leaf = torch.empty(shape, dtype=dtype, device=device)
-        leaf.untyped_storage().resize_(0)
-        return leaf
+    def _make_leaves(self, shards: Shards, room: float) -> None:
+        """Leaves for all parameters, of which the smallest are filled when a scope is opened."""
+        parameters = shards.parameters
+        for name in sorted(parameters, key=lambda name: parameters[name].numel()):
+            p, dtype = parameters[name], shards.dtypes[name]
+            room -= p.numel() * dtype.itemsize
+            if room >= 0:
+                full = torch.empty(p.shape, dtype=dtype, device=p.device)
+                full.untyped_storage().resize_(0)
+            else:  # one number for all entries, which nothing may read
+                full = torch.full((), torch.nan, dtype=dtype, device=p.device).expand(p.shape)
+            self._leaves[name] = nn.Parameter(full, requires_grad=p.requires_grad)
+            if room < 0:
+                self._names[id(self._leaves[name])] = name
 
     def replaced(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same parameters, of which the divided ones are replaced by leaves of full shape."""
@@ -194,19 +200,20 @@ class Gathered:
 
         changed = self._ranks.any([self._ranks.together(found)])[0]
         self._changes += changed
-        if not self.regathers:
-            for name, leaf in self._leaves.items():
-                storage = leaf.untyped_storage()
-                with torch.no_grad(), _keep_version(leaf):
-                    full = shards.full(name)
-                    storage.resize_(full.numel() * full.element_size())
-                    leaf.copy_(full)
+        for name, leaf in self._filled():
+            with torch.no_grad(), _keep_version(leaf):
+                full = shards.full(name)
+                leaf.untyped_storage().resize_(full.numel() * full.element_size())
+                leaf.copy_(full)
 
     def _end(self) -> None:
         self._opened = False
-        if not self.regathers:
-            for leaf in self._leaves.values():
-                leaf.untyped_storage().resize_(0)
+        for _, leaf in self._filled():
+            leaf.untyped_storage().resize_(0)
+
+    def _filled(self) -> list[tuple[str, nn.Parameter]]:
+        """The leaves that have memory inside ``open``, in the same order on all ranks."""
+        return [(k, leaf) for k, leaf in self._leaves.items() if id(leaf) not in self._names]
 
     # one rank
 
@@ -227,11 +234,11 @@ class Gathered:
     def value(self, p: Tensor) -> Tensor:
         """The value of a parameter, or of a leaf that stands for it."""
         name = self._names.get(id(p))
-        return self._gather(name) if name is not None and self.regathers else p.detach()
+        return p.detach() if name is None else self._gather(name)
 
     def move(self, undo: UndoLog, params: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
         """Until the undo, the parameters are moved by these tensors."""
-        plain = [i for i, p in enumerate(params) if not (self.regathers and id(p) in self._names)]
+        plain = [i for i, p in enumerate(params) if id(p) not in self._names]
         values = keep_values(undo, [params[i] for i in plain])
         undo(setattr, self, "_shifts", self._shifts)
         self._shifts = {
