@@ -56,7 +56,7 @@ class Shards:
     Attributes:
         parameters: the divided parameters by name, as DTensors.
         dtypes: the dtypes that the modules compute with, by name; see ``MixedPrecisionPolicy``.
-        reduced: these dtypes, if a policy changes them.
+        policies: the options of a ``MixedPrecisionPolicy`` that change a dtype.
 
     Raises:
         RuntimeError: a kind of division that is not supported.
@@ -66,18 +66,20 @@ class Shards:
         self._model, self._units = model, sharded_modules(model)
         self.parameters: dict[str, Any] = {}
         self.find()
-        policies: dict[int, Any] = {}  # by the id of the parameter
+        casts: dict[int, torch.dtype | None] = {}  # by the id of the parameter
+        self.policies: set[str] = set()
         for unit in reversed(self._units):  # a unit owns what no unit inside it owns
+            policy = unit._get_fsdp_state()._mp_policy
             for p in unit.parameters():
-                policies.setdefault(id(p), unit._get_fsdp_state()._mp_policy.param_dtype)
-        self.dtypes = {}
+                casts.setdefault(id(p), policy.param_dtype)
+            for name in ("param_dtype", "output_dtype"):
+                if getattr(policy, name) is not None:
+                    self.policies.add(f"{name}={getattr(policy, name)}".replace("torch.", ""))
+        self.dtypes: dict[str, torch.dtype] = {}
         for name, p in self.parameters.items():
-            cast = policies.get(id(p)) if p.is_floating_point() else None
+            cast = casts.get(id(p)) if p.is_floating_point() else None
             self.dtypes[name] = cast or p.dtype
             _check(name, p)
-        self.reduced = {
-            dtype for name, dtype in self.dtypes.items() if dtype != self.parameters[name].dtype
-        }
         meshes = {tuple(p.device_mesh.mesh.flatten().tolist()) for p in self.parameters.values()}
         if len(meshes) > 1:
             raise UnsupportedError(

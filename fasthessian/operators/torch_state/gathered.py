@@ -128,10 +128,11 @@ class Gathered:
         elif ranks.any([size > room])[0]:  # the ranks must take the same route
             self.route, why = "regather", f"above the budget of {readable(room)} of some rank"
         self.words = f"; {self.route}: parameters of {readable(size)} by fully_shard, {why}"
-        for dtype in sorted(map(str, self._shards.reduced)):
+        if self._shards.policies:
+            eps = max(torch.finfo(dtype).eps for dtype in self._shards.dtypes.values())
             self.words += (
-                f"; MixedPrecisionPolicy: computed in {dtype.removeprefix('torch.')}, products "
-                f"are summed over the ranks without it"
+                f"; MixedPrecisionPolicy({', '.join(sorted(self._shards.policies))}): relative "
+                f"error {eps:.1e} of a product; reduce_dtype does not act"
             )
         self._make_leaves(self._shards, SMALL * size if self.regathers else size)
 
