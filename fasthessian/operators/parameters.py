@@ -134,6 +134,12 @@ def of_closure(params: Any) -> dict[str, Tensor]:
     for name, tensor in pairs:
         if not isinstance(tensor, Tensor):
             raise InputTypeError(f"params[{name!r}] must be a tensor, got {type(tensor).__name__}")
+        if is_distributed(tensor):
+            raise InputTypeError(
+                f"params[{name!r}] must be a plain tensor, got a DTensor; for a fully_shard model "
+                f"use Hessian(model, criterion, data), whose criterion may be a function of "
+                f"(model, batch)"
+            )
     if len({id(tensor) for _, tensor in pairs}) < len(pairs):
         raise InputError("params holds the same tensor twice")
     return accepted(dict(pairs))

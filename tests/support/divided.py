@@ -68,7 +68,9 @@ def problem(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, A
             labels[: number + 1, 3:] = -100
         model = GPT()
     else:  # sizes that two ranks cannot divide evenly, and a bias of one number
-        model = nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1))
+        model = nn.Sequential(
+            nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 3), nn.Tanh(), nn.Linear(3, 1)
+        )
         y = [torch.randn(k, 1).to(dtype) for k in sizes]
         criterion = nn.MSELoss()
     x = [t.to(dtype) if t.is_floating_point() else t for t in x]
