@@ -28,7 +28,7 @@ from fasthessian.operators.request import Request
 from fasthessian.operators.shares import Shares
 from fasthessian.operators.source import Source
 from fasthessian.operators.torch_state.lock import exclusive
-from fasthessian.vectors import Layout, real
+from fasthessian.vectors import Layout
 
 
 class Curvature(SymmetricOperator):
@@ -61,12 +61,10 @@ class Curvature(SymmetricOperator):
         def prepared() -> str:
             return self._evaluation.within_memory(lambda: prepare(self), what)
 
-        gathered, together = options.gathered, options.together
-        gathered.choose(options.engine, options.ranks, options.parameter_room())
-        with gathered.open():
-            note = together(exclusive(lambda: self._begin(source(), options)))
+        with options.gathering() as words:
+            note = options.together(exclusive(lambda: self._begin(source(), options)))
             self._agree()
-            self.engine = together(exclusive(prepared)) + gathered.words + note
+            self.engine = options.together(exclusive(prepared)) + words + note
 
     def _begin(self, source: Source, options: Options) -> str:
         """Take over the loss and the options; return the note of the source for ``engine``."""
@@ -170,9 +168,7 @@ class Curvature(SymmetricOperator):
     def _keep(self, graph: Graph, part: Part, params: list[Tensor]) -> None:
         """Keep a graph, and the factors of single layers if they are requested and fit."""
         model = self._loss.model
-        regathers = self._options.gathered.regathers  # factors would keep parameters
-        layered = self._layered and not regathers and self._options.precision != "bf16"
-        if layered and model is not None:
+        if self._layered and self._options.keeps_factors and model is not None:
             # the factors need a second graph of the outputs
             needs = 2 * self._evaluation.findings.graph_bytes
             room = (self._options.room(self.device) - needs) / self._loss.count
@@ -225,13 +221,9 @@ class Curvature(SymmetricOperator):
         return self._evaluation.relative_error()
 
     def _capture_obstacle(self) -> str | None:
-        if self._options.gathered:
-            return "the parameters of a fully_shard model are gathered for each run"
         if not self._kept.every_part:
             return "the graphs of some batches are built at each product"
-        if self._evaluation.functions.note():
-            return "central differences of custom functions wait for the device"
-        return None
+        return self._evaluation.capture_obstacle()
 
     # The public methods.
 
@@ -270,15 +262,7 @@ class Curvature(SymmetricOperator):
 
     def theta(self) -> Tensor:
         """The current parameters as one vector (n,)."""
-        gathered, out = (
-            self._options.gathered,
-            torch.empty(self.n, dtype=self.dtype, device=self.device),
-        )
-        with gathered.open():
-            named = self._loss.named_parameters()
-            for name, view in self.unflatten(out).items():
-                view.copy_(real(gathered.value(named[name])))
-        return out
+        return self._evaluation.theta()
 
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).

@@ -194,6 +194,24 @@ class Evaluation:
 
         self.within_memory(add, "the loss")
 
+    def capture_obstacle(self) -> str | None:
+        """Why a product by kept graphs cannot be captured in a CUDA graph; None if it can."""
+        if self.loss.gathered:
+            return "the parameters of a fully_shard model are gathered for each run"
+        if self.functions.note():
+            return "central differences of custom functions wait for the device"
+        return None
+
+    def theta(self) -> Tensor:
+        """The current parameters (n,)."""
+        gathered = self.loss.gathered
+        out = torch.empty(self.layout.n, dtype=self.layout.dtype, device=self.layout.device)
+        with gathered.open():
+            named = self.loss.named_parameters()
+            for name, view in self.layout.unflatten(out).items():
+                view.copy_(real(gathered.value(named[name])))
+        return out
+
     @property
     def _decay(self) -> float:
         return self.options.weight_decay if self.options.ranks.rank == 0 else 0.0

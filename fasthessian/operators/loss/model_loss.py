@@ -57,12 +57,11 @@ class ModelLoss:
     """The loss of a model over data.
 
     Args:
-        model, criterion, data, weights, mode, microbatch: see ``Hessian``.
+        model, criterion, data, weights, mode, microbatch, gathered: see ``Hessian``, ``Gathered``.
         like: a parameter, whose device and dtype the loss has.
         ordered: whether a loader must yield the samples in the same order at every pass.
         scaled: whether a matrix depends on the number of terms even if there is a single part.
         ranks: the ranks that share the data; each of them has its own, possibly none.
-        gathered: the full parameters of a fully_shard model.
 
     Attributes:
         terms_here: the number of terms, or the sum of the given weights, in the data of this rank.
@@ -247,14 +246,11 @@ class ModelLoss:
     def _gradient(
         self, batch: Batch, params: Sequence[Tensor], moved: bool, mode: str
     ) -> tuple[Sequence[Tensor], list[float]]:
-        with training(self.roots, mode), self._shifted(params, moved):
+        with training(self.roots, mode), shifted(params, STEP * moved, self.gathered):
             loss = self.evaluate(Part(0, 1.0, batch, 0))[1]
             found = denominators(loss)  # before autograd frees the graph
             pieces = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
             return [real(piece) for piece in pieces], found
-
-    def _shifted(self, params: Sequence[Tensor], moved: bool) -> Scope[None]:
-        return shifted(params, STEP if moved else 0.0, self.gathered)
 
     def batches(self) -> Generator[tuple[int, Batch], None, None]:
         """(index, batch) of all batches whose weight is not 0."""

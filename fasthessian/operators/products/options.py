@@ -17,6 +17,7 @@ from fasthessian.errors import InputError
 from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.products.engines import ENGINES
 from fasthessian.operators.torch_state.gathered import ROUTES, WHOLE, Gathered
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog
 
 R = TypeVar("R")
 PRECISIONS = ("bf16", "tf32")
@@ -94,10 +95,25 @@ class Options:
             return available_bytes(device) // 2
         return max(0, self.memory_budget - self.gathered.held)
 
-    def parameter_room(self) -> float:
-        """Bytes that the full parameters of a fully_shard model may take; see ``Gathered``."""
-        device = self.gathered.device
-        return self.room(device) if device is not None else 0.0
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether factors of single layers may be kept; they would keep the parameters too."""
+        return self.precision != "bf16" and not self.gathered.regathers
+
+    def gathering(self) -> Scope[str]:
+        """Choose how the parameters of a fully_shard model are gathered, and gather them.
+
+        The scope gives text for ``engine``.
+        """
+
+        def begin(undo: UndoLog) -> str:
+            device = self.gathered.device
+            if device is not None:
+                self.gathered.choose(self.engine, self.ranks, self.room(device))
+            undo.enter(self.gathered.open())
+            return self.gathered.words
+
+        return Scope(begin)
 
     def together(self, job: Callable[[], R]) -> R:
         """Do the job of each rank; see ``Ranks.together`` and ``Gathered.section``."""

@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing import reductions
 
 from fasthessian.distributed.fsdp import Rounds, Shards
 from fasthessian.distributed.ranks import ALONE, Ranks
@@ -26,29 +25,15 @@ from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.memory import readable
 from fasthessian.operators.torch_state.module_state import keep_values
 from fasthessian.operators.torch_state.reachable import POINT, Entry
-from fasthessian.operators.torch_state.scopes import (
-    Scope,
-    UndoLog,
-    saved_tensors,
-    scope,
-)
+from fasthessian.operators.torch_state.references import References, Table
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog, scope
 from fasthessian.operators.torch_state.snapshot import Snapshot
 from fasthessian.vectors import like, real
 
 R = TypeVar("R")
 _keep_version: Any = torch.autograd._unsafe_preserve_version_counter  # type: ignore[attr-defined]
-_weak: Any = reductions.StorageWeakRef
 ROUTES = ("unshard", "regather")
 SMALL = 0.05  # share of the bytes of all parameters that is not worth gathering again
-
-
-class Reference(NamedTuple):
-    """A full parameter, or a view of it, that a graph would keep."""
-
-    name: str
-    size: torch.Size
-    stride: tuple[int, ...]
-    offset: int
 
 
 class Gathered:
@@ -71,9 +56,7 @@ class Gathered:
         self._shifts: dict[str, Tensor] = {}  # by which parameters are moved in a regather
         self._snapshot: Snapshot | None = None
         self._changes = torch.zeros(1)  # how often the shards of any rank changed
-        # The full parameters that are alive, and their names, by the address of their storage.
-        # While there is a weak reference, no other storage gets this address.
-        self._alive: dict[int, tuple[Any, str]] = {}
+        self._references = References(self._read)
 
     def __bool__(self) -> bool:
         """Whether the model is divided."""
@@ -235,7 +218,7 @@ class Gathered:
     def value(self, p: Tensor) -> Tensor:
         """The value of a parameter, or of a leaf that stands for it."""
         name = self._names.get(id(p))
-        return p.detach() if name is None else self._gather(name)
+        return p.detach() if name is None else self._references.full(name)
 
     def move(self, undo: UndoLog, params: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
         """Until the undo, the parameters are moved by these tensors."""
@@ -250,58 +233,12 @@ class Gathered:
         for i, at in zip(plain, values, strict=True):
             params[i].data = at + like(shifts[i], at)
 
-    def _gather(self, name: str) -> Tensor:
+    def _read(self, name: str) -> Tensor:
         full = self._rounds.gather(name)
-        if name in self._shifts:
-            full = full + self._shifts[name]
-        self._alive = {at: (ref, of) for at, (ref, of) in self._alive.items() if not ref.expired()}
-        storage = full.untyped_storage()
-        self._alive[storage._cdata] = _weak(storage), name
-        return full
-
-    def _pack(self, t: Tensor) -> Any:
-        """What a graph keeps instead of t: a reference, if t is a view of a full parameter."""
-        if t.layout is not torch.strided:
-            return t
-        _, name = self._alive.get(t.untyped_storage()._cdata, (None, ""))
-        if not name or t.dtype != self._leaves[name].dtype or t.is_conj() or t.is_neg():
-            return t
-        return Reference(name, t.size(), t.stride(), int(t.storage_offset()))
-
-    def _unpack(self, kept: Tensor | Reference) -> Tensor:
-        if not isinstance(kept, Reference):
-            return kept
-        return self._gather(kept.name).as_strided(kept.size, kept.stride, kept.offset)
+        return full + self._shifts[name] if name in self._shifts else full
 
 
 WHOLE = Gathered()
-
-
-class _Gather(torch.autograd.Function):
-    """A leaf without memory becomes the full parameter, whose gradient it gets."""
-
-    @staticmethod
-    def forward(ctx: Any, leaf: Tensor, gather: Callable[[], Tensor]) -> Tensor:
-        return gather()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
-class _Table(dict[str, Any]):
-    """The parameters of a module, which are gathered when they are read."""
-
-    def __init__(self, parameters: dict[str, Any], gathered: Gathered) -> None:
-        super().__init__(parameters)
-        self._gathered = gathered
-
-    def __getitem__(self, key: str) -> Any:
-        leaf = super().__getitem__(key)
-        name = self._gathered._names.get(id(leaf))
-        if name is None:
-            return leaf
-        return _Gather.apply(leaf, lambda: self._gathered._gather(name))  # type: ignore[no-untyped-call]
 
 
 @scope
@@ -340,11 +277,11 @@ def _place(undo: UndoLog, gathered: Gathered) -> None:
         table = {**module._parameters}
         table.update({key: gathered._leaves[name] for key, name in names.items()})
         undo(vars(module).__setitem__, "_parameters", module._parameters)
-        vars(module)["_parameters"] = _Table(table, gathered) if gathered.regathers else table
+        vars(module)["_parameters"] = Table(table, gathered._names, gathered._references)
         if isinstance(module, nn.RNNBase):
             undo(vars(module).__setitem__, "_flat_weights", module._flat_weights)
             weights = [getattr(module, name, None) for name in module._flat_weights_names]
             vars(module)["_flat_weights"] = weights
     shards.bypass_hooks(undo)
     if gathered.regathers:
-        undo.enter(saved_tensors(gathered._pack, gathered._unpack))
+        undo.enter(gathered._references.kept())
