@@ -170,6 +170,7 @@ def refusal(case):
             wrapped[0], mesh=init_device_mesh("cpu", (2, 1), mesh_dim_names=("a", "b"))["b"]
         )
         fully_shard(wrapped, mesh=mesh_of("shard"))
+        fh.Hessian(divided(model, mesh_of("shard")), criterion, batches)
     elif case == "recurrent":
         model, wrapped = special("recurrent")
         options = {"engine": "regather"}

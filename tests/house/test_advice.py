@@ -35,6 +35,8 @@ ADVICE = re.compile(
 MEMORY = "test_advice_works.py::test_a_basis_that_does_not_fit"
 FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
 INSTALLED = "test_advice.py::test_no_message_asks_to_install_an_installed_package"
+REFUSED = "test_fsdp_limits.py::test_what_is_not_supported_is_refused_in_one_line"
+EXTENDED = "test_fsdp_limits.py::test_offloaded_and_extended_parameters_are_refused"
 FOLLOWED = {
     "pass a criterion, or mode='train'":
         "test_detectors.py::test_a_model_with_a_loss_only_in_training_is_refused_in_eval_mode",
@@ -55,6 +57,12 @@ FOLLOWED = {
     " would fit (fewer steps or pairs, or a smaller ncv)": MEMORY,
     "use a machine with more memory": MEMORY,
     "basis='offload' needs ": "test_machines.py::test_options_that_would_fit_on_a_gpu_or_its_host",
+    "call fully_shard with one mesh": REFUSED,
+    "use group=None": REFUSED,
+    "call fully_shard without it": EXTENDED,
+    "call fully_shard on parameters": EXTENDED,
+    "pass group=torch.distributed.new_group(":
+        "test_fsdp_limits.py::test_a_mesh_of_two_dimensions_over_some_ranks_needs_a_group",
     "; pip install 'fasthessian[cli]'": INSTALLED,
     "figures need matplotlib; pip install matplotlib": INSTALLED,
     "the report needs jinja2; pip install jinja2": INSTALLED,
