@@ -44,8 +44,9 @@ def out_of_memory(error: Exception) -> bool:
 
 def readable(count: float) -> str:
     """Bytes with a unit, such as 1.5 GiB."""
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    return f"{count:.3g} GiB"
+    unit = "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if count < 1000:
+            break
+        count, unit = count / 1024, larger
+    return f"{count:.3g} {unit}"

@@ -148,6 +148,7 @@ def parts_of(folder, facts, without):
               SMALL["kernels"]),
         bench("streams", 110, "--n 3000 --repeats 2"),
         bench("lanczos", 130, "--n 2000 --net 8 2 8 --steps 8 --repeats 1 --width 30"),
+        bench("ranks", 60, "--width 40 --samples 16 --steps 1 --repeats 1 --ranks 1"),
         tests("on the gpu", 120, ["tests/kernels/test_cuda.py"], 4),
         tests("conformance triton", 120, kernels, 8, rows(["triton-cuda"]), SMALL["kernels"]),
         Part("sanitizer", sanitize, 150, base),
@@ -205,7 +206,7 @@ def main():
         left = options.seconds - (time.monotonic() - start)
         outcomes += carry_out_all(parts_of(folder, facts, without), folder, left, words)
         rows = []
-        for name in ("streams", "lanczos"):
+        for name in ("streams", "lanczos", "ranks"):
             with contextlib.suppress(FileNotFoundError):
                 rows += json.loads((folder / f"{name}.json").read_text())
     report = {

@@ -11,6 +11,7 @@ from fasthessian.krylov.basis import FORMATS
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
 from fasthessian.krylov.quadrature import KrylovRun, grow
+from fasthessian.krylov.sharding import check_sharded, sharded_operator
 from fasthessian.krylov.smoothing import smoothed
 from fasthessian.krylov.state import ROWS
 from fasthessian.krylov.three_term import ThreeTerm
@@ -32,6 +33,7 @@ def density(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
     progress: ProgressCallback | None = None,
 ) -> Density: ...
 
@@ -48,6 +50,7 @@ def density(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Density]: ...
 
@@ -63,6 +66,7 @@ def density(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
     progress: ProgressCallback | None = None,
 ) -> Density | dict[str, Density]:
     r"""The eigenvalue density ``phi(x) = 1/n sum_i g(x - lambda_i)``, g Gaussian of width sigma.
@@ -100,6 +104,8 @@ def density(
             three vectors in all; the quadrature stays right, though converged nodes come back as
             copies.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
+        sharded: whether rows are split over the ranks of the operator's ``group``: each rank holds
+            1/P of the basis and makes 1/P of its arithmetic. None: if it pays, from n = 131,072 on.
         progress: callback, called with (products made, products at most) after each product.
 
     Returns:
@@ -146,7 +152,10 @@ def density(
                 f"{error}, or basis='none' needs {readable(needs)}"
             ) from None
 
+    single = not isinstance(A, Mapping)
+
     def start(B: SymmetricOperator, progress: ProgressCallback | None) -> Run[Density]:
+        B = sharded_operator(B, sharded if single else False)
         before, total = B.matvecs, probes * min(steps, B.n)
 
         def callback() -> None:
@@ -160,4 +169,5 @@ def density(
             krylov.close()
         return smoothed(runs, B.n, steps, sigma, B.matvecs - before)
 
+    check_sharded(A, sharded)
     return solve(A, start, progress)

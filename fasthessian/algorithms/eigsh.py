@@ -10,6 +10,7 @@ from fasthessian.errors import InputError
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
 from fasthessian.krylov.ritz import converge, default_limit, default_rows, largest_size
+from fasthessian.krylov.sharding import check_sharded, sharded_operator
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.results.records import Eigenpairs
 
@@ -30,6 +31,8 @@ def eigsh(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
+    gather: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Eigenpairs: ...
 
@@ -48,6 +51,8 @@ def eigsh(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
+    gather: bool = False,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Eigenpairs]: ...
 
@@ -65,6 +70,8 @@ def eigsh(
     backend: str | None = None,
     basis: str = "full",
     graph: bool = True,
+    sharded: bool | None = None,
+    gather: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Eigenpairs | dict[str, Eigenpairs]:
     r"""The k extreme eigenpairs of A, each with ``||A v - theta v|| <= tol |theta|``.
@@ -97,6 +104,10 @@ def eigsh(
         basis: "full": rows in A's dtype. "compressed": float16 rows, half the memory of float32.
             "offload": rows in host memory, for an operator on a GPU.
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
+        sharded: whether rows are split over the ranks of the operator's ``group``: each rank holds
+            1/P of the basis and makes 1/P of its arithmetic. None: if it pays, from n = 131,072 on.
+        gather: whether a sharded run returns whole vectors on every rank; otherwise each rank has
+            its columns of them (k, n_r), which ``A.gather(vectors)`` joins.
         progress: callback, called with (products made, None) after each product.
 
     Returns:
@@ -126,7 +137,7 @@ def eigsh(
     if which not in WHICH:
         raise InputError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     tol, seed = positive("tol", tol), seed_of(seed)
-    largest = largest_size(A)
+    largest, single = largest_size(A), not isinstance(A, Mapping)
     k = integer("k", k, 1, largest)
 
     def start(B: SymmetricOperator, progress: ProgressCallback | None) -> Run[Eigenpairs]:
@@ -137,17 +148,25 @@ def eigsh(
         limit = default_limit(rows)
         if max_matvecs is not None:
             limit = integer("max_matvecs", max_matvecs, count * (1 + (basis == "compressed")))
+        B = sharded_operator(B, sharded if single else False)
         krylov = Lanczos(
             B, rows, seed=seed, schedule=schedule, backend=backend, basis=basis,
             extra_vectors=count, graph=graph,
         )  # fmt: skip
-        return _run(krylov, count, which, tol, limit, progress)
+        return _run(krylov, count, which, tol, limit, progress, gather)
 
+    check_sharded(A, sharded)
     return solve(A, start, progress)
 
 
 def _run(
-    krylov: Lanczos, k: int, which: str, tol: float, limit: int, progress: ProgressCallback | None
+    krylov: Lanczos,
+    k: int,
+    which: str,
+    tol: float,
+    limit: int,
+    progress: ProgressCallback | None,
+    gather: bool,
 ) -> Run[Eigenpairs]:
     A, before = krylov.A, krylov.A.matvecs
 
@@ -157,5 +176,7 @@ def _run(
 
     wanted = ((k + 1) // 2, k // 2) if which == "BE" else which
     found = yield from converge(krylov, k, wanted, tol, limit, callback)
+    if gather:
+        found = found._replace(vectors=A.gather(found.vectors))
     made = A.matvecs - before
     return found.record(made), found.shortfalls(tol, made, krylov.compressed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, overload
 
@@ -135,6 +136,7 @@ def _by_operator(A: Any, pairs: Any) -> dict[int, Eigenpairs]:
     operators, given = ({"A": A}, {"A": pairs}) if single else (A, pairs)
     if not isinstance(given, Mapping) or set(given) != set(operators):
         raise InputError("deflate must be a dictionary of A's names, as eigsh returns it for A")
+    known: dict[int, Eigenpairs] = {}
     for name, found in given.items():
         B = operator(operators[name])
         if not isinstance(found, Eigenpairs):
@@ -144,9 +146,11 @@ def _by_operator(A: Any, pairs: Any) -> dict[int, Eigenpairs]:
         Q, values = found.vectors, found.values
         if not (isinstance(Q, Tensor) and isinstance(values, Tensor) and values.dim() == 1):
             raise InputTypeError("deflate must hold tensors, values (k,) and vectors (k, n)")
+        Q = B.gather(Q)
+        known[id(B)] = dataclasses.replace(found, vectors=Q)
         if Q.shape != (len(values), B.n) or (Q.dtype, Q.device) != (B.dtype, B.device):
             raise InputError(
                 f"deflate must hold vectors ({len(values)}, {B.n}) of {B.dtype} on {B.device}, "
                 f"got {tuple(Q.shape)} of {Q.dtype} on {Q.device}"
             )
-    return {id(operators[name]): found for name, found in given.items()}
+    return known

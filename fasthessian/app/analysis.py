@@ -20,7 +20,7 @@ from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.spectrum import spectrum
 from fasthessian.algorithms.trace import trace
 from fasthessian.app.advice import as_options
-from fasthessian.app.plan import MATRICES, Plan
+from fasthessian.app.options import MATRICES, AnalysisOptions
 from fasthessian.app.problems import Problem
 from fasthessian.errors import ConvergenceWarning, InputError
 from fasthessian.operators.base import SymmetricOperator
@@ -44,7 +44,7 @@ class Stage(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Analysis:
-    """The numbers of one run; a part that the plan left out is None."""
+    """The numbers of one run; a part that was not asked for is None."""
 
     parameters: int
     tensors: int
@@ -102,43 +102,47 @@ class Timed:
             return None
 
 
-def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
-    """Carry out ``plan`` on the curvature matrix of ``problem`` that it names.
+def analyze(problem: Problem, options: AnalysisOptions, stage: Stage) -> Analysis:
+    """Compute what ``options`` ask for, of the curvature matrix of ``problem`` that they name.
 
     The landscape runs along the first two eigenvectors, or along one if only one was asked for. If
     the landscape or the blocks fail, the result holds the rest and ``failed`` says why.
 
     Raises:
-        ValueError: the operator or an algorithm cannot work with the plan, model or batch.
+        ValueError: the operator or an algorithm cannot work with the options, model or batch.
     """
     timed = Timed(stage)
     start = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        A = operator(problem, plan)
-        for option, k in (("--top", plan.top), ("--bottom", plan.bottom)):
+        A = operator(problem, options)
+        for option, k in (("--top", options.top), ("--bottom", options.bottom)):
             if k > A.n:
                 raise InputError(f"{option} {k} is more than the {A.n} parameters of the model")
-        blocks = {} if plan.blocks is None else A.blocks(plan.blocks)
+        blocks = {} if options.blocks is None else A.blocks(options.blocks)
         loss = A.loss()
         gradient_norm = float(A.gradient().norm())
         timed.seconds["operator"] = time.perf_counter() - start
-        check = timed.run("check", "self-checks", lambda _: self_check(A)) if plan.check else None
-        found = spectra(A, plan, timed)
+        check = (
+            timed.run("check", "self-checks", lambda _: self_check(A)) if options.check else None
+        )
+        found = spectra(A, options, timed)
         surface = None
-        if plan.landscape and found.top is not None:
+        if options.landscape and found.top is not None:
             top = found.top
-            span = default_span(loss, float(top.values[0])) if plan.span is None else plan.span
+            span = (
+                default_span(loss, float(top.values[0])) if options.span is None else options.span
+            )
             surface = timed.attempt(
                 "landscape",
                 "loss landscape",
-                lambda step: landscape(A, top.vectors[:2], span, plan.points, progress=step),
+                lambda step: landscape(A, top.vectors[:2], span, options.points, progress=step),
             )
         parts = None
         if blocks:
             title = f"{len(blocks)} blocks"
             parts = timed.attempt(
-                "blocks", title, lambda step: block_spectra(blocks, plan.seed, step)
+                "blocks", title, lambda step: block_spectra(blocks, options.seed, step)
             )
     notes = [as_options(" ".join(str(w.message).split())) for w in caught] + timed.failed
     return Analysis(
@@ -159,29 +163,31 @@ def analyze(problem: Problem, plan: Plan, stage: Stage) -> Analysis:
     )
 
 
-def operator(problem: Problem, plan: Plan) -> Curvature:
-    """The matrix that the plan names, with the options of the plan."""
-    options: dict[str, Any] = {
-        name: getattr(plan, name)
+def operator(problem: Problem, options: AnalysisOptions) -> Curvature:
+    """The matrix that the options name."""
+    keywords: dict[str, Any] = {
+        name: getattr(options, name)
         for name in ("engine", "mode", "precision", "microbatch", "weight_decay")
     }
-    if plan.matrix == "fisher":
-        options["seed"] = plan.seed
-    if plan.params is not None:
+    if options.matrix == "fisher":
+        keywords["seed"] = options.seed
+    if options.params is not None:
         named = dict(problem.model.named_parameters())
         try:
-            chosen = [k for k, p in named.items() if p.requires_grad and re.search(plan.params, k)]
+            chosen = [
+                k for k, p in named.items() if p.requires_grad and re.search(options.params, k)
+            ]
         except re.error as error:
             raise InputError(
-                f"--params {plan.params!r} is not a regular expression: {error}"
+                f"--params {options.params!r} is not a regular expression: {error}"
             ) from error
         if not chosen:
             raise InputError(
-                f"--params {plan.params!r} matches no trainable parameter of the model; its names "
-                f"are {', '.join(list(named)[:4])}{', ...' if len(named) > 4 else ''}"
+                f"--params {options.params!r} matches no trainable parameter of the model; its "
+                f"names are {', '.join(list(named)[:4])}{', ...' if len(named) > 4 else ''}"
             )
-        options["params"] = chosen
-    return MATRICES[plan.matrix].make(problem.model, problem.criterion, problem.data, **options)
+        keywords["params"] = chosen
+    return MATRICES[options.matrix].make(problem.model, problem.criterion, problem.data, **keywords)
 
 
 def self_check(A: Curvature) -> Check:
@@ -190,70 +196,72 @@ def self_check(A: Curvature) -> Check:
     return dataclasses.replace(check, report=as_options(check.report))
 
 
-def spectra(A: Curvature, plan: Plan, timed: Timed) -> Spectra:
-    """Eigenvalues, trace and density, as far as the plan asks for them.
+def spectra(A: Curvature, options: AnalysisOptions, timed: Timed) -> Spectra:
+    """Eigenvalues, trace and density, as far as the options ask for them.
 
-    If it asks for eigenvalues and the trace, one run of `spectrum` finds both, and the density of
+    If they ask for eigenvalues and the trace, one run of `spectrum` finds both, and the density of
     the same run. Otherwise each end of the spectrum, the trace and the density come from a function
-    of their own. The eigenvalues of a run take ``plan.max_products`` at most. In the one run the
+    of their own. The eigenvalues of a run take ``options.max_products`` at most. In the one run the
     first probe of the density is part of these, even if it takes more, and the trace takes what
     they leave, at least 16.
     """
-    options: dict[str, Any] = {"seed": plan.seed, "basis": plan.basis}
-    steps = min(plan.steps, A.n)
-    if plan.trace and plan.top + plan.bottom:
-        if not plan.density:
+    keywords: dict[str, Any] = {"seed": options.seed, "basis": options.basis}
+    steps = min(options.steps, A.n)
+    if options.trace and options.top + options.bottom:
+        if not options.density:
             steps = 1  # the cheapest density, which is dropped
-        probes = plan.probes if plan.density else 1
-        pairs = min(plan.top + plan.bottom, A.n)
-        limit = max(plan.max_products, max(steps, pairs) + pairs * (plan.basis == "compressed"))
+        probes = options.probes if options.density else 1
+        pairs = min(options.top + options.bottom, A.n)
+        limit = max(
+            options.max_products, max(steps, pairs) + pairs * (options.basis == "compressed")
+        )
         limit += steps * (probes - 1) + LEAST_SAMPLES
         one = timed.run(
             "spectrum",
             "spectrum",
             lambda step: spectrum(
                 A,
-                k=(plan.top, plan.bottom),
+                k=(options.top, options.bottom),
                 steps=steps,
                 probes=probes,
-                rtol=plan.trace_rtol,
+                rtol=options.trace_rtol,
                 max_matvecs=limit,
                 progress=step,
-                **options,
+                **keywords,
             ),
             limit,
         )
         return Spectra(
-            one.top if plan.top else None,
-            one.bottom if plan.bottom else None,
+            one.top if options.top else None,
+            one.bottom if options.bottom else None,
             one.trace,
-            one.density if plan.density else None,
+            one.density if options.density else None,
         )
 
     def end(key: str, k: int, which: str) -> Eigenpairs | None:
         if k == 0:
             return None
-        most = plan.max_products
+        most = options.max_products
         return timed.run(
             key,
             f"{key} {k} eigenvalues",
-            lambda step: eigsh(A, k, which, max_matvecs=most, progress=step, **options),
+            lambda step: eigsh(A, k, which, max_matvecs=most, progress=step, **keywords),
             most,
         )
 
-    top, bottom = end("top", plan.top, "LA"), end("bottom", plan.bottom, "SA")
+    top, bottom = end("top", options.top, "LA"), end("bottom", options.bottom, "SA")
     total = shape = None
-    if plan.trace:
+    if options.trace:
         total = timed.run(
             "trace",
             "trace",
-            lambda step: trace(A, rtol=plan.trace_rtol, seed=plan.seed, progress=step),
+            lambda step: trace(A, rtol=options.trace_rtol, seed=options.seed, progress=step),
         )
-    if plan.density:
+    if options.density:
         shape = timed.run(
             "density",
             "spectral density",
-            lambda step: density(A, steps=steps, probes=plan.probes, progress=step, **options),
+            lambda step: density(A, steps=steps, probes=options.probes, progress=step, **keywords),
         )
     return Spectra(top, bottom, total, shape)
 

@@ -1,4 +1,4 @@
-"""The commands of ``fasthessian``: ``analyze``, ``plot``, ``doctor``."""
+"""The commands of ``fasthessian``: ``analyze``, ``plot``, ``doctor``; see ``plan`` for its own."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import click
 from click.core import ParameterSource
 
 from fasthessian.__about__ import __version__
+from fasthessian.app.plan import plan_command
 from fasthessian.app.problems import BUILTIN, Settings, load
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import FORMATS
@@ -202,7 +203,7 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
 
     from fasthessian.app import analysis
     from fasthessian.app.delivery import Unfinished, deliver
-    from fasthessian.app.plan import Plan
+    from fasthessian.app.options import AnalysisOptions
     from fasthessian.app.progress import Stages, show_summary, stderr
     from fasthessian.app.report.folder import check_folder
     from fasthessian.app.report.html import template
@@ -213,7 +214,7 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
     def pick(*names: str) -> dict[str, Any]:
         return {name: options[name] for name in names}
 
-    plan = Plan(
+    asked = AnalysisOptions(
         **pick(
             "top", "bottom", "max_products", "trace", "trace_rtol", "density", "steps", "probes"
         ),
@@ -240,9 +241,9 @@ def analyze(ctx: click.Context, /, **options: Any) -> None:
         progress = stages.stage(f"{'training' if name in BUILTIN else 'loading'} {name}")
         problem = load(name, settings, progress)
         timing = {"training": time.perf_counter() - start}
-        found = analysis.analyze(problem, plan, stages.stage)
+        found = analysis.analyze(problem, asked, stages.stage)
     timing |= found.seconds | {"total": time.perf_counter() - begin}
-    result = result_of(problem, plan, found, timing)
+    result = result_of(problem, asked, found, timing)
     stages.say(f"engine {found.engine}")
     if words := steps(result):
         stages.say(f"Lanczos steps {words}")
@@ -292,3 +293,6 @@ def doctor() -> None:
     from fasthessian import kernels
 
     click.echo(kernels.doctor())
+
+
+cli.add_command(plan_command)

@@ -93,12 +93,31 @@ class Ranks:
         _gather(out, own, group=self.group)  # type: ignore[misc]
         return out.view(self.size, -1).to(row.device)
 
+    def gather_(self, out: Tensor, piece: Tensor) -> None:
+        """Write the pieces (m,) of all ranks into out (size * m,), in the order of the ranks."""
+        if self.group is None:
+            out.copy_(piece.reshape(-1))
+            return
+        _gather(out, piece.reshape(-1), group=self.group)  # type: ignore[misc]
+
+    def scatter_(self, out: Tensor, pieces: Tensor) -> None:
+        """Sum ``pieces`` (size * m,) over the ranks, and write this rank's m numbers of it to out.
+
+        Also called reduce-scatter.
+        """
+        if self.group is None:
+            out.copy_(pieces.view(out.shape))
+            return
+        self._sums += 1
+        _scatter(out.view(-1), pieces, group=self.group)  # type: ignore[misc]
+
     def sum_in_order(self, t: Tensor) -> Tensor:
         """The sum of t over the ranks, added in the order of the ranks: the same bits on all."""
         if self.group is None:
             return t
-        total: Tensor = self.rows(t.reshape(-1))[0].clone()
-        for row in self.rows(t.reshape(-1))[1:]:
+        rows = self.rows(t.reshape(-1))
+        total = rows[0].clone()
+        for row in rows[1:]:
             total += row
         return total.view(t.shape)
 
@@ -156,11 +175,13 @@ class Ranks:
         return rows[:, 1:]
 
     @contextlib.contextmanager
-    def failing(self, pieces: Sequence[Tensor]) -> Iterator[None]:
+    def failing(
+        self, pieces: Sequence[Tensor], add: Callable[[], None] | None = None
+    ) -> Iterator[None]:
         """Around the work of this rank that makes its pieces of the next sum.
 
-        If the work fails here, this rank takes part in the sum with NaN, so that the other ranks
-        do not wait, and leaves the reason for them.
+        The sum is ``add``, by default ``sum_``. If the work fails here, this rank takes part in it
+        with NaN, so that the other ranks do not wait, and leaves the reason for them.
         """
         try:
             yield
@@ -169,7 +190,7 @@ class Ranks:
                 self._leave_reason(described(error))
                 for piece in pieces:
                     piece.fill_(torch.nan)
-                self.sum_(pieces)
+                (add or (lambda: self.sum_(pieces)))()
             raise
 
     def _leave_reason(self, reason: str) -> None:

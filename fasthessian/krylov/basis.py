@@ -14,16 +14,15 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fasthessian.errors import InputError, InputTypeError, InsufficientMemoryError
 from fasthessian.kernels.contract import Count
-from fasthessian.krylov.dots import dots, gram
+from fasthessian.krylov.space import Space
 from fasthessian.memory import available_bytes, readable
-from fasthessian.vectors import empty_rows, stride_bytes
+from fasthessian.vectors import stride_bytes
 
 FORMATS = ("full", "compressed", "offload")
 LARGEST = 65504.0  # of float16
@@ -32,14 +31,14 @@ GPU_NUMBERS = 1 << 25  # numbers widened to float64 at a time on a GPU: 256 MiB
 
 
 class Basis:
-    """Rows of a basis in one tensor ``stored`` (rows, n), V = stored / scale.
+    """Rows of a basis in one tensor ``stored`` (rows, width), V = stored / scale.
 
     ``dots`` and ``update_`` pass over the stored rows: dots come out, and coefficients go in, in
     the units of the stored rows (see ``components``).
     """
 
-    def __init__(self, stored: Tensor, scale: float, kernels: ModuleType) -> None:
-        self.stored, self.scale, self.kernels = stored, scale, kernels
+    def __init__(self, stored: Tensor, scale: float, space: Space) -> None:
+        self.stored, self.scale, self.space = stored, scale, space
 
     @property
     def graphable(self) -> bool:
@@ -51,8 +50,8 @@ class Basis:
         return C / self.scale**2
 
     def dots(self, W: Tensor, H: Tensor | None = None, *, count: Count) -> tuple[Tensor, Tensor]:
-        """``dots`` over the first ``count`` rows."""
-        return dots(self.kernels, self.stored, W, H, count=count)
+        """``Space.dots`` over the first ``count`` rows."""
+        return self.space.dots(self.stored, W, H, count=count)
 
     def update_(
         self,
@@ -65,7 +64,7 @@ class Basis:
     ) -> None:
         """``kernels.update_`` over the first ``count`` rows; ``append`` makes row ``count``."""
         scale = self.scale if append else None
-        self.kernels.update_(self.stored, W, H, S, count=count, append=scale)
+        self.space.kernels.update_(self.stored, W, H, S, count=count, append=scale)
 
     def project_out_(self, w: Tensor, *, count: int) -> None:
         """Subtract from w (1, n) its parts along the first ``count`` rows."""
@@ -94,16 +93,14 @@ class Basis:
 class Offloaded(Basis):
     """Rows in host memory; each pass copies them through two buffers of ``chunk`` rows."""
 
-    def __init__(self, stored: Tensor, like: Tensor, kernels: ModuleType, chunk: int) -> None:
-        super().__init__(stored, 1.0, kernels)
-        self._like, self._chunk = like, chunk
+    def __init__(self, stored: Tensor, space: Space, chunk: int) -> None:
+        super().__init__(stored, 1.0, space)
+        self._chunk = chunk
         # one row more than is copied: the finished row is made there
-        self._buffers = [
-            empty_rows(chunk + 1, like.shape[1], like.dtype, like.device) for _ in range(2)
-        ]
+        self._buffers = [space.rows(chunk + 1) for _ in range(2)]
         self._copies: torch.cuda.Stream | None = None
-        if like.device.type == "cuda":
-            self._copies = torch.cuda.Stream(like.device)  # type: ignore[no-untyped-call]
+        if space.device.type == "cuda":
+            self._copies = torch.cuda.Stream(space.device)  # type: ignore[no-untyped-call]
         self._used: list[torch.cuda.Event | None] = [None, None]
 
     @property
@@ -113,7 +110,7 @@ class Offloaded(Basis):
 
     @property
     def _device(self) -> torch.device:
-        return self._like.device
+        return self.space.device
 
     def dots(self, W: Tensor, H: Tensor | None = None, *, count: Count) -> tuple[Tensor, Tensor]:
         """One pass without H; two with H, because all rows are subtracted before the dots."""
@@ -122,10 +119,10 @@ class Offloaded(Basis):
         C = torch.zeros(self.stored.shape[0], W.shape[0], dtype=torch.float64, device=W.device)
         G = None
         for buffer, first, rows in self._chunks(_known(count)):
-            part, G = dots(self.kernels, buffer, W, count=rows)
+            part, G = self.space.dots(buffer, W, count=rows)
             C[first : first + rows] = part[:rows]
         if G is None:
-            G = gram(self.kernels, W)
+            G = self.space.gram(W)
         return C, G
 
     def update_(
@@ -144,7 +141,7 @@ class Offloaded(Basis):
         for buffer, first, rows in self._chunks(total) if total else [(self._buffers[0], 0, 0)]:
             part[:rows] = H[first : first + rows]
             last = first == chunks[-1]
-            self.kernels.update_(
+            self.space.kernels.update_(
                 buffer, W, part, S if last else None, count=rows,
                 append=1.0 if last and append else None,
             )  # fmt: skip
@@ -186,21 +183,14 @@ def _known(count: Count) -> int:
     return count
 
 
-def allocate(
-    kind: str,
-    rows: int,
-    n: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    kernels: ModuleType,
-    extra_vectors: int = 0,
-) -> Basis:
+def allocate(kind: str, rows: int, space: Space, extra_vectors: int = 0) -> Basis:
     """A basis of ``rows`` rows in one of FORMATS, if it fits together with ``extra_vectors``.
 
     Raises:
         ValueError: an unknown format, or ``offload`` for an operator that is not on a GPU.
         MemoryError: it does not fit; the message says what would.
     """
+    device = space.device
     if kind not in FORMATS:
         raise InputError(f"basis must be one of {', '.join(FORMATS)}, got {kind!r}")
     if kind == "offload" and device.type != "cuda":
@@ -208,6 +198,7 @@ def allocate(
             f"basis='offload' keeps the rows of a GPU's operator in host memory, but this operator "
             f"is on {device}; use 'full' or 'compressed'"
         )
+    n, dtype = space.slice.width, space.dtype
     stored = torch.float16 if kind == "compressed" else dtype
     if kind == "offload":
         # at most 1 GiB each, and an eighth of the free memory of the GPU
@@ -215,12 +206,11 @@ def allocate(
         chunk = max(1, min(rows, room // stride_bytes(n, dtype) - 1))
         check_room(kind, rows, n, dtype, dtype, torch.device("cpu"), device, 0)
         check_room(kind, 2 * (chunk + 1), n, dtype, dtype, device, device, 2 + extra_vectors)
-        like = torch.empty(0, n, dtype=dtype, device=device)
         pinned = torch.empty(rows, n, dtype=dtype, device="cpu", pin_memory=True)
-        return Offloaded(pinned, like, kernels, chunk)
+        return Offloaded(pinned, space, chunk)
     check_room(kind, rows, n, stored, dtype, device, device, 2 + extra_vectors)
-    scale = min(math.sqrt(n), LARGEST) if kind == "compressed" else 1.0
-    return Basis(empty_rows(rows, n, stored, device), scale, kernels)
+    scale = min(math.sqrt(space.n), LARGEST) if kind == "compressed" else 1.0
+    return Basis(space.rows(rows, stored), scale, space)
 
 
 def check_room(

@@ -6,48 +6,59 @@ The scale is a power of 2 that keeps the squares of A's norm within float32's ra
 from __future__ import annotations
 
 import math
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fasthessian.krylov.dots import dots, gram
+from fasthessian.krylov.space import Space
 from fasthessian.krylov.state import RunState
 
 LEAST = 2.0**-40  # norm of A, or its inverse, from which on products are scaled
 
 
-def draw_(state: RunState, kernels: ModuleType, *, signs: bool, append: bool) -> None:
+def draw_(state: RunState, space: Space, *, signs: bool, append: bool) -> None:
     """A random unit vector orthogonal to the rows, from the next n numbers of the stream.
 
     Args:
         state: of the run; its candidate is replaced.
-        kernels: of the run.
+        space: of the run.
         signs: random signs, else normals.
         append: store it as the row after the final ones, as cgs2 does.
     """
     u = state.u
-    fill = kernels.signs_ if signs else kernels.normal_
-    fill(u[0], state.seed, state.next_offset())
+    space.draw_(u[0], state.seed, state.next_offset(), signs=signs)
     for _ in range(2 if state.size else 0):
         state.basis.project_out_(u, count=state.size)
     none = torch.zeros(0, 1, dtype=torch.float64, device=u.device)
-    kernels.update_(u[:0], u, none, gram(kernels, u).rsqrt())
+    space.kernels.update_(u[:0], u, none, space.gram(u).rsqrt())
     if append:
         state.basis.store(state.size, u[0])
     state.coefficients.set_candidate(state.size, 1.0)
 
 
-def add_part_(state: RunState, kernels: ModuleType, w: Tensor, factor: float, v: Tensor) -> None:
+def add_part_(state: RunState, space: Space, w: Tensor, factor: float, v: Tensor) -> None:
     """Add ``factor (q'v) q`` to w (1, n) for v (1, n), q the direction of the candidate."""
     u = state.u
-    C, _ = dots(kernels, u, v)
-    G = gram(kernels, u)
-    kernels.update_(u, w, torch.where(G > 0, -factor * C / G, 0.0))
+    C, _ = space.dots(u, v)
+    G = space.gram(u)
+    space.kernels.update_(u, w, torch.where(G > 0, -factor * C / G, 0.0))
 
 
-def factor_for(kernels: ModuleType, w: Tensor) -> float:
+def factor_for(space: Space, w: Tensor) -> float:
     """What to multiply the products of A by, as the product w (1, n) of a unit vector tells."""
-    size = math.sqrt(float(gram(kernels, w)))
+    size = math.sqrt(float(space.gram(w)))
     extreme = math.isfinite(size) and size > 0 and not LEAST < size < 1 / LEAST
     return 2.0 ** -max(-126, min(126, math.floor(math.log2(size)))) if extreme else 1.0
+
+
+def next_norm2(C: Tensor, G: Tensor, S: Tensor) -> Tensor:
+    """|u|^2 of the candidate that a step makes, from the dots of the step before it is made.
+
+    ``u = (w - V'z) / nu - t q_j``, where the first term has the part t along q_j and none in V, so
+    that ``|u|^2 = (w'w - z'z) / nu^2 - t^2``. Where vectors are split over ranks, this saves a
+    collective. Cancellation leaves an error of about ``eps ||A||^2``: it tells when Ritz pairs have
+    converged, but a breakdown is seen one step later, by the norm that is then measured.
+    """
+    z, (mu, down) = C[:, 1], S[1].flip(0).unbind()
+    t = torch.where(mu > 0, -down / mu, 0.0)
+    return ((G[1, 1] - z @ z) * mu**2 - t**2).clamp(min=0.0)

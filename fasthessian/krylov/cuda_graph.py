@@ -126,6 +126,6 @@ def obstacle(
         return "only the dcgs2 schedule counts its rows on the device"
     if not basis.graphable:
         return "an offloaded basis is copied in a growing number of pieces"
-    if basis.kernels.NAME == "reference":
+    if basis.space.kernels.NAME == "reference":
         return "the reference kernels read the counter on the host"
     return A._capture_obstacle()

@@ -5,22 +5,19 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Generator
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from fasthessian import kernels
 from fasthessian.arguments import ProgressCallback
 from fasthessian.errors import ConvergenceWarning, InputError
 from fasthessian.krylov.breakdown import NOISE
-from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.intervals import Spread
 from fasthessian.krylov.lockstep import Asking, Run
+from fasthessian.krylov.space import Space
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.request import Request
 from fasthessian.results.records import Eigenpairs, Estimate
-from fasthessian.vectors import empty_rows
 
 BLOCK = 8  # samples between two checks of the interval, and vectors in one pass over the data
 DEFAULT_SAMPLES = 1000  # at most
@@ -55,16 +52,15 @@ def estimate(
         skip: vectors of the stream that are left out.
         exact: take the diagonal instead, where that is as cheap.
     """
-    n, chosen, start = A.n, kernels.select(A.device, backend), A.matvecs
+    n, space, start = A.n, Space(A, backend), A.matvecs
     known = 0.0  # size of the part of the trace that the pairs give
     products_of: Callable[[Tensor, Tensor], Asking] = functools.partial(_plain, A)
     if pairs is not None:
-        products_of = _deflated(A, pairs, chosen)
+        products_of = _deflated(A, pairs, space)
         known = float(pairs.values.abs().sum())
         if exact and len(pairs.values) == n:
             return known_trace(float(pairs.values.sum()), known, A, confidence, 0), []
-    rows = empty_rows(BLOCK, n, A.dtype, A.device)
-    products = torch.empty(min(BLOCK, limit), n, dtype=A.dtype, device=A.device)
+    rows, products = space.rows(BLOCK), space.rows(min(BLOCK, limit))
     samples, spread = torch.empty(0, dtype=torch.float64, device="cpu"), Spread()
     converged, needed = False, min(FIRST_CHECK, limit)
 
@@ -76,17 +72,17 @@ def estimate(
         s = len(samples)
         if exact and n <= needed - s and (s >= FIRST_CHECK or s == 0):
             total = s + n
-            value, size = yield from _diagonal(A, rows, products, chosen, lambda: callback(total))  # noqa: B023
+            value, size = yield from _diagonal(A, rows, products, space, lambda: callback(total))  # noqa: B023
             return known_trace(value, size, A, confidence, A.matvecs - start), []
         b = min(BLOCK, limit - s)
         for i in range(b):
-            chosen.signs_(rows[i], seed, (skip + s + i) * n)
+            space.draw_(rows[i], seed, (skip + s + i) * n, signs=True)
         yield from products_of(rows[:b], products[:b])
-        C, _ = dots(chosen, rows[:b], products[:b])
+        C, _ = space.dots(rows[:b], products[:b])
         samples = torch.cat((samples, C.diagonal().cpu()))
         y = rows[:b].mul_(products[:b])
         y.sub_(y[0].clone())  # nothing is left if A is diagonal
-        spread.add(gram(chosen, y))
+        spread.add(space.gram(y))
         s, value = len(samples), float(samples.mean())
         stderr, half = spread.interval(samples, confidence)
         wanted = rtol * abs(value) / math.sqrt(1 + rtol**2)
@@ -140,18 +136,21 @@ def _diagonal(
     A: SymmetricOperator,
     rows: Tensor,
     products: Tensor,
-    chosen: ModuleType,
+    space: Space,
     callback: Callable[[], None],
 ) -> Generator[Request, None, tuple[float, float]]:
     """The sum of the diagonal by n unit vectors, and its size ``sum |a_ii| + ||A||_F``."""
-    n, diagonal, squares = rows.shape[1], [], 0.0
-    for i in range(0, n, len(products)):
-        b = min(len(products), n - i)
+    diagonal: list[float] = []
+    squares, first, end = 0.0, space.slice.first, space.slice.first + space.slice.held
+    for i in range(0, A.n, len(products)):
+        b = min(len(products), A.n - i)
         units, out = rows[:b].zero_(), products[:b]
-        units[:, i : i + b].fill_diagonal_(1.0)
+        for j in range(max(i, first), min(i + b, end)):
+            units[j - i, j - first] = 1.0
         yield Request(A, units, out)
-        diagonal += out[:, i : i + b].diagonal().tolist()
-        squares += float(gram(chosen, out).trace())
+        C, G = space.dots(units, out)
+        diagonal += C.diagonal().tolist()
+        squares += float(G.trace())
         callback()
     return math.fsum(diagonal), math.fsum(map(abs, diagonal)) + math.sqrt(squares)
 
@@ -161,12 +160,12 @@ def _plain(A: SymmetricOperator, V: Tensor, out: Tensor) -> Asking:
 
 
 def _deflated(
-    A: SymmetricOperator, pairs: Eigenpairs, chosen: ModuleType
+    A: SymmetricOperator, pairs: Eigenpairs, space: Space
 ) -> Callable[[Tensor, Tensor], Asking]:
     """Products of P A P + (sum theta / n) I, which has the trace of A; P = I - Q'Q."""
-    Q = pairs.vectors.contiguous()
-    shift = float(pairs.values.sum()) / Q.shape[1]
-    blocks = [dots(chosen, Q, Q[i : i + BLOCK])[0] for i in range(0, len(Q), BLOCK)]
+    Q, n = space.padded(pairs.vectors), space.n
+    shift = float(pairs.values.sum()) / n
+    blocks = [space.dots(Q, Q[i : i + BLOCK])[0] for i in range(0, len(Q), BLOCK)]
     if blocks:
         overlap = torch.cat(blocks, 1)
         eye = torch.eye(len(Q), dtype=overlap.dtype, device=overlap.device)
@@ -174,14 +173,14 @@ def _deflated(
         if not (off < SKEW and math.isfinite(shift)):
             raise InputError(
                 f"deflate must hold orthonormal vectors and finite values as eigsh returns them, "
-                f"but max |Q Q' - I| is {off:.2g} and the values' sum {shift * Q.shape[1]:.3g}"
+                f"but max |Q Q' - I| is {off:.2g} and the values' sum {shift * n:.3g}"
             )
 
     def products_of(V: Tensor, out: Tensor) -> Asking:
         rest = V.clone()
-        chosen.update_(Q, rest, dots(chosen, Q, rest)[0])
+        space.kernels.update_(Q, rest, space.dots(Q, rest)[0])
         yield Request(A, rest, out)
-        chosen.update_(Q, out, dots(chosen, Q, out)[0])
+        space.kernels.update_(Q, out, space.dots(Q, out)[0])
         out.add_(V, alpha=shift)
 
     return products_of

@@ -34,19 +34,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fasthessian import kernels
 from fasthessian.errors import InputError
 from fasthessian.krylov import basis as bases
 from fasthessian.krylov.breakdown import NOISE, Tolerances, judged
-from fasthessian.krylov.candidate import draw_, factor_for
+from fasthessian.krylov.candidate import draw_, factor_for, next_norm2
 from fasthessian.krylov.coefficients import Coefficients, CoefficientsCopy
 from fasthessian.krylov.cuda_graph import CapturedStep, obstacle
 from fasthessian.krylov.lockstep import Asking, answer
+from fasthessian.krylov.space import Space
 from fasthessian.krylov.state import RunState
 from fasthessian.krylov.state_file import Item, configuration
 from fasthessian.operators.base import SymmetricOperator, multiply
 from fasthessian.operators.request import Request
-from fasthessian.vectors import empty_rows
 
 SCHEDULES = ("dcgs2", "cgs2")
 SKEWED = 8  # times eps ||T||: measured 0.1 to 0.5 where products err by rounding, 25 at 1e-5
@@ -69,10 +68,9 @@ class Lanczos:
         deferred: enqueue steps without checking them, until a breakdown; default on GPUs.
 
     Attributes:
-        A, refill, schedule, kernels: as given or chosen.
-        capacity: rows at most, not above A.n.
+        A, refill, schedule, capacity: as given; capacity is not above A.n.
+        space, state: of its vectors; all that changes, see ``RunState``.
         compressed: whether the rows are float16.
-        state: all that changes, see ``RunState``.
     """
 
     def __init__(
@@ -94,22 +92,25 @@ class Lanczos:
         if schedule not in SCHEDULES:
             raise InputError(f"schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}")
         self.A, self.capacity, self.refill, self.schedule = A, min(capacity, A.n), refill, schedule
-        self.kernels = kernels.select(A.device, backend)
+        self.space = Space(A, backend)
         self.compressed = basis == "compressed"
         self._delayed = schedule == "dcgs2"
-        self._deferred = A.device.type == "cuda" if deferred is None else deferred
+        self._unread = A.device.type == "cuda" if deferred is None else deferred
+        # over ranks the exact norm for a check of each step would take one more collective
+        self._deferred = self._unread or (self.space.split and self.compressed)
+        self._predicts_norm = self.space.split and self._delayed and not self._deferred
         self._tolerances = Tolerances.of(A.dtype, self.compressed)
         # cgs2 appends its candidate before the product
         rows = self.capacity + (not self._delayed)
-        V = bases.allocate(basis, rows, A.n, A.dtype, A.device, self.kernels, extra_vectors)
+        V = bases.allocate(basis, rows, self.space, extra_vectors)
         self.state = RunState(
             basis=V,
-            W=empty_rows(2, A.n, A.dtype, A.device),
+            W=self.space.rows(2),
             coefficients=Coefficients(self.capacity, A.device),
             seed=seed,
             drawn=offset,
         )
-        draw_(self.state, self.kernels, signs=signs, append=not self._delayed)
+        draw_(self.state, self.space, signs=signs, append=not self._delayed)
         self._accept(self.state.copy(self._delayed).wait())
         why = obstacle(A, V, self.capacity, wanted=graph, delayed=self._delayed)
         self._captured = CapturedStep(why)
@@ -132,9 +133,9 @@ class Lanczos:
                 self.A, state.coefficients.counter, state.size, self.delayed_step
             ):
                 w = state.product
-                yield Request(self.A, state.u, w, self.deferred)
+                yield Request(self.A, state.u, w, self.deferred and self._unread)
                 if state.factor is None:
-                    state.factor = factor_for(self.kernels, w)
+                    state.factor = factor_for(self.space, w)
                 state.scaled_(w)
                 if self._delayed:
                     self._orthogonalise_delayed(state.size, state.size, state.size)
@@ -143,7 +144,7 @@ class Lanczos:
             state.size += 1
             state.exhausted = state.size == self.A.n
             if not self.deferred:
-                self._accept(state.copy(self._delayed).wait())
+                self._accept(state.copy(self._delayed and not self._predicts_norm).wait())
 
     def delayed_step(self, made: Tensor, both: Tensor, making: Tensor) -> None:
         """One dcgs2 step, product included, that reads its row from cells of the row counter."""
@@ -158,7 +159,9 @@ class Lanczos:
         """q_j from u, and the next u from w = A u: pass 1, the scalars, pass 2 of ``dcgs2``."""
         V, T = self.state.basis, self.state.coefficients
         C, G = V.dots(self.state.W, count=made)
-        H, S = self.kernels.recur_(C, G, T.T, T.gauges, count=both, scale=V.scale)
+        H, S = self.space.kernels.recur_(C, G, T.T, T.gauges, count=both, scale=V.scale)
+        if isinstance(made, int) and self._predicts_norm:
+            T.set_candidate(made + 1, next_norm2(C, G, S))
         V.update_(self.state.W, H, S, count=making, append=True)
 
     def _orthogonalise_twice(self, j: int) -> None:
@@ -213,7 +216,7 @@ class Lanczos:
 
     @property
     def size(self) -> int:
-        """Rows made; as of the last poll they are final."""
+        """Rows made, final as of the last poll."""
         return self.state.size
 
     @property
@@ -229,23 +232,20 @@ class Lanczos:
     @property
     def graph(self) -> str:
         """Whether steps are replayed as a CUDA graph, or why not; and whether a run fell back."""
-        row = self.state.checked_since
+        row, words = self.state.checked_since, self._captured.words
         fell_back = "" if row is None else f", every step checked since a breakdown at row {row}"
-        return self._captured.words + fell_back
+        return words + fell_back
 
     @property
     def noise(self) -> float:
         """The size under which a residual is rounding of A's dtype: NOISE eps ||T||."""
-        T = self.state.T
-        if len(T) == 1:
-            return 0.0
-        rounding = NOISE * torch.finfo(self.A.dtype).eps
-        noise = self._tolerances.noise(T, len(T) - 1)
+        T, rounding = self.state.T, NOISE * torch.finfo(self.A.dtype).eps
+        noise = self._tolerances.noise(T, len(T) - 1) if len(T) > 1 else 0.0
         return self.state.unscaled(rounding / self._tolerances.rounding * noise)
 
     @property
     def dropped(self) -> float:
-        """Bound on what ``renew`` left out of A, in the Euclidean norm."""
+        """Bound on what ``renew`` left out of A."""
         return self.state.unscaled(self.state.dropped)
 
     @property
@@ -321,7 +321,7 @@ class Lanczos:
         state.T[-1] = state.T[:, -1] = 0.0
         state.coefficients.reset(state.T)
         if not state.exhausted:
-            draw_(state, self.kernels, signs=False, append=not self._delayed)
+            draw_(state, self.space, signs=False, append=not self._delayed)
 
     def close(self) -> None:
         """Free the rows and what a captured run holds; the state is unusable afterwards."""

@@ -31,7 +31,6 @@ import torch
 from torch import Tensor
 
 from fasthessian.krylov.candidate import add_part_
-from fasthessian.krylov.dots import dots
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.three_term import ThreeTerm
 from fasthessian.operators.request import Request
@@ -129,17 +128,17 @@ def search(
         def restrict_(q: Tensor, w: Tensor) -> None:
             project_(w)
             if shift:
-                add_part_(krylov.state, krylov.kernels, w, shift, q)
+                add_part_(krylov.state, krylov.space, w, shift, q)
 
         side = Side(*points[0], enough)
         return (yield from _search(krylov, [side], restrict_, project_, until, callback))
     # one run for both sides: A with only the wanted pairs deflated
-    Q = torch.empty(len(wanted), krylov.A.n, dtype=krylov.A.dtype, device=krylov.A.device)
+    Q = krylov.space.rows(len(wanted))
     krylov.state.basis.rotate(S[:, wanted], Q)
 
     def deflate_(w: Tensor) -> None:
-        C, _ = dots(krylov.kernels, Q, w)
-        krylov.kernels.update_(Q, w, C)
+        C, _ = krylov.space.dots(Q, w)
+        krylov.space.kernels.update_(Q, w, C)
 
     sides = [
         Side(*point, enough * (1 + float(ratio.square().sum())))
@@ -168,7 +167,7 @@ def _search(
     run = ThreeTerm(
         A, max(until - A.matvecs, 1), seed=state.seed,
         offset=0 if state.search else state.next_offset(), signs=False, prepare=prepare,
-        restrict=restrict, project=project, floor=krylov.noise, backend=krylov.kernels.NAME,
+        restrict=restrict, project=project, floor=krylov.noise, backend=krylov.space.kernels.NAME,
         deferred=krylov.deferred, state=state.search,
     )  # fmt: skip
     state.search, seen = run.state, 0

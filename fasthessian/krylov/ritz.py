@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Generator, Mapping
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +13,9 @@ from torch import Tensor
 from fasthessian.errors import ConvergenceWarning
 from fasthessian.kernels.contract import MAX_BLOCK
 from fasthessian.krylov.basis import Basis
-from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.missing import limits, outside, search
+from fasthessian.krylov.space import Space
 from fasthessian.operators.base import SymmetricOperator, operator
 from fasthessian.operators.request import Request
 from fasthessian.results.records import Eigenpairs
@@ -30,7 +29,7 @@ class Found(NamedTuple):
     """The k wanted pairs in their order: the fields of `Eigenpairs`, and a verdict per pair."""
 
     values: Tensor  # (k,)
-    vectors: Tensor  # (k, n)
+    vectors: Tensor  # (k, n), or the slices (k, n_r) of this rank
     residuals: Tensor  # (k,)
     converged: Tensor  # (k,) bool
     complete: bool  # no wanted eigenvalue is missing, except with the probability MISS
@@ -176,14 +175,15 @@ def converge(
 
     values, S, residuals = krylov.ritz()
     chosen = order[:k]
-    vectors = torch.empty(k, A.n, dtype=A.dtype, device=A.device)
+    vectors = torch.empty(k, A.slice.width, dtype=A.dtype, device=A.device)
     state.basis.rotate(S[:, chosen], vectors)
     graph, noise, exact = krylov.graph, krylov.noise, krylov.exact
     krylov.close()  # the basis, before the products of the vectors
     values, residuals = values[chosen], residuals[chosen] + krylov.dropped + noise
     if compressed or not exact:
-        values, residuals = yield from _refined(A, vectors, values, krylov.kernels)
+        values, residuals = yield from _refined(A, vectors, values, krylov.space)
         converged = residuals <= torch.clamp(tol * values.abs(), min=2 * noise)
+    vectors = vectors[:, : A.slice.held].contiguous()  # without padding
     return Found(values, vectors, residuals, converged, complete, graph)
 
 
@@ -229,7 +229,7 @@ def wanted(values: Tensor, which: str | tuple[int, int]) -> Tensor:
 
 
 def _refined(
-    A: SymmetricOperator, X: Tensor, values: Tensor, kernels: ModuleType
+    A: SymmetricOperator, X: Tensor, values: Tensor, space: Space
 ) -> Generator[Request, None, tuple[Tensor, Tensor]]:
     """Rayleigh-Ritz on the rows of X (k, n), in place: values in the order given, residuals.
 
@@ -243,7 +243,7 @@ def _refined(
     for start in range(0, k, MAX_BLOCK):
         rows = slice(start, start + MAX_BLOCK)
         for product, right in zip(products, (X, Y), strict=True):
-            product[:, rows], _ = dots(kernels, X, right[rows])
+            product[:, rows], _ = space.dots(X, right[rows])
     overlap, projection = (product.cpu() for product in products)
     L = torch.linalg.cholesky(overlap)
     inner = torch.linalg.solve_triangular(L, (projection + projection.T) / 2, upper=False)
@@ -254,8 +254,8 @@ def _refined(
     found, mix = found[place], mix[:, place]
     residuals = torch.empty_like(found)
     for rows_of in (X, Y):
-        Basis(rows_of, 1.0, kernels).rotate(mix)
+        Basis(rows_of, 1.0, space).rotate(mix)
     for i, (x, y) in enumerate(zip(X, Y, strict=True)):
         y.add_(x, alpha=-float(found[i]))
-        residuals[i] = math.sqrt(float(gram(kernels, y[None])))
+        residuals[i] = math.sqrt(float(space.gram(y[None])))
     return found, residuals

@@ -16,7 +16,6 @@ from torch import Tensor
 from fasthessian.arguments import integer
 from fasthessian.krylov.basis import Basis
 from fasthessian.krylov.coefficients import Coefficients, CoefficientsCopy
-from fasthessian.krylov.dots import gram
 from fasthessian.krylov.state_file import Number, Shapes, State
 from fasthessian.vectors import empty_rows
 
@@ -131,13 +130,13 @@ class RunState(State):
     def next_offset(self) -> int:
         """Where the next n numbers of the stream begin that no vector was read from."""
         offset = self.drawn
-        self.drawn += self.W.shape[1]
+        self.drawn += self.basis.space.n
         return offset
 
     def copy(self, delayed: bool) -> CoefficientsCopy:
         """A copy of the coefficients, with the norm of u, on its way to the host."""
         if delayed:
-            norm2 = gram(self.basis.kernels, self.W[:1])[0, 0]
+            norm2 = self.basis.space.gram(self.W[:1])[0, 0]
             self.coefficients.set_candidate(self.size, norm2)
         return CoefficientsCopy(self.coefficients.cells, self.size)
 

@@ -17,12 +17,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fasthessian import kernels
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import check_room
 from fasthessian.krylov.breakdown import NOISE
-from fasthessian.krylov.dots import dots, gram
 from fasthessian.krylov.lockstep import Asking, answer
+from fasthessian.krylov.space import Space
 from fasthessian.krylov.state import ROWS, ThreeTermState
 from fasthessian.krylov.state_file import Item, configuration
 from fasthessian.operators.base import SymmetricOperator
@@ -74,19 +73,19 @@ class ThreeTerm:
     ) -> None:
         self.A, self.capacity = A, min(capacity, A.n)
         self._deferred = A.device.type == "cuda" if deferred is None else deferred
-        self._kernels = kernels.select(A.device, backend)
+        self._space = Space(A, backend)
         self._restrict, self._project, self._floor = restrict, project, floor
         if state is not None:
             self.state, self.capacity = state, len(state.entries)
             return
-        check_room("none", ROWS, A.n, A.dtype, A.dtype, A.device, A.device, 0)
-        self.state = ThreeTermState.of(self.capacity, A.n, A.dtype, A.device)
-        fill = self._kernels.signs_ if signs else self._kernels.normal_
+        width = self._space.slice.width
+        check_room("none", ROWS, width, A.dtype, A.dtype, A.device, A.device, 0)
+        self.state = ThreeTermState.of(self.capacity, width, A.dtype, A.device)
         start = self.state.rows[:1]
-        fill(start[0], seed, offset)
+        self._space.draw_(start[0], seed, offset, signs=signs)
         if prepare is not None:
             prepare(start)
-        self._rescale(start, gram(self._kernels, start))
+        self._rescale(start, self._space.gram(start))
 
     def step(self) -> None:
         """One more row of T by a product of the operator; see ``advance``."""
@@ -100,9 +99,9 @@ class ThreeTerm:
         if self._restrict is not None:
             self._restrict(q, w)
         if j:
-            self._kernels.update_(before, w, state.entries[j - 1, 1:, None])
-        alpha, _ = dots(self._kernels, q, w)
-        _, beta2 = dots(self._kernels, q, w, alpha)
+            self._space.kernels.update_(before, w, state.entries[j - 1, 1:, None])
+        alpha, _ = self._space.dots(q, w)
+        _, beta2 = self._space.dots(q, w, alpha)
         state.entries[j] = torch.cat((alpha[0], beta2[0].sqrt()))
         self._rescale(w, beta2)
         if self._project is not None:  # the less is left of w, the more of it is rounding
@@ -162,4 +161,4 @@ class ThreeTerm:
         """Divide a row (1, n) by its norm, unless that is 0."""
         none = torch.zeros(0, 1, dtype=torch.float64, device=row.device)
         S = torch.where(norm2 > 0, norm2, torch.inf).rsqrt()
-        self._kernels.update_(row[:0], row, none, S)
+        self._space.kernels.update_(row[:0], row, none, S)

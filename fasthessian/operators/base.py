@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.distributed.ranks import ALONE, Ranks
+from fasthessian.distributed.slices import Slice
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.kept import Kept
 from fasthessian.operators.request import Request
@@ -63,6 +64,7 @@ class SymmetricOperator:
     dtype: torch.dtype
     device: torch.device
     matvecs: int
+    slice: Slice  # the part of a vector that the operator's products take and return
 
     def __init__(
         self,
@@ -85,6 +87,7 @@ class SymmetricOperator:
 
     def _set_size(self, n: int, dtype: torch.dtype, device: torch.device) -> None:
         self.n, self.dtype, self.matvecs = n, dtype, 0
+        self.slice = Slice.of(n)
         # "cuda" means the current device: store the index of that device
         self.device = torch.empty(0, device=device).device
 
@@ -172,23 +175,46 @@ class SymmetricOperator:
             )
 
     def _check_vector(self, name: str, v: Any, dims: tuple[int, ...]) -> None:
-        shapes = " or ".join({1: f"({self.n},)", 2: f"(b, {self.n})"}[dim] for dim in dims)
+        n = self.slice.width
+        shapes = " or ".join({1: f"({n},)", 2: f"(b, {n})"}[dim] for dim in dims)
         if not isinstance(v, Tensor):
             raise InputTypeError(
                 f"{name} must be a torch.Tensor of shape {shapes}, got {type(v).__name__}"
             )
-        if v.dim() not in dims or v.shape[-1] != self.n:
+        if v.dim() not in dims or v.shape[-1] != n:
             raise InputError(f"{name} must have shape {shapes}, got {tuple(v.shape)}")
         if v.dtype != self.dtype or v.device != self.device:
             raise InputTypeError(
                 f"{name} must be {self.dtype} on {self.device}, got {v.dtype} on {v.device}; "
                 f"use {name}.to()"
             )
-        if dims == (2,) and self.n > 1 and v.stride(1) != 1:
+        if dims == (2,) and n > 1 and v.stride(1) != 1:
             raise InputError(
                 f"{name} must have contiguous rows, got strides {v.stride()}; "
                 f"use {name}.contiguous()"
             )
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Whole vectors (k, n) from the slices (k, n_r) of all ranks, as sharded runs return them.
+
+        Every rank must call it. Whole vectors are returned as they are. One vector may have the
+        shape (n_r,).
+        """
+        ranks = self._matrix._ranks
+        if not ranks or not any(ranks.any([rows.shape[-1] != self.n])):
+            return rows
+        n, width, _, held, _ = Slice.of(self.n, ranks)
+        if rows.shape[-1] != held:
+            raise InputError(f"rows must have {held} or {n} columns, got {tuple(rows.shape)}")
+        piece = torch.zeros(width, dtype=rows.dtype, device=rows.device)
+        row = torch.empty(ranks.size * width, dtype=rows.dtype, device=rows.device)
+        whole = torch.empty(*rows.shape[:-1], n, dtype=rows.dtype, device=rows.device)
+        outs = whole.view(-1, n)
+        for v, out in zip(rows.reshape(len(outs), held), outs, strict=True):
+            piece[:held] = v
+            ranks.gather_(row, piece)
+            out.copy_(row[:n])
+        return whole
 
     def to_scipy(self) -> Any:
         """This operator as a ``scipy.sparse.linalg.LinearOperator`` on NumPy arrays."""

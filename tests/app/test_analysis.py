@@ -6,7 +6,7 @@ from torch import nn
 
 from fasthessian.app import analysis
 from fasthessian.app.analysis import Spectra, Timed, analyze, default_span, operator, spectra
-from fasthessian.app.plan import Plan
+from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import Problem
 from fasthessian.errors import ConvergenceWarning
 
@@ -44,12 +44,12 @@ def test_the_default_span_follows_the_scale_of_parameters_not_of_the_loss(scale)
 )
 def test_eigenvalues_and_trace_come_from_one_run_and_other_parts_from_their_own(parts, stages):
     asked = {"top": 2, "bottom": 1, "steps": 6, "trace_rtol": 0.5, "landscape": False} | parts
-    plan, timed = Plan(**asked), Timed(quiet)
-    A = operator(problem(), plan)
-    found = spectra(A, plan, timed)
+    options, timed = AnalysisOptions(**asked), Timed(quiet)
+    A = operator(problem(), options)
+    found = spectra(A, options, timed)
     assert list(timed.seconds) == stages
     for name, part in found._asdict().items():
-        assert (part is not None) == bool(getattr(plan, name)), name
+        assert (part is not None) == bool(getattr(options, name)), name
     exact = torch.linalg.eigvalsh((A @ torch.eye(A.n)).double())
     if found.top is not None:
         assert found.top.values.tolist() == pytest.approx(exact.flip(0)[:2].tolist(), rel=1e-3)
@@ -61,19 +61,23 @@ def test_eigenvalues_and_trace_come_from_one_run_and_other_parts_from_their_own(
 
 
 def test_one_run_takes_fewer_products_than_the_parts_apart():
-    plan = Plan(top=2, bottom=2, steps=20, landscape=False)
-    A = operator(problem(), plan)
+    options = AnalysisOptions(top=2, bottom=2, steps=20, landscape=False)
+    A = operator(problem(), options)
     before = A.matvecs
-    spectra(A, plan, Timed(quiet))
+    spectra(A, options, Timed(quiet))
     together, before = A.matvecs - before, A.matvecs
-    spectra(A, Plan(top=2, bottom=2, trace=False, steps=20, landscape=False), Timed(quiet))
+    spectra(
+        A, AnalysisOptions(top=2, bottom=2, trace=False, steps=20, landscape=False), Timed(quiet)
+    )
     assert together < A.matvecs - before
 
 
 def test_products_for_the_eigenvalues_stay_within_the_option():
-    plan = Plan(top=2, bottom=2, max_products=7, steps=4, trace_rtol=0.9, landscape=False)
+    options = AnalysisOptions(
+        top=2, bottom=2, max_products=7, steps=4, trace_rtol=0.9, landscape=False
+    )
     with pytest.warns(ConvergenceWarning, match="of 4 eigenpairs converged"):
-        found = spectra(operator(problem(), plan), plan, Timed(quiet))
+        found = spectra(operator(problem(), options), options, Timed(quiet))
     assert found.top.matvecs <= 7 and found.trace.matvecs <= 16
 
 
@@ -83,8 +87,8 @@ def test_a_late_stage_that_fails_costs_no_numbers(monkeypatch, stage):
         raise MemoryError("no room for\nengine='recompute'")
 
     monkeypatch.setattr(analysis, stage, fail)
-    plan = Plan(top=1, bottom=0, trace=False, density=False, points=3, blocks="layer")
-    found = analyze(problem(), plan, quiet)
+    options = AnalysisOptions(top=1, bottom=0, trace=False, density=False, points=3, blocks="layer")
+    found = analyze(problem(), options, quiet)
     assert found.top is not None
     title = "loss landscape" if stage == "landscape" else "2 blocks"
     assert found.failed == (f"{title} failed: MemoryError: no room for --engine recompute",)
@@ -99,11 +103,11 @@ def test_the_kernels_on_record_are_those_of_the_operators_device(monkeypatch):
     def select(device):
         return types.SimpleNamespace(NAME=f"kernels for {device}")
 
-    def moved(A, plan, timed):
+    def moved(A, options, timed):
         A.device = torch.device("cuda", 1)
         return Spectra()
 
     monkeypatch.setattr(analysis, "spectra", moved)
     monkeypatch.setattr(analysis, "kernels", types.SimpleNamespace(select=select))
-    plan = Plan(top=1, bottom=0, trace=False, density=False, landscape=False)
-    assert analyze(problem(), plan, quiet).kernels == "kernels for cuda:1"
+    options = AnalysisOptions(top=1, bottom=0, trace=False, density=False, landscape=False)
+    assert analyze(problem(), options, quiet).kernels == "kernels for cuda:1"

@@ -11,7 +11,7 @@ import torch
 import fasthessian as fh
 from fasthessian.app import main as cli
 from fasthessian.app.advice import as_options
-from fasthessian.app.plan import Plan
+from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.report import figures, method, result, summary
 from tests.support.command_line import working_folder
 
@@ -263,7 +263,7 @@ def test_the_fisher_matrix_is_the_one_of_the_seed(capsys):
     ],
 )
 def test_the_report_says_how_products_were_made(settings, words):
-    assert method.products(Plan(**settings)) == words
+    assert method.products(AnalysisOptions(**settings)) == words
     assert summary.kind(result.Result.from_json({})) == "Hessian"
 
 

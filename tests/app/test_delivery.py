@@ -16,7 +16,7 @@ from torch import nn
 
 from fasthessian.app import analysis, delivery
 from fasthessian.app import main as cli
-from fasthessian.app.plan import Plan
+from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import Problem
 from fasthessian.app.report import figures, folder, result, summary
 from fasthessian.results import plots
@@ -246,10 +246,10 @@ def test_names_are_text_in_the_figures_and_in_the_report(tmp_path, kind):
     model.forward = lambda x: nn.Sequential.forward(model[:2], x)
     problem = Problem(name, model, nn.CrossEntropyLoss(),
                       (torch.randn(8, 3), torch.arange(8) % 2), {"about": name})  # fmt: skip
-    plan = Plan(top=1, bottom=0, steps=4, points=3, blocks="layer", landscape=False)
-    found = analysis.analyze(problem, plan, lambda title, at_most=None: lambda done, total: None)
+    options = AnalysisOptions(top=1, bottom=0, steps=4, points=3, blocks="layer", landscape=False)
+    found = analysis.analyze(problem, options, lambda title, at_most=None: lambda done, total: None)
     assert found.blocks is not None and f"d.{name}" in found.blocks.names
-    content = result.result_of(problem, plan, found, {"total": 1.0})
+    content = result.result_of(problem, options, found, {"total": 1.0})
     folder.write(tmp_path / "r", folder.files(content))
     back = read(tmp_path / "r" / "result.json")
     assert back["blocks"]["names"] == list(found.blocks.names)

@@ -12,7 +12,7 @@ import torch
 
 import fasthessian as fh
 from fasthessian.app.analysis import Analysis
-from fasthessian.app.plan import Plan
+from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import Problem
 from fasthessian.app.report import figures, folder, method, result, summary
 from fasthessian.operators.checks import Check
@@ -78,7 +78,7 @@ def small_analysis(**changes):
 
 def small_result(**changes):
     problem = Problem("mine:<f>", None, None, None, {"about": "a & b", "rate": math.inf})
-    return result.result_of(problem, Plan(), small_analysis(**changes), {"total": 2.5})
+    return result.result_of(problem, AnalysisOptions(), small_analysis(**changes), {"total": 2.5})
 
 
 def test_the_document_is_strict_json_and_gives_the_records_back():

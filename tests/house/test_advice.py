@@ -34,6 +34,8 @@ ADVICE = re.compile(
 
 MEMORY = "test_advice_works.py::test_a_basis_that_does_not_fit"
 FOLDER = "test_cli_options.py::test_the_advice_about_a_folder_works"
+PLAN = "test_plan.py::test_the_advice_of_an_error_works"
+NOTE = "test_plan.py::test_the_advice_of_a_note_works"
 INSTALLED = "test_advice.py::test_no_message_asks_to_install_an_installed_package"
 REFUSED = "test_fsdp_limits.py::test_what_is_not_supported_is_refused_in_one_line"
 EXTENDED = "test_fsdp_limits.py::test_offloaded_and_extended_parameters_are_refused"
@@ -106,6 +108,17 @@ FOLLOWED = {
     "use a smaller learning rate": "test_cli_options.py::test_the_advice_of_an_error_works",
     "takes no --data; use resnet20": "test_cli.py::test_resnet20_on_a_cifar_folder",
     "give the unpacked CIFAR folder": "test_cli.py::test_resnet20_on_a_cifar_folder",
+    " both say how long a product takes; give one": PLAN,
+    "--flops needs the samples of a product; give --samples": PLAN,
+    "give --flops as well, or --machine h100": PLAN,
+    " ranks per node; use --ranks ": PLAN,
+    "but the machine has no GPU; use --basis compressed": PLAN,
+    "use --basis compressed, or --pairs 0": PLAN,
+    "use --wrap plain, or raise --ranks": PLAN,
+    " is not known; give --": NOTE,
+    "are not counted; give --activation-memory": NOTE,
+    "take: basis=": "test_plan.py::test_nothing_fits",
+    "ask the scheduler for: ": "test_plan.py::test_the_tables_show_the_numbers",
 }  # fmt: skip
 CASES = {**OPERATORS, **RESULTS}
 

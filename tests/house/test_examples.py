@@ -20,7 +20,10 @@ from fasthessian import SymmetricOperator
 ROOT = Path(fasthessian.__file__).parent
 NAMES = [m.name for m in pkgutil.walk_packages([str(ROOT)], "fasthessian.")]
 NAMES = [name for name in NAMES if not name.endswith(("_native", "__main__"))]
-EXTRAS = {"fasthessian.app.commands": "click", "fasthessian.app.progress": "rich"}
+EXTRAS = {
+    "fasthessian.app.commands": "click", "fasthessian.app.plan": "click",
+    "fasthessian.app.plan_report": "rich", "fasthessian.app.progress": "rich",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

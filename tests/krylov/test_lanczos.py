@@ -161,10 +161,7 @@ def test_offloaded_basis_equals_the_full_one():
     spectrum = outliers(2000)
     for chunk in (1, 3, 50):
         krylov = Lanczos(diagonal(spectrum), 30, seed=0)
-        like = torch.empty(0, 2000, dtype=F64)
-        krylov.state.basis = bases.Offloaded(
-            torch.zeros(30, 2000, dtype=F64), like, krylov.kernels, chunk
-        )
+        krylov.state.basis = bases.Offloaded(torch.zeros(30, 2000, dtype=F64), krylov.space, chunk)
         while krylov.size < 20:
             krylov.step()
         direct = grown(diagonal(spectrum), 20)

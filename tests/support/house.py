@@ -19,7 +19,7 @@ EXTENSION = f"{PACKAGE}._native"  # compiled: no module of a room
 # From the bottom: a module imports rooms of its own floor and of those below.
 FLOORS = (
     ("__about__", "errors", "arguments", "memory"),
-    ("kernels", "distributed"),
+    ("kernels", "distributed", "planning"),
     ("vectors",),
     ("results",),
     ("operators.torch_state", "operators.request", "operators.kept"),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from fasthessian.app.analysis import Analysis
-from fasthessian.app.plan import MATRICES
+from fasthessian.app.options import MATRICES
 from fasthessian.app.report.result import Result
 from fasthessian.errors import InputError
 from fasthessian.results import plots
@@ -32,7 +32,7 @@ def figures(result: Result) -> dict[str, bytes]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # overflow, and letters that the font lacks
-                drawn[name] = png(named(draw(), MATRICES[result.plan.matrix].name))
+                drawn[name] = png(named(draw(), MATRICES[result.options.matrix].name))
         except ImportError:
             raise
         except Exception as error:

@@ -49,7 +49,7 @@ def tables(result: Result) -> list[tuple[str, Rows]]:
     """The tables below the figures, by heading."""
     settings = [
         (name.replace("_", " "), "automatic" if value is None else str(value))
-        for name, value in vars(result.plan).items()
+        for name, value in vars(result.options).items()
         if name == "span" or value is not None
     ]
     machine = [(name, str(v)) for name, v in result.environment.items() if name != "engine"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fasthessian.app.analysis import BLOCK_SAMPLES
-from fasthessian.app.plan import MATRICES, Plan
+from fasthessian.app.options import MATRICES, AnalysisOptions
 from fasthessian.app.report.result import Result
 from fasthessian.app.report.summary import Rows, number, steps
 
@@ -13,31 +13,31 @@ BASES = {
 }
 
 
-def products(plan: Plan) -> str:
+def products(options: AnalysisOptions) -> str:
     """How products were made."""
-    if plan.engine == "difference":
+    if options.engine == "difference":
         words = "by central differences of gradients"
-    elif plan.engine == "forward":
+    elif options.engine == "forward":
         words = "exact, in forward mode over reverse mode"
     else:
-        words = "exact, " + MATRICES[plan.matrix].products
-    return words.replace("exact, ", f"in {plan.precision}, ") if plan.precision else words
+        words = "exact, " + MATRICES[options.matrix].products
+    return words.replace("exact, ", f"in {options.precision}, ") if options.precision else words
 
 
 def method(result: Result) -> Rows:
     """The rows (part, how it was computed)."""
-    found, plan = result.analysis, result.plan
+    found, options = result.analysis, result.options
     engine = result.environment["engine"]
     rows = [
-        ("matrix", f"{MATRICES[plan.matrix].name} of the loss"),
-        ("products", f"{products(plan)}; engine: {engine}"),
+        ("matrix", f"{MATRICES[options.matrix].name} of the loss"),
+        ("products", f"{products(options)}; engine: {engine}"),
     ]
-    if plan.params is not None:
-        rows.append(("parameters", f"those whose name matches {plan.params}"))
-    if plan.weight_decay:
-        rows.append(("weight decay", f"{plan.weight_decay:g} times the identity is added"))
-    if plan.basis in BASES:
-        rows.append(("Krylov basis", BASES[plan.basis]))
+    if options.params is not None:
+        rows.append(("parameters", f"those whose name matches {options.params}"))
+    if options.weight_decay:
+        rows.append(("weight decay", f"{options.weight_decay:g} times the identity is added"))
+    if options.basis in BASES:
+        rows.append(("Krylov basis", BASES[options.basis]))
     pairs = found.top is not None or found.bottom is not None
     if pairs:
         rows.append(("eigenvalues", "Lanczos with full orthogonalisation, stopped on residuals"))
@@ -48,14 +48,14 @@ def method(result: Result) -> Rows:
         words = (
             ("the eigenvalues as above, the rest by " if pairs else "")
             + f"random vectors of signs ({count}), until the "
-            f"half-width of the interval was {plan.trace_rtol:.2g} of the value"
+            f"half-width of the interval was {options.trace_rtol:.2g} of the value"
         )
         rows.append(("trace", words if count > 1 else "exact to rounding, without random vectors"))
     if found.density is not None:
         rows.append(
             (
                 "density",
-                f"stochastic Lanczos quadrature, random vectors: {plan.probes}, steps: "
+                f"stochastic Lanczos quadrature, random vectors: {options.probes}, steps: "
                 f"{found.density.nodes.shape[1]}, Gaussian kernel of width "
                 f"{number(found.density.sigma, 3)}",
             )
@@ -65,7 +65,7 @@ def method(result: Result) -> Rows:
         rows.append(
             (
                 "landscape",
-                f"{plan.points} points per direction over ±{number(span)} along the top "
+                f"{options.points} points per direction over ±{number(span)} along the top "
                 "eigenvectors (unit length)",
             )
         )
@@ -73,7 +73,7 @@ def method(result: Result) -> Rows:
         rows.append(
             (
                 "blocks",
-                f"by {plan.blocks}, all together; eigenvalues and traces as above, traces with "
+                f"by {options.blocks}, all together; eigenvalues and traces as above, traces with "
                 f"{BLOCK_SAMPLES} products at most",
             )
         )

@@ -17,7 +17,7 @@ import torch
 
 from fasthessian.__about__ import __version__
 from fasthessian.app.analysis import Analysis
-from fasthessian.app.plan import Plan
+from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import Problem
 from fasthessian.errors import InputError
 from fasthessian.operators.checks import Check
@@ -43,7 +43,7 @@ class Result:
 
     name: str  # of the problem
     info: Mapping[str, Any]  # plain JSON: what the problem is and how it was trained
-    plan: Plan
+    options: AnalysisOptions
     analysis: Analysis
     environment: Mapping[str, Any]
     timing: Mapping[str, float]  # seconds by stage
@@ -60,7 +60,7 @@ class Result:
         return {
             "format": FORMAT,
             "problem": problem | json_types(self.info),
-            "settings": json_types(self.plan),
+            "settings": json_types(self.options),
             "loss": json_types(found.loss),
             "gradient_norm": json_types(found.gradient_norm),
             **{name: None if part is None else part.to_json() for name, part in parts.items()},
@@ -98,7 +98,7 @@ class Result:
         return cls(
             name=name,
             info={key: problem[key] for key in problem if key in about},
-            plan=_plan(settings),
+            options=_options(settings),
             analysis=Analysis(**numbers, **parts, seconds=seconds),
             environment=environment,
             timing=seconds,
@@ -106,7 +106,7 @@ class Result:
 
 
 def result_of(
-    problem: Problem, plan: Plan, analysis: Analysis, timing: Mapping[str, float]
+    problem: Problem, options: AnalysisOptions, analysis: Analysis, timing: Mapping[str, float]
 ) -> Result:
     """The result of a run that ends now on this machine."""
     environment = {
@@ -120,7 +120,7 @@ def result_of(
         # the rest of the words names the memory that was free, which differs between runs
         "engine": analysis.engine.partition(":")[0],
     }
-    return Result(problem.name, problem.info, plan, analysis, environment, timing)
+    return Result(problem.name, problem.info, options, analysis, environment, timing)
 
 
 def encode(result: Result) -> bytes:
@@ -175,16 +175,16 @@ def records(content: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _plan(settings: Mapping[str, Any]) -> Plan:
-    """The plan from its settings; one of an earlier version has the defaults of later options."""
-    hints = typing.get_type_hints(Plan)
+def _options(settings: Mapping[str, Any]) -> AnalysisOptions:
+    """The options from their settings; later options than the file's have their defaults."""
+    hints = typing.get_type_hints(AnalysisOptions)
     known = {name: value for name, value in settings.items() if name in hints}
     for name, value in known.items():
         kinds = typing.get_args(hints[name]) or (hints[name],)
         if type(value) not in kinds and not (type(value) is int and float in kinds):
             words = " or ".join(WORDS.get(kind, "null") for kind in kinds)
             raise InputError(f"settings: {name} must be {words}, got {value!r:.60}")
-    return Plan(**known)
+    return AnalysisOptions(**known)
 
 
 def _object(name: str, content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -6,7 +6,7 @@ import math
 
 from torch import Tensor
 
-from fasthessian.app.plan import MATRICES
+from fasthessian.app.options import MATRICES
 from fasthessian.app.report.result import Result
 from fasthessian.results.plots import shown
 from fasthessian.results.records import BlockSpectra, Eigenpairs
@@ -23,7 +23,7 @@ def number(value: float, digits: int = 5) -> str:
 
 def kind(result: Result) -> str:
     """The kind of matrix: Hessian, Gauss-Newton or Fisher."""
-    return MATRICES[result.plan.matrix].name.removesuffix(" matrix")
+    return MATRICES[result.options.matrix].name.removesuffix(" matrix")
 
 
 def title(result: Result) -> str:

@@ -4,13 +4,13 @@ import ast
 
 import torch
 
-from fasthessian import kernels
-from fasthessian.krylov.dots import dots, gram
+import fasthessian as fh
+from fasthessian.krylov.space import Space
 from tests.support.house import modules
 
 
-def test_only_dots_takes_dot_products():
-    """No line outside of the kernels and of ``krylov/dots.py`` names ``project_``."""
+def test_only_space_takes_dot_products():
+    """No line outside of the kernels and of ``krylov/space.py`` names ``project_``."""
     naming = {
         name
         for name, path in modules().items()
@@ -18,16 +18,17 @@ def test_only_dots_takes_dot_products():
         if isinstance(node, ast.Attribute) and node.attr == "project_"
     }
     outside = {name for name in naming if not name.startswith("kernels")}
-    assert outside == {"krylov.dots"}
+    assert outside == {"krylov.space"}
 
 
 def test_dots_and_gram_are_those_of_the_rows():
     V, W = torch.randn(5, 40), torch.randn(3, 40)
-    C, G = dots(kernels.select("cpu"), V, W, count=4)
+    space = Space(fh.SymmetricOperator(lambda v: v, 40))
+    C, G = space.dots(V, W, count=4)
     torch.testing.assert_close(C[:4], V[:4].double() @ W.double().T)
-    assert not C[4:].any() and torch.equal(G, gram(kernels.select("cpu"), W))
+    assert not C[4:].any() and torch.equal(G, space.gram(W))
     torch.testing.assert_close(G, W.double() @ W.double().T)
     H, rest = torch.randn(5, 3, dtype=torch.float64), W.clone()
-    C, _ = dots(kernels.select("cpu"), V, rest, H)
+    C, _ = space.dots(V, rest, H)
     torch.testing.assert_close(rest, (W.double() - H.T @ V.double()).float())
     torch.testing.assert_close(C, V.double() @ rest.double().T)
