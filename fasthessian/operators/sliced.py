@@ -73,8 +73,9 @@ class Sliced(SymmetricOperator):
             if out is not request.out:
                 request.out.copy_(out)
 
-        with ranks.failing([products], reduce):
-            self._curvature._multiply_here([whole])
+        gathered = self._curvature._options.gathered
+        with gathered.open(), ranks.failing([products], reduce):
+            gathered.section(lambda: self._curvature._multiply_here([whole]))()
         reduce()
         if decay := self._curvature._options.weight_decay:
             request.out.add_(request.V, alpha=decay)
