@@ -36,6 +36,28 @@ def vector(A, seed=3):
     return torch.randn(A.n, dtype=A.dtype, generator=torch.Generator().manual_seed(seed))
 
 
+def evaluations(engine):
+    """How often the model runs in each of three products."""
+    model, criterion, batches = problem("norm")
+    calls, wrapped = [], divided(model)
+    wrapped.register_forward_hook(lambda *_: calls.append(1))
+    A = fh.Hessian(wrapped, criterion, share(batches, 2), engine=engine)
+    found = []
+    for _ in range(3):
+        calls.clear()
+        A @ vector(A)
+        found.append(len(calls))
+    return found
+
+
+@pytest.mark.parametrize("engine", ROUTES)
+def test_graphs_are_kept_from_product_to_product(two, engine):
+    assert two(evaluations, engine) == [
+        [1, 0, 0],
+        [0, 0, 0],
+    ]  # the first graph is that of the check
+
+
 def distances(kind, engine, dtype):
     """How far an operator of a divided model is from that of one process."""
     model, criterion, batches = problem(kind, dtype)

@@ -169,7 +169,7 @@ class Gathered:
     def _begin(self) -> None:
         """Find the shards, see whether any rank's changed, and gather them."""
         assert self._shards is not None
-        shards, changed = self._shards, False
+        shards = self._shards
 
         def found() -> bool:
             shards.find()
@@ -182,8 +182,8 @@ class Gathered:
             self._snapshot.update(now, [*written, *changed])
             return bool(changed)
 
-        changed = self._ranks.any([self._ranks.together(found)])[0]
-        self._changes += changed
+        if self._ranks.any([self._ranks.together(found)])[0]:
+            self._changes += 1  # also adding 0 would count as a write
         for name, leaf in self._filled():
             with torch.no_grad(), _keep_version(leaf):
                 full = shards.full(name)
