@@ -4,9 +4,10 @@ from fasthessian.__about__ import __version__
 from fasthessian.algorithms.density import density
 from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.landscape import landscape
+from fasthessian.algorithms.resume import resume
 from fasthessian.algorithms.spectrum import spectrum
 from fasthessian.algorithms.trace import trace
-from fasthessian.errors import ConvergenceWarning, InputError, InputTypeError
+from fasthessian.errors import ConvergenceWarning, InputError, InputTypeError, Stopped
 from fasthessian.kernels import doctor
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.fisher import EmpiricalFisher, Fisher
@@ -28,6 +29,7 @@ __all__ = [
     "InputTypeError",
     "Landscape",
     "Spectrum",
+    "Stopped",
     "SymmetricOperator",
     "__version__",
     "density",
@@ -35,6 +37,7 @@ __all__ = [
     "eigsh",
     "hessian",
     "landscape",
+    "resume",
     "spectrum",
     "trace",
 ]

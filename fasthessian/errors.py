@@ -1,4 +1,4 @@
-"""The errors that the package raises on purpose, and its warning.
+"""The errors that the package raises on purpose, its warning, and the exit of a stopped run.
 
 Each is also the built-in exception that Python users expect: ``except ValueError`` catches an
 `InputError`. Their common base, `Refusal`, tells them from bugs, for example on the command line.
@@ -33,3 +33,18 @@ class MissingPackageError(Refusal, ImportError):
 
 class ConvergenceWarning(UserWarning):
     """A result did not reach the requested accuracy; the record says what it reached."""
+
+
+class Stopped(SystemExit):
+    """A run with a checkpoint left early: its time is up, or a signal asked for it.
+
+    The state is saved, and the message says how to go on. A process that does not catch it ends
+    with exit code 0.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(0)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message

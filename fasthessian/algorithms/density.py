@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import os
+from collections.abc import Generator, Mapping
 from typing import overload
 
 from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
+from fasthessian.checkpoints.call import Call
+from fasthessian.checkpoints.states import States
 from fasthessian.errors import InputError, InsufficientMemoryError
 from fasthessian.krylov.basis import FORMATS
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
-from fasthessian.krylov.quadrature import KrylovRun, grow
+from fasthessian.krylov.quadrature import Measured, grow
 from fasthessian.krylov.sharding import check_sharded, sharded_operator
 from fasthessian.krylov.smoothing import smoothed
 from fasthessian.krylov.state import ROWS
 from fasthessian.krylov.three_term import ThreeTerm
 from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.request import Request
 from fasthessian.results.records import Density
 from fasthessian.vectors import stride_bytes
 
@@ -34,6 +39,8 @@ def density(
     basis: str = "full",
     graph: bool = True,
     sharded: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Density: ...
 
@@ -51,6 +58,8 @@ def density(
     basis: str = "full",
     graph: bool = True,
     sharded: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Density]: ...
 
@@ -67,6 +76,8 @@ def density(
     basis: str = "full",
     graph: bool = True,
     sharded: bool | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Density | dict[str, Density]:
     r"""The eigenvalue density ``phi(x) = 1/n sum_i g(x - lambda_i)``, g Gaussian of width sigma.
@@ -106,6 +117,9 @@ def density(
         graph: on a GPU, replay a step as a CUDA graph where it can be captured.
         sharded: whether rows are split over the ranks of the operator's ``group``: each rank holds
             1/P of the basis and makes 1/P of its arithmetic. None: if it pays, from n = 131,072 on.
+        checkpoint: a folder in which the run is saved every minute or so and can be resumed from
+            after it was killed, see `resume`.
+        time_limit: seconds after which the run is saved and left, see `resume`.
         progress: callback, called with (products made, products at most) after each product.
 
     Returns:
@@ -129,13 +143,14 @@ def density(
         >>> round(float((d.nodes * d.weights).sum()), 3)
         50.5
     """
+    call = Call.of("density", locals())
     steps, probes = integer("steps", steps, 1), integer("probes", probes, 1)
     sigma = None if sigma is None else positive("sigma", sigma)
     seed = seed_of(seed)
     if basis not in (*FORMATS, "none"):
         raise InputError(f"basis must be one of {', '.join(FORMATS)}, none, got {basis!r}")
 
-    def begin(B: SymmetricOperator, probe: int) -> KrylovRun:
+    def begin(B: SymmetricOperator, probe: int) -> Lanczos | ThreeTerm:
         offset = probe * B.n
         if basis == "none":
             return ThreeTerm(B, steps, seed=seed, offset=offset, backend=backend)
@@ -154,20 +169,29 @@ def density(
 
     single = not isinstance(A, Mapping)
 
-    def start(B: SymmetricOperator, progress: ProgressCallback | None) -> Run[Density]:
+    def start(
+        B: SymmetricOperator, progress: ProgressCallback | None, states: States
+    ) -> Run[Density]:
         B = sharded_operator(B, sharded if single else False)
-        before, total = B.matvecs, probes * min(steps, B.n)
+        total = probes * min(steps, B.n)
 
         def callback() -> None:
             if progress is not None:
-                progress(B.matvecs - before, total)
+                progress(states.made, total)
+
+        def measure(probe: int) -> Generator[Request, None, Measured]:
+            krylov = begin(B, probe)
+            states.add("krylov", krylov.state)
+            measured = yield from grow(krylov, states, steps, callback)
+            states.remove("krylov")
+            krylov.close()
+            return measured
 
         runs = []
         for probe in range(probes):
-            krylov = begin(B, probe)
-            runs.append((yield from grow(krylov, steps, callback)))
-            krylov.close()
-        return smoothed(runs, B.n, steps, sigma, B.matvecs - before)
+            run = functools.partial(measure, probe)
+            runs.append((yield from states.phase(f"probe {probe}", Measured.none(), run)))
+        return smoothed(runs, B.n, steps, sigma, states.made)
 
     check_sharded(A, sharded)
-    return solve(A, start, progress)
+    return solve(A, start, progress, call)

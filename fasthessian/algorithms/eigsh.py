@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Callable, Generator, Mapping
 from typing import overload
 
 from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
+from fasthessian.checkpoints.call import Call
+from fasthessian.checkpoints.states import States
 from fasthessian.errors import InputError
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
-from fasthessian.krylov.ritz import converge, default_limit, default_rows, largest_size
+from fasthessian.krylov.ritz import (
+    Found,
+    converge,
+    default_limit,
+    default_rows,
+    largest_size,
+    refine,
+)
 from fasthessian.krylov.sharding import check_sharded, sharded_operator
+from fasthessian.krylov.space import Space
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.request import Request
 from fasthessian.results.records import Eigenpairs
 
 WHICH = ("LM", "LA", "SA", "BE")
@@ -33,6 +45,8 @@ def eigsh(
     graph: bool = True,
     sharded: bool | None = None,
     gather: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Eigenpairs: ...
 
@@ -53,6 +67,8 @@ def eigsh(
     graph: bool = True,
     sharded: bool | None = None,
     gather: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Eigenpairs]: ...
 
@@ -72,6 +88,8 @@ def eigsh(
     graph: bool = True,
     sharded: bool | None = None,
     gather: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Eigenpairs | dict[str, Eigenpairs]:
     r"""The k extreme eigenpairs of A, each with ``||A v - theta v|| <= tol |theta|``.
@@ -108,6 +126,9 @@ def eigsh(
             1/P of the basis and makes 1/P of its arithmetic. None: if it pays, from n = 131,072 on.
         gather: whether a sharded run returns whole vectors on every rank; otherwise each rank has
             its columns of them (k, n_r), which ``A.gather(vectors)`` joins.
+        checkpoint: a folder in which the run is saved every minute or so and can be resumed from
+            after it was killed, see `resume`.
+        time_limit: seconds after which the run is saved and left, see `resume`.
         progress: callback, called with (products made, None) after each product.
 
     Returns:
@@ -134,13 +155,16 @@ def eigsh(
         >>> [round(x, 3) for x in fh.eigsh(A, 2, "LA").values.tolist()]
         [100.0, 99.0]
     """
+    call = Call.of("eigsh", locals())
     if which not in WHICH:
         raise InputError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     tol, seed = positive("tol", tol), seed_of(seed)
     largest, single = largest_size(A), not isinstance(A, Mapping)
     k = integer("k", k, 1, largest)
 
-    def start(B: SymmetricOperator, progress: ProgressCallback | None) -> Run[Eigenpairs]:
+    def start(
+        B: SymmetricOperator, progress: ProgressCallback | None, states: States
+    ) -> Run[Eigenpairs]:
         count = min(k, B.n)
         rows = default_rows(count, B.n)
         if ncv is not None:
@@ -149,34 +173,37 @@ def eigsh(
         if max_matvecs is not None:
             limit = integer("max_matvecs", max_matvecs, count * (1 + (basis == "compressed")))
         B = sharded_operator(B, sharded if single else False)
-        krylov = Lanczos(
-            B, rows, seed=seed, schedule=schedule, backend=backend, basis=basis,
-            extra_vectors=count, graph=graph,
-        )  # fmt: skip
-        return _run(krylov, count, which, tol, limit, progress, gather)
+        wanted = ((count + 1) // 2, count // 2) if which == "BE" else which
+
+        def callback() -> None:
+            if progress is not None:
+                progress(states.made, None)
+
+        def pairs() -> Generator[Request, None, Found]:
+            krylov = Lanczos(
+                B, rows, seed=seed, schedule=schedule, backend=backend, basis=basis,
+                extra_vectors=count, graph=graph,
+            )  # fmt: skip
+            states.add("krylov", krylov.state)
+            found = yield from converge(krylov, states, count, wanted, tol, limit, callback)
+            states.remove("krylov")
+            return found
+
+        return _run(B, states, pairs, tol, basis, backend, gather)
 
     check_sharded(A, sharded)
-    return solve(A, start, progress)
+    return solve(A, start, progress, call)
 
 
 def _run(
-    krylov: Lanczos,
-    k: int,
-    which: str,
+    A: SymmetricOperator,
+    states: States,
+    pairs: Callable[[], Generator[Request, None, Found]],
     tol: float,
-    limit: int,
-    progress: ProgressCallback | None,
+    basis: str,
+    backend: str | None,
     gather: bool,
 ) -> Run[Eigenpairs]:
-    A, before = krylov.A, krylov.A.matvecs
-
-    def callback() -> None:
-        if progress is not None:
-            progress(A.matvecs - before, None)
-
-    wanted = ((k + 1) // 2, k // 2) if which == "BE" else which
-    found = yield from converge(krylov, k, wanted, tol, limit, callback)
-    if gather:
-        found = found._replace(vectors=A.gather(found.vectors))
-    made = A.matvecs - before
-    return found.record(made), found.shortfalls(tol, made, krylov.compressed)
+    found = yield from states.phase("pairs", Found.none(A), pairs)
+    yield from refine(A, found, tol, Space(A, backend))
+    return found.record(A, gather), found.shortfalls(tol, basis == "compressed")

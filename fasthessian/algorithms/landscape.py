@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,8 +11,11 @@ import torch
 from torch import Tensor
 
 from fasthessian.arguments import ProgressCallback, integer, positive
+from fasthessian.checkpoints.call import Call
+from fasthessian.checkpoints.state import State
 from fasthessian.errors import InputError, InputTypeError
-from fasthessian.krylov.lockstep import Guard
+from fasthessian.krylov.checkpointed import keeper
+from fasthessian.krylov.lockstep import Guard, leaving
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.torch_state.scopes import restored
 from fasthessian.results.records import Landscape
@@ -23,6 +28,8 @@ def landscape(
     span: float = 1.0,
     points: int = 21,
     *,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Landscape:
     r"""``L(theta + alpha d0 + beta d1)`` on a grid, the loss that A is the Hessian of.
@@ -36,6 +43,9 @@ def landscape(
             unit vectors alpha is a distance in parameter space.
         span: the grid runs from -span to span.
         points: per direction, at least 2; with an odd number theta itself is among them.
+        checkpoint: a folder in which the losses are saved every minute or so and can be resumed
+            from after the call was killed, see `resume`.
+        time_limit: seconds after which the losses are saved and the call is left, see `resume`.
         progress: callback, called with (losses made, losses in all) after each loss.
 
     Returns:
@@ -53,6 +63,7 @@ def landscape(
         >>> fh.landscape(A, torch.tensor([1.0, 0.0]), points=3).losses
         tensor([1., 0., 1.], dtype=torch.float64)
     """
+    call = Call.of("landscape", locals(), inputs=("directions",))
     loss = _loss_of(A)
     points, span = integer("points", points, 2), positive("span", span)
     if not isinstance(directions, Tensor):
@@ -71,20 +82,45 @@ def landscape(
     alphas = torch.linspace(-span, span, points, dtype=torch.float64, device="cpu")
     betas = alphas.clone() if len(rows) == 2 else alphas[:0].clone()
     steps = [(a,) for a in alphas] if len(rows) == 1 else torch.cartesian_prod(alphas, betas)
-    losses = torch.empty(len(steps), dtype=torch.float64, device="cpu")
-    with Guard([A]) as guard:
-        for i, step in enumerate(steps):
+    counter = _Counter()
+    with (
+        leaving([A]),
+        Guard([A], call) as guard,
+        keeper(call, {"": A}, {"": counter}, "losses") as kept,
+    ):
+        if kept.ended:
+            return kept.ended[""][0]  # type: ignore[no-any-return]
+        states = kept.runs[""]
+        losses = states.add(
+            "losses", _Losses(torch.zeros(len(steps), dtype=torch.float64, device="cpu"))
+        ).losses
+        while states.made < len(steps):
+            kept.boundary(1)
+            i = states.made
             # no matrix product: the centre must be exactly theta
-            offset = sum(float(x) * row for x, row in zip(step, rows, strict=True))
+            offset = sum(float(x) * row for x, row in zip(steps[i], rows, strict=True))
             losses[i] = loss(offset)
+            counter.matvecs += 1
             guard.check()
             if progress is not None:
                 progress(i + 1, len(losses))
-    return Landscape(
-        alphas=alphas,
-        betas=betas,
-        losses=losses if len(rows) == 1 else losses.reshape(points, points),
-    )
+        found = Landscape(
+            alphas=alphas,
+            betas=betas,
+            losses=losses if len(rows) == 1 else losses.reshape(points, points),
+        )
+        kept.end("", found, [])
+        kept.finish()
+    return found
+
+
+@dataclasses.dataclass
+class _Losses(State):
+    losses: Tensor  # (points,) or (points^2,), those made and zeros
+
+
+class _Counter:
+    matvecs = 0  # losses that this process made
 
 
 def _loss_of(A: Any) -> Callable[[Any], float]:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+import os
+from collections.abc import Generator, Mapping
 from typing import Any, overload
 
 import torch
 
 from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
+from fasthessian.checkpoints.call import Call
+from fasthessian.checkpoints.states import States
 from fasthessian.errors import InputError
 from fasthessian.krylov.hutchinson import DEFAULT_SAMPLES, FIRST_CHECK, estimate, known_trace
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
-from fasthessian.krylov.quadrature import grow
-from fasthessian.krylov.ritz import converge, default_limit, default_rows, largest_size
+from fasthessian.krylov.quadrature import Measured, grow
+from fasthessian.krylov.ritz import (
+    Found,
+    converge,
+    default_limit,
+    default_rows,
+    largest_size,
+    refine,
+)
 from fasthessian.krylov.sharding import check_sharded, sharded_operator
 from fasthessian.krylov.smoothing import smoothed
+from fasthessian.krylov.space import Space
 from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.request import Request
 from fasthessian.results.records import Spectrum
 
 PAIRS = 5  # at each end by default
@@ -40,6 +53,8 @@ def spectrum(
     graph: bool = True,
     sharded: bool | None = None,
     gather: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Spectrum: ...
 
@@ -62,6 +77,8 @@ def spectrum(
     graph: bool = True,
     sharded: bool | None = None,
     gather: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Spectrum]: ...
 
@@ -83,6 +100,8 @@ def spectrum(
     graph: bool = True,
     sharded: bool | None = None,
     gather: bool = False,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Spectrum | dict[str, Spectrum]:
     r"""Largest and smallest eigenvalues, density and trace of A by a common run.
@@ -119,6 +138,9 @@ def spectrum(
             1/P of the basis and makes 1/P of its arithmetic. None: if it pays, from n = 131,072 on.
         gather: whether a sharded run returns whole vectors on every rank; otherwise each rank has
             its columns of them (k, n_r), which ``A.gather(vectors)`` joins.
+        checkpoint: a folder in which the run is saved every minute or so and can be resumed from
+            after it was killed, see `resume`.
+        time_limit: seconds after which the run is saved and left, see `resume`.
         progress: callback, called with (products made, None) after each product.
 
     Returns:
@@ -141,16 +163,19 @@ def spectrum(
         >>> round(s.trace.value, 3)
         5050.0
     """
+    call = Call.of("spectrum", locals())
     tol, seed = positive("tol", tol), seed_of(seed)
     steps, probes = integer("steps", steps, 1), integer("probes", probes, 1)
     sigma = None if sigma is None else positive("sigma", sigma)
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
     ends, single = _ends(k, largest_size(A)), not isinstance(A, Mapping)
 
-    def start(B: SymmetricOperator, progress: ProgressCallback | None) -> Run[Spectrum]:
+    def start(
+        B: SymmetricOperator, progress: ProgressCallback | None, states: States
+    ) -> Run[Spectrum]:
         B = sharded_operator(B, sharded if single else False)
         top, bottom = (min(count, B.n) for count in ends)
-        pairs, long, before = min(top + bottom, B.n), min(steps, B.n), B.matvecs
+        pairs, long = min(top + bottom, B.n), min(steps, B.n)
         rows = max(long, default_rows(pairs, B.n))
         others = long * (probes - 1) + FIRST_CHECK  # products of the further probes and the trace
         limit = default_limit(rows) + others
@@ -166,58 +191,71 @@ def spectrum(
 
         def callback(*_: int | None) -> None:  # without the total that the trace would pass
             if progress is not None:
-                progress(B.matvecs - before, None)
+                progress(states.made, None)
 
-        krylov = begin(0, rows, extra_vectors=pairs)
-        measured = [(yield from grow(krylov, long, callback))]
-        made = B.matvecs - before
-        split, left = (top, pairs - top), limit - others - made
-        found = yield from converge(krylov, pairs, split, tol, left, callback)
-        shared = B.matvecs - before
-        # rows of float16 are orthogonal to 1e-3, so that their T does not have the trace of A
-        whole = krylov.ritz()[0] if krylov.size == B.n and not krylov.compressed else None
-        shortfalls = found.shortfalls(tol, shared, krylov.compressed, "steps")
+        def first() -> Generator[Request, None, Found]:
+            krylov = begin(0, rows, extra_vectors=pairs)
+            states.add("krylov", krylov.state)
+            grown = functools.partial(grow, krylov, states, long, callback)
+            made = (yield from states.phase("probe 0", Measured.none(), grown)).made
+            split, left = (top, pairs - top), limit - others - made
+            found = yield from converge(krylov, states, pairs, split, tol, left, callback)
+            states.remove("krylov")
+            return found
+
+        def measure(probe: int) -> Generator[Request, None, Measured]:
+            krylov = begin(probe, long, refill=False)
+            states.add("krylov", krylov.state)
+            measured = yield from grow(krylov, states, long, callback)
+            states.remove("krylov")
+            krylov.close()
+            return measured
+
+        found = yield from states.phase("pairs", Found.none(B), first)
+        yield from refine(B, found, tol, Space(B, backend))
+
+        shortfalls = found.shortfalls(tol, basis == "compressed", "steps")
         lowest = torch.arange(pairs, device="cpu").flip(0)[:bottom]  # of all that descend
 
-        for probe in range(1, probes):
-            krylov = begin(probe, long, refill=False)
-            measured.append((yield from grow(krylov, long, callback)))
-            krylov.close()
-        made += B.matvecs - before - shared
+        measured = []
+        for probe in range(probes):
+            run = functools.partial(measure, probe)
+            measured.append((yield from states.phase(f"probe {probe}", Measured.none(), run)))
+        made = measured[0].made + (measured[-1].made - found.made if probes > 1 else 0)
         shape, warned = smoothed(measured, B.n, steps, sigma, made)
         shortfalls += warned
 
-        samples = DEFAULT_SAMPLES
-        if max_matvecs is not None:  # breakdowns may have taken more than their share
-            samples = max(FIRST_CHECK, limit - (B.matvecs - before))
-        if whole is None:
+        if len(found.every):
+            value, size = float(found.every.sum()), float(found.every.abs().sum())
+            total = known_trace(value, size, B, confidence, 0)
+        else:
+            samples = DEFAULT_SAMPLES
+            if max_matvecs is not None:  # breakdowns may have taken more than their share
+                samples = max(FIRST_CHECK, limit - max(found.made, measured[-1].made))
             total, warned = yield from estimate(
                 B,
+                states,
                 rtol,
                 confidence,
                 samples,
                 seed,
                 backend,
                 callback,
-                found.record(shared),
+                found.record(B),
                 skip=probes,
             )
             shortfalls += warned
-        else:
-            total = known_trace(float(whole.sum()), float(whole.abs().sum()), B, confidence, 0)
-        if gather:
-            found = found._replace(vectors=B.gather(found.vectors))
         result = Spectrum(
-            top=found.take(slice(top)).record(shared),
-            bottom=found.take(lowest).record(shared),
+            top=found.take(slice(top)).record(B, gather),
+            bottom=found.take(lowest).record(B, gather),
             trace=total,
             density=shape,
-            matvecs=B.matvecs - before,
+            matvecs=states.made,
         )
         return result, shortfalls
 
     check_sharded(A, sharded)
-    return solve(A, start, progress)
+    return solve(A, start, progress, call)
 
 
 def _ends(k: Any, n: int) -> tuple[int, int]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, overload
 
 from torch import Tensor
 
 from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
+from fasthessian.checkpoints.call import Call
+from fasthessian.checkpoints.states import States
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.krylov.hutchinson import DEFAULT_SAMPLES, estimate
 from fasthessian.krylov.lockstep import Run, solve
@@ -29,6 +32,8 @@ def trace(
     deflate: Eigenpairs | None = None,
     seed: int = 0,
     backend: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Estimate: ...
 
@@ -44,6 +49,8 @@ def trace(
     deflate: Mapping[str, Eigenpairs] | None = None,
     seed: int = 0,
     backend: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Estimate]: ...
 
@@ -58,6 +65,8 @@ def trace(
     deflate: Eigenpairs | Mapping[str, Eigenpairs] | None = None,
     seed: int = 0,
     backend: str | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    time_limit: float | None = None,
     progress: ProgressCallback | None = None,
 ) -> Estimate | dict[str, Estimate]:
     r"""``tr(A)``, exact by n products or as the mean of v'Av over random signs v.
@@ -94,6 +103,9 @@ def trace(
             vectors would be samples here.
         seed: sample i is elements i n .. (i + 1) n of the seed's stream of signs.
         backend: kernels by name; default the best that serves.
+        checkpoint: a folder in which the run is saved every minute or so and can be resumed from
+            after it was killed, see `resume`.
+        time_limit: seconds after which the run is saved and left, see `resume`.
         progress: callback, called with (products made, products expected in all) after each block.
 
     Returns:
@@ -112,6 +124,7 @@ def trace(
         >>> fh.trace(A).value
         5050.0
     """
+    given = dict(locals())
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
@@ -120,12 +133,23 @@ def trace(
         limit = integer("max_matvecs", max_matvecs, 2)
     seed = seed_of(seed)
     known = _by_operator(A, deflate)
+    if known:  # as they are saved: whole vectors
+        given["deflate"] = (
+            {name: known[id(B)] for name, B in A.items()}
+            if isinstance(A, Mapping)
+            else known[id(A)]
+        )
+    call = Call.of("trace", given, inputs=("deflate",))
 
-    def start(B: SymmetricOperator, progress: ProgressCallback | None) -> Run[Estimate]:
+    def start(
+        B: SymmetricOperator, progress: ProgressCallback | None, states: States
+    ) -> Run[Estimate]:
         pairs, exact = known.get(id(B)), method == "auto"
-        return estimate(B, rtol, confidence, limit, seed, backend, progress, pairs, exact=exact)
+        return estimate(
+            B, states, rtol, confidence, limit, seed, backend, progress, pairs, exact=exact
+        )
 
-    return solve(A, start, progress)
+    return solve(A, start, progress, call)
 
 
 def _by_operator(A: Any, pairs: Any) -> dict[int, Eigenpairs]:

@@ -89,31 +89,28 @@ class Shards:
         (self._members,) = meshes
         self._mesh = next(iter(self.parameters.values())).device_mesh
 
-    def group(self, group: Any) -> Any:
-        """The process group of the mesh, or the given one if it has the same ranks.
+    def group(self) -> Any:
+        """The mesh, or the process group of all ranks.
 
         Raises:
-            ValueError: it has other ranks.
+            ValueError: a mesh with replicas does not hold all ranks.
         """
-        if group is None:
-            if self._mesh.ndim == 1:
-                return self._mesh
-            if len(self._members) == dist.get_world_size():
-                return dist.group.WORLD
+        if self._mesh.ndim == 1:
+            return self._mesh
+        if len(self._members) == dist.get_world_size():
+            return dist.group.WORLD
+        raise InputError(
+            f"group must be given for a mesh of {self._mesh.ndim} dimensions that are not all "
+            f"ranks, got None; pass group=torch.distributed.new_group({list(self._members)})"
+        )
+
+    def check(self, ranks: Ranks) -> None:
+        """Raise ValueError if these are other ranks than those of the mesh."""
+        if sorted(ranks.members) != sorted(self._members):
             raise InputError(
-                f"group must be given for a mesh of {self._mesh.ndim} dimensions that are not all "
-                f"ranks, got None; pass group=torch.distributed.new_group({list(self._members)})"
+                f"group must hold the ranks of the mesh of this fully_shard model, "
+                f"{sorted(self._members)}, got {sorted(ranks.members)}; use group=None"
             )
-        if hasattr(group, "get_group") and getattr(group, "ndim", 1) == 1:
-            group = group.get_group()
-        if isinstance(group, dist.ProcessGroup):
-            ranks = sorted(dist.get_process_group_ranks(group))
-            if ranks != sorted(self._members):
-                raise InputError(
-                    f"group must hold the ranks of the mesh of this fully_shard model, "
-                    f"{sorted(self._members)}, got {ranks}; use group=None"
-                )
-        return group
 
     def find(self) -> None:
         """Reshard all modules, and find the parameters again.

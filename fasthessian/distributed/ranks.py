@@ -12,22 +12,23 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from fasthessian.errors import InputError, InputTypeError, Refusal, UnsupportedError
+from fasthessian.arguments import positive
+from fasthessian.distributed.failures import Connection, described, known_to_all
+from fasthessian.distributed.groups import process_group, warn_if_started_by_torchrun
+from fasthessian.errors import Refusal, UnsupportedError
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    Group = dist.ProcessGroup | DeviceMesh | None
+    Group: TypeAlias = "dist.ProcessGroup | DeviceMesh | Ranks | None"
 else:
     Group = Any
 
@@ -37,83 +38,112 @@ _gather = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_
 _scatter = getattr(dist, "reduce_scatter_single", None) or getattr(
     dist, "reduce_scatter_tensor", None
 )
-FAILED = "fasthessian/failed"  # key of the store: what went wrong on a rank, by number of the sum
 
 
 class Ranks:
-    """The ranks of a process group.
+    """The ranks of a process group, for the argument ``group`` of operators.
+
+    A process group itself may be passed there, too. This class is for other time limits. If a rank
+    dies or raises, the others raise at once, and if it hangs, after a time limit. Their message
+    names the rank and the reason.
 
     Args:
-        group: a ``torch.distributed.ProcessGroup`` that this process belongs to; None for one rank
-            without communication.
+        group: a ``torch.distributed.ProcessGroup`` or a DeviceMesh of one dimension, which hold
+            this process; None for one rank without communication.
+        start_timeout: seconds that the others wait for a rank when an operator is built, when an
+            algorithm starts, and at the first product.
+        timeout: seconds that the others wait for a rank at every other sum.
 
     Attributes:
-        group: as given.
         rank: the number of this process in the group.
         size: the number of ranks.
         device: where small tensors must be for a collective: the CPU, or the GPU with NCCL.
+
+    Raises:
+        ValueError: the process group is not initialised, or this rank is not in it.
+        TypeError: it is no process group.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from fasthessian.distributed import Ranks
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> Ranks(dist.group.WORLD, timeout=30.0).size
+        1
+        >>> dist.destroy_process_group()
     """
 
-    def __init__(self, group: Any = None) -> None:
-        self.group = group
+    def __init__(
+        self, group: Any = None, *, start_timeout: float = 300.0, timeout: float = 100.0
+    ) -> None:
         self.rank, self.size = 0, 1
         self.device = torch.device("cpu")
+        self._connection: Connection | None = None  # a group is not held: the user may destroy it
         self._sums = 0  # sums so far, which names the failures of one of them
+        self.members: tuple[int, ...] = ()  # the numbers of the ranks among all processes
+        # what this rank does after each job of its own, until the others are done with theirs
+        self.serving: list[Callable[[], None]] = []
+        limits = positive("start_timeout", start_timeout), positive("timeout", timeout)
         if group is not None:
+            group = process_group(group)
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+            self._connection = Connection(group, *limits)
+            self.members = tuple(dist.get_process_group_ranks(group))
             if "nccl" in str(dist.get_backend(group)):
                 self.device = torch.device("cuda", torch.cuda.current_device())
 
     def __bool__(self) -> bool:
         """Whether there is a process group, also of one rank."""
-        return self.group is not None
+        return self._connection is not None
 
     # sums and gathers; every rank must call them in the same order
 
     def sum_(self, pieces: Sequence[Tensor]) -> None:
         """Sum tensors over the ranks, in place, by one collective."""
-        if self.group is None:
+        if self._connection is None:
             return
         self._sums += 1
         if len(pieces) == 1 and pieces[0].is_contiguous():
-            dist.all_reduce(pieces[0], group=self.group)
+            self._connection.call(dist.all_reduce, pieces[0])
             return
         flat = torch.cat([piece.reshape(-1) for piece in pieces])
-        dist.all_reduce(flat, group=self.group)
+        self._connection.call(dist.all_reduce, flat)
         parts = torch.split(flat, [piece.numel() for piece in pieces])
         for piece, part in zip(pieces, parts, strict=True):
             piece.copy_(part.view(piece.shape))
 
-    def rows(self, row: Tensor) -> Tensor:
-        """The rows (m,) of all ranks, in their order: (size, m), on the row's device."""
-        if self.group is None:
+    def rows(self, row: Tensor, start: bool = False) -> Tensor:
+        """The rows (m,) of all ranks, in their order: (size, m), on the row's device.
+
+        ``start``: the ranks come from work of different length, and wait for ``start_timeout``.
+        """
+        if self._connection is None:
             return row[None]
         own = row.contiguous().to(self.device) if self.device.type == "cuda" else row.contiguous()
         out = torch.empty(self.size * own.numel(), dtype=own.dtype, device=own.device)
-        _gather(out, own, group=self.group)  # type: ignore[misc]
+        self._connection.call(_gather, out, own, start=start)  # type: ignore[arg-type]
         return out.view(self.size, -1).to(row.device)
 
     def gather_(self, out: Tensor, piece: Tensor) -> None:
         """Write the pieces (m,) of all ranks into out (size * m,), in the order of the ranks."""
-        if self.group is None:
+        if self._connection is None:
             out.copy_(piece.reshape(-1))
             return
-        _gather(out, piece.reshape(-1), group=self.group)  # type: ignore[misc]
+        self._connection.call(_gather, out, piece.reshape(-1))  # type: ignore[arg-type]
 
     def scatter_(self, out: Tensor, pieces: Tensor) -> None:
         """Sum ``pieces`` (size * m,) over the ranks, and write this rank's m numbers of it to out.
 
         Also called reduce-scatter.
         """
-        if self.group is None:
+        if self._connection is None:
             out.copy_(pieces.view(out.shape))
             return
         self._sums += 1
-        _scatter(out.view(-1), pieces, group=self.group)  # type: ignore[misc]
+        self._connection.call(_scatter, out.view(-1), pieces)  # type: ignore[arg-type]
 
     def sum_in_order(self, t: Tensor) -> Tensor:
         """The sum of t over the ranks, added in the order of the ranks: the same bits on all."""
-        if self.group is None:
+        if self._connection is None:
             return t
         rows = self.rows(t.reshape(-1))
         total = rows[0].clone()
@@ -123,13 +153,13 @@ class Ranks:
 
     def objects(self, item: Any) -> list[Any]:
         """The items of all ranks, made of numbers, strings, lists and dictionaries."""
-        if self.group is None:
+        if self._connection is None:
             return [item]
         text = torch.tensor(list(json.dumps(item).encode()), dtype=torch.uint8)
-        sizes = self.rows(torch.tensor([len(text)]))
+        sizes = self.rows(torch.tensor([len(text)]), start=True)
         padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
         padded[: len(text)] = text
-        texts = self.rows(padded)
+        texts = self.rows(padded, start=True)
         return [
             json.loads(bytes(row[: int(size)].tolist()))
             for row, size in zip(texts, sizes, strict=True)
@@ -137,7 +167,7 @@ class Ranks:
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Whether each flag is set on any rank."""
-        if self.group is None:
+        if self._connection is None:
             return list(flags)
         rows = self.rows(torch.tensor(list(flags), dtype=torch.uint8))
         return [bool(column.any()) for column in rows.unbind(1)]
@@ -146,7 +176,7 @@ class Ranks:
 
     def together(self, job: Callable[[], R]) -> R:
         """Do a job without collectives on every rank; if it fails on one, raise on all."""
-        if self.group is None:
+        if self._connection is None:
             return job()
         result: list[R] = []
 
@@ -165,62 +195,97 @@ class Ranks:
         failure: Exception | None = None
         numbers: Sequence[float] = [0.0] * count
         try:
-            numbers = job()
+            with self._interrupted():
+                numbers = job()
         except Exception as error:
             failure = error
-        rows = self.rows(torch.tensor([float(failure is not None), *numbers], dtype=torch.float64))
+        row = torch.tensor([float(failure is not None), *numbers], dtype=torch.float64)
+        rows = self.rows(row, start=True)
         if bool(rows[:, 0].any()):
             reasons = self.objects(None if failure is None else described(failure))
-            raise failure or UnsupportedError(_first(reasons))
+            if failure is None or not all(reasons):
+                rank = next(rank for rank, reason in enumerate(reasons) if reason is not None)
+                failure = self._named(failure, rank, reasons[rank])
+            raise known_to_all(failure)
         return rows[:, 1:]
 
     @contextlib.contextmanager
     def failing(
-        self, pieces: Sequence[Tensor], add: Callable[[], None] | None = None
+        self,
+        pieces: Sequence[Tensor],
+        add: Callable[[], None] | None = None,
+        deferred: bool = False,
     ) -> Iterator[None]:
         """Around the work of this rank that makes its pieces of the next sum.
 
         The sum is ``add``, by default ``sum_``. If the work fails here, this rank takes part in it
-        with NaN, so that the other ranks do not wait, and leaves the reason for them.
+        with NaN, so that the other ranks do not wait, and leaves the reason for them. They look for
+        it if the sum holds NaN, unless it is ``deferred``.
         """
         try:
-            yield
+            with self._interrupted():
+                yield
         except Exception as error:
-            if self.group is not None:
-                self._leave_reason(described(error))
-                for piece in pieces:
-                    piece.fill_(torch.nan)
-                (add or (lambda: self.sum_(pieces)))()
+            if self._connection is None:
+                raise
+            reason = described(error)
+            self._connection.say(f"failed/{self._sums}", f"rank {self.rank} failed: {reason}")
+            for piece in pieces:
+                piece.fill_(torch.nan)
+            (add or (lambda: self.sum_(pieces)))()
+            failure = self._named(error, self.rank, reason)
+            if not deferred:
+                known_to_all(failure)
+            if failure is error:
+                raise
+            raise failure from error
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Around work with collectives: if it fails on this rank, it ends on the others."""
+        try:
+            yield
+        except BaseException as error:
+            self.leave(error)
             raise
 
-    def _leave_reason(self, reason: str) -> None:
-        """Tell the other ranks why the next sum holds NaN."""
-        with contextlib.suppress(Exception):
-            self._store().set(f"{FAILED}/{self._sums}", f"rank {self.rank}: {reason}")
+    @contextlib.contextmanager
+    def _interrupted(self) -> Iterator[None]:
+        """Around a job of this rank alone: an interrupt ends the call on all ranks at once."""
+        try:
+            try:
+                yield
+            except Exception:
+                self._serve()
+                raise
+            self._serve()
+        except Exception:
+            raise
+        except BaseException as error:
+            self.leave(error)
+            raise
+
+    def _serve(self) -> None:
+        for serve in self.serving:
+            serve()
 
     def check(self) -> None:
         """Raise RuntimeError if a rank failed at the last sum, which then holds NaN."""
-        reason = None
-        with contextlib.suppress(Exception):
-            store, key = self._store(), f"{FAILED}/{self._sums - 1}"
-            if store.check([key]):
-                reason = store.get(key).decode()
-        if reason is not None:
-            raise UnsupportedError(reason)
+        if self._connection is not None:
+            reason = self._connection.said(f"failed/{self._sums - 1}")
+            if reason is not None:
+                raise known_to_all(UnsupportedError(reason))
 
-    def _store(self) -> Any:
-        return dist.distributed_c10d._get_process_group_store(self.group)
+    def leave(self, error: BaseException) -> None:
+        """Tell the other ranks that this one does not go on, unless all of them raise."""
+        if self._connection is not None:
+            self._connection.leave(error)
 
-
-def described(error: BaseException) -> str:
-    """An error as one line."""
-    words = " ".join(str(error).split())
-    return words if isinstance(error, Refusal) and words else f"{type(error).__name__}: {words}"
-
-
-def _first(reasons: Sequence[str | None]) -> str:
-    rank, reason = next((r, each) for r, each in enumerate(reasons) if each is not None)
-    return f"rank {rank} failed: {reason}"
+    def _named(self, error: Exception | None, rank: int, reason: str) -> Exception:
+        """The error of this rank or of another one, with its rank; errors of users as they are."""
+        if error is not None and not isinstance(error, Refusal):
+            return error
+        return (UnsupportedError if error is None else type(error))(f"rank {rank} failed: {reason}")
 
 
 ALONE = Ranks()
@@ -235,51 +300,11 @@ def ranks_of(group: Any) -> Ranks:
         TypeError: it is no process group.
     """
     if group is None:
-        _warn_if_started_by_torchrun()
+        warn_if_started_by_torchrun()
         return ALONE
-    if not dist.is_available() or not dist.is_initialized():
-        raise InputError(
-            f"group must be None, got {group!r:.60}: no process group is initialised; call "
-            f"torch.distributed.init_process_group() first and pass torch.distributed.group.WORLD"
-        )
-    if group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, int):
-        raise InputError(
-            "group must hold this rank, which is not in it; make the operator only on the ranks "
-            "of the group"
-        )
-    if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):  # a DeviceMesh
-        if group.ndim != 1:
-            raise InputError(
-                f"group must have one dimension, got a DeviceMesh of {group.ndim}; "
-                f"pass one of them: mesh[name]"
-            )
-        group = group.get_group()
-    if not isinstance(group, dist.ProcessGroup):
-        raise InputTypeError(
-            f"group must be None, a torch.distributed.ProcessGroup or a DeviceMesh, got "
-            f"{type(group).__name__}; use group=torch.distributed.group.WORLD"
-        )
+    if isinstance(group, Ranks):
+        return group
+    group = process_group(group)
     if group not in _known:
-        try:
-            rank = dist.get_rank(group)
-        except (ValueError, RuntimeError, KeyError):
-            rank = -1
-        if rank < 0:
-            raise InputError(
-                "group must hold this rank, which is not in it; make the operator only on the "
-                "ranks of the group"
-            )
         _known[group] = Ranks(group)
     return _known[group]
-
-
-def _warn_if_started_by_torchrun() -> None:
-    """Warn if torchrun started several ranks and the process group is not initialised."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    if size.isdigit() and int(size) > 1 and "RANK" in os.environ and not dist.is_initialized():
-        warnings.warn(
-            f"group is None and no process group is initialised, but WORLD_SIZE={size}: each rank "
-            f"analyses its own data alone; call torch.distributed.init_process_group() first and "
-            f"pass group=torch.distributed.group.WORLD",
-            stacklevel=2,
-        )

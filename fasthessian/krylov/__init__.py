@@ -2,9 +2,10 @@
 
 * Runs: ``lanczos`` with a basis, ``three_term`` without one.
 * Parts of a run: ``state`` (all that changes), ``basis``, ``coefficients``, ``candidate``,
-  ``breakdown``, ``cuda_graph``; ``state_file`` writes and reads states.
+  ``breakdown``, ``cuda_graph``.
 * ``dots``: every dot product of the engine.
 * Results: ``ritz`` and ``missing`` for eigenpairs; ``quadrature`` and ``smoothing`` for densities;
   ``hutchinson`` and ``intervals`` for traces.
-* ``lockstep``: runs as generators of requests for products, so that many advance together.
+* ``lockstep``: runs as generators of requests for products, so that many advance together;
+  ``checkpointed`` says where the runs of a call are saved.
 """

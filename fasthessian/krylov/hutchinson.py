@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Generator
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fasthessian.arguments import ProgressCallback
+from fasthessian.checkpoints.state import State
+from fasthessian.checkpoints.states import States
 from fasthessian.errors import ConvergenceWarning, InputError
 from fasthessian.krylov.breakdown import NOISE
 from fasthessian.krylov.intervals import Spread
@@ -25,8 +28,24 @@ FIRST_CHECK = 16  # samples: with fewer the distribution of a skewed mean is too
 SKEW = 1e-2  # of max |Q Q' - I|: vectors of eigsh have 1e-6, or 1e-3 with a compressed basis
 
 
+@dataclasses.dataclass
+class Sampled(State):
+    """What changes while a trace is estimated, except the spread of the samples."""
+
+    samples: Tensor = dataclasses.field(  # (s,)
+        default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu")
+    )
+    diagonal: Tensor = dataclasses.field(  # (d,) its first elements, if it is taken instead
+        default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu")
+    )
+    squares: float = 0.0  # sum of the squares of the rows of these elements
+    needed: int = 0  # samples expected in all
+    began: int = 0  # products of the algorithm before
+
+
 def estimate(
     A: SymmetricOperator,
+    states: States,
     rtol: float,
     confidence: float,
     limit: int,
@@ -42,6 +61,7 @@ def estimate(
 
     Args:
         A: the operator, size n.
+        states: of the algorithm.
         rtol: half-width of the interval over |trace| at which sampling ends.
         confidence: of the interval.
         limit: products at most.
@@ -52,7 +72,7 @@ def estimate(
         skip: vectors of the stream that are left out.
         exact: take the diagonal instead, where that is as cheap.
     """
-    n, space, start = A.n, Space(A, backend), A.matvecs
+    n, space = A.n, Space(A, backend)
     known = 0.0  # size of the part of the trace that the pairs give
     products_of: Callable[[Tensor, Tensor], Asking] = functools.partial(_plain, A)
     if pairs is not None:
@@ -61,41 +81,47 @@ def estimate(
         if exact and len(pairs.values) == n:
             return known_trace(float(pairs.values.sum()), known, A, confidence, 0), []
     rows, products = space.rows(BLOCK), space.rows(min(BLOCK, limit))
-    samples, spread = torch.empty(0, dtype=torch.float64, device="cpu"), Spread()
-    converged, needed = False, min(FIRST_CHECK, limit)
+    first = Sampled(needed=min(FIRST_CHECK, limit), began=states.made)
+    state, spread = states.add("samples", first), states.add("spread", Spread())
+    converged = False
+
+    def made() -> int:
+        return states.made - state.began
 
     def callback(total: int) -> None:
         if progress is not None:
-            progress(A.matvecs - start, total)
+            progress(made(), total)
 
-    while len(samples) < limit and not converged:
-        s = len(samples)
-        if exact and n <= needed - s and (s >= FIRST_CHECK or s == 0):
+    while len(state.samples) < limit and not converged:
+        s = len(state.samples)
+        if exact and n <= state.needed - s and (s >= FIRST_CHECK or s == 0):
             total = s + n
-            value, size = yield from _diagonal(A, rows, products, space, lambda: callback(total))  # noqa: B023
-            return known_trace(value, size, A, confidence, A.matvecs - start), []
+            value, size = yield from _diagonal(
+                A, state, rows, products, space, lambda: callback(total)  # noqa: B023
+            )  # fmt: skip
+            return known_trace(value, size, A, confidence, made()), []
         b = min(BLOCK, limit - s)
         for i in range(b):
             space.draw_(rows[i], seed, (skip + s + i) * n, signs=True)
         yield from products_of(rows[:b], products[:b])
         C, _ = space.dots(rows[:b], products[:b])
-        samples = torch.cat((samples, C.diagonal().cpu()))
+        state.samples = torch.cat((state.samples, C.diagonal().cpu()))
         y = rows[:b].mul_(products[:b])
         y.sub_(y[0].clone())  # nothing is left if A is diagonal
         spread.add(space.gram(y))
-        s, value = len(samples), float(samples.mean())
-        stderr, half = spread.interval(samples, confidence)
+        s, value = len(state.samples), float(state.samples.mean())
+        stderr, half = spread.interval(state.samples, confidence)
         wanted = rtol * abs(value) / math.sqrt(1 + rtol**2)
         converged = s >= min(FIRST_CHECK, limit) and half <= wanted
         if s >= FIRST_CHECK and not converged:
             ratio = half / wanted if wanted else math.inf
-            needed = int(min(limit, max(s + BLOCK, s * min(ratio, 1e4) ** 2)))
-        callback(s if converged else needed)
+            state.needed = int(min(limit, max(s + BLOCK, s * min(ratio, 1e4) ** 2)))
+        callback(s if converged else state.needed)
     shortfalls: list[Warning] = []
     if not converged:
         shortfalls.append(
             ConvergenceWarning(
-                f"the trace's interval is {value:.4g} +- {half:.2g} after {len(samples)} products, "
+                f"the trace's interval is {value:.4g} +- {half:.2g} after {s} products, "
                 f"wider than rtol={rtol:g}; raise max_matvecs or rtol"
             )
         )
@@ -105,8 +131,8 @@ def estimate(
         stderr=stderr,
         interval=(value - half, value + half),
         confidence=confidence,
-        samples=samples,
-        matvecs=A.matvecs - start,
+        samples=state.samples,
+        matvecs=made(),
         converged=converged,
     )
     return found, shortfalls
@@ -134,25 +160,26 @@ def _rounding(A: SymmetricOperator, size: float) -> float:
 
 def _diagonal(
     A: SymmetricOperator,
+    state: Sampled,
     rows: Tensor,
     products: Tensor,
     space: Space,
     callback: Callable[[], None],
 ) -> Generator[Request, None, tuple[float, float]]:
     """The sum of the diagonal by n unit vectors, and its size ``sum |a_ii| + ||A||_F``."""
-    diagonal: list[float] = []
-    squares, first, end = 0.0, space.slice.first, space.slice.first + space.slice.held
-    for i in range(0, A.n, len(products)):
+    first, end = space.slice.first, space.slice.first + space.slice.held
+    for i in range(len(state.diagonal), A.n, len(products)):
         b = min(len(products), A.n - i)
         units, out = rows[:b].zero_(), products[:b]
         for j in range(max(i, first), min(i + b, end)):
             units[j - i, j - first] = 1.0
         yield Request(A, units, out)
         C, G = space.dots(units, out)
-        diagonal += C.diagonal().tolist()
-        squares += float(G.trace())
+        state.diagonal = torch.cat((state.diagonal, C.diagonal().cpu()))
+        state.squares += float(G.trace())
         callback()
-    return math.fsum(diagonal), math.fsum(map(abs, diagonal)) + math.sqrt(squares)
+    diagonal = state.diagonal.tolist()
+    return math.fsum(diagonal), math.fsum(map(abs, diagonal)) + math.sqrt(state.squares)
 
 
 def _plain(A: SymmetricOperator, V: Tensor, out: Tensor) -> Asking:

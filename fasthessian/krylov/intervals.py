@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
 from torch import Tensor
 
+from fasthessian.checkpoints.state import State
+
 SERIES = 30  # degrees of freedom below which Student's t is summed exactly
 EXCESS = 4.0  # sample variance over theory: a fixed symmetric matrix hardly ever reaches it
 
 
-class Spread:
+@dataclasses.dataclass
+class Spread(State):
     r"""The variance of ``x = v'Av`` over random signs v, from the products themselves.
 
     With B = A without its diagonal and y = v * (A v), so that x = sum_i y_i::
@@ -27,9 +31,10 @@ class Spread:
     4 times the variance by this theory, the matrix is not, and the sample variance is used.
     """
 
-    def __init__(self) -> None:
-        self._squares = torch.empty(0, dtype=torch.float64, device="cpu")  # estimates of ||B||_F^2
-        self._freedom = 0
+    squares: Tensor = dataclasses.field(  # estimates of ||B||_F^2
+        default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu")
+    )
+    freedom: int = 0
 
     def add(self, gram: Tensor) -> None:
         """Add a block of samples: the Gram matrix (b, b) of its rows y, each less one vector."""
@@ -37,17 +42,17 @@ class Spread:
         if b > 1:
             gram = gram.cpu()
             centred = gram.diagonal() - 2 * gram.mean(1) + gram.mean()
-            self._squares = torch.cat((self._squares, centred.clamp(min=0) * (b / (b - 1))))
-            self._freedom += b - 1
+            self.squares = torch.cat((self.squares, centred.clamp(min=0) * (b / (b - 1))))
+            self.freedom += b - 1
 
     def interval(self, samples: Tensor, confidence: float) -> tuple[float, float]:
         """Standard error of the mean of ``samples`` (s,), and the half-width of its interval."""
-        s, mean = len(samples), float(self._squares.mean())
+        s, mean = len(samples), float(self.squares.mean())
         variance, observed = 2 * mean, float(samples.var())
         # relative variance of a square; the prior is one square of the largest possible variance
-        relative = float((self._squares / mean).var()) if mean else 0.0
+        relative = float((self.squares / mean).var()) if mean else 0.0
         relative = min(2.0, (2 + (s - 1) * relative) / s)
-        freedom = int(2 * self._freedom / relative)
+        freedom = int(2 * self.freedom / relative)
         if observed > EXCESS * variance:
             variance, freedom = observed, s - 1
         stderr = math.sqrt(variance / s)

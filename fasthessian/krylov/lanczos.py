@@ -43,7 +43,6 @@ from fasthessian.krylov.cuda_graph import CapturedStep, obstacle
 from fasthessian.krylov.lockstep import Asking, answer
 from fasthessian.krylov.space import Space
 from fasthessian.krylov.state import RunState
-from fasthessian.krylov.state_file import Item, configuration
 from fasthessian.operators.base import SymmetricOperator, multiply
 from fasthessian.operators.request import Request
 
@@ -128,6 +127,8 @@ class Lanczos:
             raise InputError(f"the basis is full at {self.capacity} rows; restart it")
         goal = state.size + 1
         while state.size < goal and not state.exhausted:  # a breakdown takes rows away
+            if self._captured.captured:  # between two steps a run can be saved
+                yield Request(self.A, state.u[:0], state.product[:0], deferred=True)
             # the first product tells how large A is, before steps are captured
             if state.factor is None or not self._captured.make(
                 self.A, state.coefficients.counter, state.size, self.delayed_step
@@ -270,12 +271,6 @@ class Lanczos:
         """The Jacobi matrix of the start vector: T (j, j), j final rows or those of its space."""
         j = len(self.state.T) - 1 if self.state.own is None else self.state.own
         return self.state.unscaled(self.state.T[:j, :j])
-
-    def configuration(self) -> dict[str, Item]:
-        """What a run must have in common with this one to take over its state."""
-        common = configuration("Lanczos", self.A, self.capacity, self._deferred)
-        rows = str(self.state.basis.stored.dtype).removeprefix("torch.")
-        return common | {"schedule": self.schedule, "rows": rows, "refill": self.refill}
 
     # how it becomes known
 

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 from fasthessian.arguments import ProgressCallback
+from fasthessian.checkpoints.call import Call
+from fasthessian.checkpoints.keeper import Keeper
+from fasthessian.checkpoints.states import States
+from fasthessian.distributed.consistency import check_same
 from fasthessian.errors import InputError, UnsupportedError
+from fasthessian.krylov.checkpointed import keeper
 from fasthessian.operators.base import SymmetricOperator, multiply, operator
 from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state.scopes import restored
@@ -22,16 +27,18 @@ from fasthessian.results.record import Record
 R = TypeVar("R", bound=Record)
 Asking = Generator[Request, None, None]
 Run = Generator[Request, None, tuple[R, list[Warning]]]  # the record, and where it falls short
-Start = Callable[[SymmetricOperator, "ProgressCallback | None"], Run[R]]
+Start = Callable[[SymmetricOperator, "ProgressCallback | None", States], Run[R]]
 
 
 class Guard:
     """Notices changes, during a run, of what the operators depend on.
 
     Products before and after such a change belong to two matrices. Changes between runs are fine.
+    At the start the ranks of the operators agree on their data, and compare the call.
     """
 
-    def __init__(self, operators: Iterable[SymmetricOperator]) -> None:
+    def __init__(self, operators: Iterable[SymmetricOperator], call: Call) -> None:
+        self._call = call
         matrices = {id(A._matrix): A._matrix for A in operators}
         self._matrices = list(matrices.values())
         self._kept = {id(A._kept): A._kept for A in self._matrices}.values()
@@ -40,6 +47,8 @@ class Guard:
     def __enter__(self) -> Guard:
         for A in self._matrices:
             A._agree()
+        for ranks in {A._ranks for A in self._matrices}:
+            check_same(ranks, self._call.words())
         self._counts = [kept.changes(poll=True)[0] for kept in self._kept]
         for kept in self._kept:
             self._runs.enter_context(kept.run())
@@ -64,6 +73,17 @@ class Guard:
                 )
 
 
+@contextlib.contextmanager
+def leaving(operators: Iterable[SymmetricOperator]) -> Iterator[None]:
+    """If the run fails on this rank, end it on the others, too."""
+    try:
+        yield
+    except BaseException as error:
+        for ranks in {A._matrix._ranks for A in operators}:
+            ranks.leave(error)
+        raise
+
+
 def answer(requests: Asking) -> None:
     """Answer every request, one by one."""
     for request in requests:
@@ -71,64 +91,78 @@ def answer(requests: Asking) -> None:
 
 
 @restored
-def solve(A: Any, start: Start[R], progress: ProgressCallback | None) -> R | dict[str, R]:
-    """The record of a run for an operator, or a record per name for a dictionary of operators."""
-    if not isinstance(A, Mapping):
-        with Guard([operator(A)]) as guard:
-            run = start(A, progress)
-            while True:
+def solve(
+    A: Any, start: Start[R], progress: ProgressCallback | None, call: Call
+) -> R | dict[str, R]:
+    """The record of a run for an operator, or a record per name for a dictionary of operators.
+
+    All runs advance in rounds: one request of each, in one pass over the data if they share a
+    matrix. Before each round is the boundary at which ``call`` may be saved and stopped.
+    """
+    single = not isinstance(A, Mapping)
+    operators = {"": operator(A)} if single else _checked(A)
+    with (
+        leaving(operators.values()),
+        Guard(operators.values(), call) as guard,
+        keeper(call, operators) as kept,
+    ):
+        callback_for = _callbacks(progress, kept) if not single else lambda name: progress
+        runs = {
+            name: start(B, callback_for(name), kept.runs[name])
+            for name, B in operators.items()
+            if name not in kept.ended
+        }
+        while runs:
+            requests: list[Request] = []  # without the last ones: a run may free its rows
+            for name in list(runs):
                 try:
-                    request = next(run)
+                    requests.append(next(runs[name]))
                 except StopIteration as stop:
-                    record, shortfalls = stop.value
-                    break
-                multiply([request])
-                guard.check()
-                del request  # the run may free its rows before the next request
+                    del runs[name]
+                    kept.end(name, *stop.value)
+                except (ValueError, MemoryError) as error:
+                    if single:
+                        raise
+                    raise type(error)(f"{name}: {error}") from error
+            if requests:
+                kept.boundary(sum(len(request.V) for request in requests) or 1)
+                multiply(requests)
+            guard.check()
+        kept.finish()
+    found = {}
+    for name, (record, shortfalls) in kept.ended.items():
+        found[name] = record
         for shortfall in shortfalls:
-            warnings.warn(shortfall, stacklevel=4)
-        return record  # type: ignore[no-any-return]
-    return _together(A, start, progress)
+            words = shortfall if single else type(shortfall)(f"{name}: {shortfall}")
+            warnings.warn(words, stacklevel=4 + call.resumed)
+    return found[""] if single else {name: found[name] for name in operators}
 
 
-def _together(
-    operators: Mapping[str, SymmetricOperator], start: Start[R], progress: ProgressCallback | None
-) -> dict[str, R]:
-    """Advance all runs in rounds: one request of each, in one pass if they share a matrix."""
+def _checked(operators: Mapping[str, SymmetricOperator]) -> dict[str, SymmetricOperator]:
     if not operators:
         raise InputError("A is an empty dictionary; pass an operator, or blocks such as A.blocks()")
     if len({id(A) for A in operators.values()}) < len(operators):
         raise InputError("A holds one operator under two names; name each once")
-    done: dict[str, tuple[int, int | None]] = {}
+    return {name: operator(A) for name, A in operators.items()}
+
+
+def _callbacks(
+    progress: ProgressCallback | None, kept: Keeper
+) -> Callable[[str], ProgressCallback | None]:
+    """A callback for each of several runs, which reports their sum."""
+    counts = {name: states.made for name, states in kept.runs.items()}
+    totals: dict[str, int | None] = {name: counts[name] for name in kept.ended}
 
     def callback_for(name: str) -> ProgressCallback | None:
         if progress is None:
             return None
 
         def callback(made: int, total: int | None) -> None:
-            done[name] = made, total
-            totals = [t for _, t in done.values()]
-            whole = None if None in totals or len(done) < len(operators) else sum(totals)  # type: ignore[arg-type]
-            progress(sum(made for made, _ in done.values()), whole)
+            counts[name], totals[name] = made, total
+            known = [t for t in totals.values() if t is not None]
+            whole = sum(known) if len(known) == len(counts) else None
+            progress(sum(counts.values()), whole)
 
         return callback
 
-    found: dict[str, R] = {}
-    with Guard(map(operator, operators.values())) as guard:
-        runs = {name: start(A, callback_for(name)) for name, A in operators.items()}
-        while runs:
-            requests = []
-            for name in list(runs):
-                try:
-                    requests.append(next(runs[name]))
-                except StopIteration as stop:
-                    del runs[name]
-                    found[name], shortfalls = stop.value
-                    for shortfall in shortfalls:
-                        warnings.warn(type(shortfall)(f"{name}: {shortfall}"), stacklevel=5)
-                    continue
-                except (ValueError, MemoryError) as error:
-                    raise type(error)(f"{name}: {error}") from error
-            multiply(requests)
-            guard.check()
-    return {name: found[name] for name in operators}
+    return callback_for

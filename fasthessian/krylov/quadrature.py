@@ -13,6 +13,7 @@ a converged node, and everywhere once the Krylov space has ended.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Generator
 from typing import NamedTuple, Protocol
@@ -20,6 +21,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fasthessian.checkpoints.state import State
+from fasthessian.checkpoints.states import States
 from fasthessian.krylov.lockstep import Asking
 from fasthessian.operators.request import Request
 
@@ -65,17 +68,24 @@ class KrylovRun(Protocol):
         """Free the rows."""
 
 
-class Measured(NamedTuple):
+@dataclasses.dataclass
+class Measured(State):
     """What quadrature takes from a run that has ended; see ``KrylovRun``."""
 
     jacobi: Tensor
-    resolution: float
-    graph: str
+    resolution: float = 0.0
+    graph: str = ""
     ended: bool = False
+    made: int = 0  # products of the algorithm up to then
+
+    @classmethod
+    def none(cls) -> Measured:
+        """Of no run, to be restored from a checkpoint."""
+        return cls(torch.empty(0, 0, dtype=torch.float64, device="cpu"))
 
 
 def grow(
-    krylov: KrylovRun, steps: int, callback: Callable[[], None]
+    krylov: KrylovRun, states: States, steps: int, callback: Callable[[], None]
 ) -> Generator[Request, None, Measured]:
     """Make ``steps`` steps, or fewer if the space of the start vector ends before."""
     while krylov.size < min(steps, krylov.capacity) and not krylov.ended:
@@ -84,7 +94,7 @@ def grow(
         if last or krylov.size % POLL_EVERY == 0:
             krylov.poll(wait=last)
         callback()
-    return Measured(krylov.jacobi(), krylov.resolution, krylov.graph, krylov.ended)
+    return Measured(krylov.jacobi(), krylov.resolution, krylov.graph, krylov.ended, states.made)
 
 
 class Rule(NamedTuple):

@@ -1,22 +1,22 @@
 """All that changes during a Krylov run, in one record per run.
 
 A run consists of a fixed configuration and a state. If a fresh run takes over the state of another
-run of the same configuration, it continues as that run would have, to the bit (see ``state_file``).
+run of the same configuration, it continues as that run would have, to the bit.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fasthessian.arguments import integer
+from fasthessian.checkpoints.state import Shapes, State, Stored
 from fasthessian.krylov.basis import Basis
 from fasthessian.krylov.coefficients import Coefficients, CoefficientsCopy
-from fasthessian.krylov.state_file import Number, Shapes, State
 from fasthessian.vectors import empty_rows
 
 X = TypeVar("X", float, Tensor)
@@ -27,6 +27,8 @@ ROWS = 3  # vectors of a run without a basis
 @dataclasses.dataclass
 class ThreeTermState(State):
     """The state of a ``ThreeTerm`` run."""
+
+    SPLIT = ("rows",)
 
     rows: Tensor  # (ROWS, n), the operator's dtype: q_j in row j mod 3
     entries: Tensor  # (capacity, 2) float64 on the device: alpha_j and beta_j
@@ -43,18 +45,15 @@ class ThreeTermState(State):
             entries=torch.zeros(capacity, 2, dtype=torch.float64, device=device),
         )
 
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors."""
-        return {"rows": self.rows, "entries": self.entries}
-
-    def _shapes(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Shapes:
+    def _shapes(self, numbers: Mapping[str, Any], stored: Mapping[str, Stored]) -> Shapes:
         size = integer("size", numbers["size"], 0, len(self.entries))
         integer("judged", numbers["judged"], 0, size)
-        return {name: (t.dtype, tuple(t.shape)) for name, t in self.tensors().items()}
+        both = {"rows": self.rows, "entries": self.entries}
+        return {name: (t.dtype, tuple(t.shape)) for name, t in both.items()}
 
-    def _take(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, own in self.tensors().items():
-            own.copy_(tensors[name])
+    def _take(self, stored: Mapping[str, Stored]) -> None:
+        for name, source in stored.items():
+            source.read_into(getattr(self, name))
 
 
 @dataclasses.dataclass
@@ -64,13 +63,14 @@ class LoopState(State):
     See ``ritz.converge``.
     """
 
-    made: int = 0  # products
+    began: int = 0  # products of the algorithm before the loop
     entered: int | None = None  # rows of the run when the loop began; None before
     reserved: int = 0  # products for the refinement after the loop
     locking: bool = False  # pairs converge to LOCKED * tol, before their couplings are given up
     upper: float | None = None  # point of the last search: eigenvalues above it are wanted
     lower: float | None = None  # the same for eigenvalues below it
     count: int = 0  # eigenvalues beyond these points, at least
+    judged: bool = False  # the pairs were judged after the last step: another one comes next
 
     @property
     def points(self) -> list[tuple[float, int]]:
@@ -165,16 +165,14 @@ class RunState(State):
         """From the units of T to those of A."""
         return x if self.factor in (None, 1.0) else x / self.factor
 
-    def numbers(self) -> dict[str, Number]:
+    def numbers(self) -> dict[str, Any]:
         """The fields that are plain numbers, and those of the loop and of the search."""
         found = super().numbers() | _prefixed("loop", self.loop.numbers())
         return found | (_prefixed("search", self.search.numbers()) if self.search else {})
 
     def tensors(self) -> dict[str, Tensor]:
-        """The rows made and the one after them (a candidate of cgs2), and all small tensors."""
+        """All small tensors."""
         found = {
-            "V": self.basis.stored[: self.size + 1],
-            "W": self.W,
             "cells": self.coefficients.cells,
             "counter": self.coefficients.counter,
             "T": self.T,
@@ -184,25 +182,31 @@ class RunState(State):
             found["final" if copy.final else "pending"] = copy.cells
         return found | (_prefixed("search", self.search.tensors()) if self.search else {})
 
-    def restore(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
+    def split(self) -> dict[str, Tensor]:
+        """The rows made and the one after them (a candidate of cgs2), and the candidates."""
+        found = {"V": self.basis.stored[: self.size + 1], "W": self.W}
+        return found | (_prefixed("search", self.search.split()) if self.search else {})
+
+    def restore(self, numbers: Mapping[str, Any], stored: Mapping[str, Stored]) -> None:
         """As that of ``State``; the loop and the search are replaced."""
         of_loop, numbers = _split("loop", numbers)
         of_search, numbers = _split("search", numbers)
-        tensors_of_search, tensors = _split("search", tensors)
+        stored_of_search, stored = _split("search", stored)
         loop, search = LoopState(), None
         loop.restore(of_loop, {})
-        if of_search or tensors_of_search:
-            W, entries = self.W, tensors_of_search.get("entries", ())
-            capacity = integer("capacity of the search", len(entries), 1, W.shape[1])
+        if of_search or stored_of_search:
+            W, entries = self.W, stored_of_search.get("entries")
+            length = 0 if entries is None else entries.shape[0]
+            capacity = integer("capacity of the search", length, 1, W.shape[1])
             search = ThreeTermState.of(capacity, W.shape[1], W.dtype, W.device)
-            search.restore(of_search, tensors_of_search)
-        super().restore(numbers, tensors)
+            search.restore(of_search, stored_of_search)
+        super().restore(numbers, stored)
         self.loop, self.search = loop, search
 
-    def _shapes(self, numbers: Mapping[str, object], tensors: Mapping[str, Tensor]) -> Shapes:
+    def _shapes(self, numbers: Mapping[str, Any], stored: Mapping[str, Stored]) -> Shapes:
         V, cells = self.basis.stored, self.coefficients.cells
         size = integer("size", numbers["size"], 0, len(cells) - 1)
-        rows = {name: len(tensors[name]) for name in {"T", "pending", "final"} & set(tensors)}
+        rows = {name: stored[name].shape[0] for name in {"T", "pending", "final"} & set(stored)}
         shapes: Shapes = {
             "V": (V.dtype, (min(size + 1, len(V)), V.shape[1])),
             "W": (self.W.dtype, tuple(self.W.shape)),
@@ -214,14 +218,14 @@ class RunState(State):
             shapes[name] = (torch.float64, (count, count if name == "T" else cells.shape[1]))
         return shapes
 
-    def _take(self, tensors: Mapping[str, Tensor]) -> None:
-        self.basis.stored[: len(tensors["V"])].copy_(tensors["V"])
-        self.W.copy_(tensors["W"])
-        self.coefficients.cells.copy_(tensors["cells"])
-        self.coefficients.counter.copy_(tensors["counter"])
-        self.T, self.pending = tensors["T"], None
-        for name in {"pending", "final"} & set(tensors):
-            cells = tensors[name]
+    def _take(self, stored: Mapping[str, Stored]) -> None:
+        stored["V"].read_into(self.basis.stored[: stored["V"].shape[0]])
+        stored["W"].read_into(self.W)
+        stored["cells"].read_into(self.coefficients.cells)
+        stored["counter"].read_into(self.coefficients.counter)
+        self.T, self.pending = stored["T"].tensor(), None
+        for name in {"pending", "final"} & set(stored):
+            cells = stored[name].tensor()
             self.pending = CoefficientsCopy(cells, len(cells) - 1, final=name == "final")
 
 

@@ -23,7 +23,6 @@ from fasthessian.krylov.breakdown import NOISE
 from fasthessian.krylov.lockstep import Asking, answer
 from fasthessian.krylov.space import Space
 from fasthessian.krylov.state import ROWS, ThreeTermState
-from fasthessian.krylov.state_file import Item, configuration
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.request import Request
 
@@ -152,10 +151,6 @@ class ThreeTerm:
         """The Jacobi matrix of the start vector: T (size, size) float64 on the CPU."""
         alpha, beta = self.state.entries[: self.size].cpu().unbind(1)
         return torch.diag(alpha) + torch.diag(beta[:-1], 1) + torch.diag(beta[:-1], -1)
-
-    def configuration(self) -> dict[str, Item]:
-        """What a run must have in common with this one to take over its state."""
-        return configuration("ThreeTerm", self.A, self.capacity, self._deferred)
 
     def _rescale(self, row: Tensor, norm2: Tensor) -> None:
         """Divide a row (1, n) by its norm, unless that is 0."""

@@ -58,20 +58,19 @@ def check(A: Matrix, exact: bool) -> Check:
     gradient = math.nan
     if not rounded:
         g = evaluation.mask_(A.gradient())
-        gradient = distance(A.loss, A.loss(), g, A.theta(), evaluation.findings.coarsest)
+        gradient = distance(A.loss, A.loss(), g, A.theta(), evaluation.common.coarsest)
     slope, spread = _difference(A, u, Au) if exact and not rounded else (math.nan, math.nan)
     forward, allowed, kinks = math.nan, DIFFERENCE[A.dtype], ""
     if slope > allowed and spread > slope / 4:  # all steps agree if a part is detached
         forward = _forward(A, u, Au)
         if forward <= allowed:  # kinks change differences, not derivatives
             allowed, kinks = math.inf, f"  kinks: forward mode agrees to {forward:.1e}"
-    section = evaluation.loss.gathered.section
-    weights, batch, uncut = section(evaluation.coupling)()
+    weights, batch, uncut = _coupling(A)
     rows = (
         ("symmetry", symmetry, ASYMMETRY[A.dtype], "products are wrong: use another engine"),
         ("repetition", repetition, ASYMMETRY[A.dtype],
          "the loss is no function of the parameters alone: fix its random numbers"),
-        ("gradient", gradient, ALLOWED.get(evaluation.findings.coarsest, 1.0),
+        ("gradient", gradient, ALLOWED.get(evaluation.common.coarsest, 1.0),
          "it is not the derivative of the loss, which detaches a part of itself (on purpose, or "
          "where the model differentiates inside: in training only? try mode='train')"),
         ("difference", slope, allowed,
@@ -101,22 +100,34 @@ def _difference(A: Matrix, v: Tensor, Av: Tensor) -> tuple[float, float]:
     return distances(lambda h: A.gradient(h * v), unit, Av)
 
 
+def _coupling(A: Matrix) -> tuple[float, str, str]:
+    """The largest change of a batch over the ranks, which batch it is, and why one was not cut."""
+    ranks, evaluation = A._evaluation.options.ranks, A._evaluation
+    found = ranks.objects(list(ranks.together(evaluation.coupling)))
+    worst = max(range(len(found)), key=lambda rank: (found[rank][0] >= 0, found[rank][0]))
+    change, batch, _ = found[worst]
+    reasons = [reason for _, _, reason in found if reason]
+    where = f"{batch} of rank {worst}" if ranks else f"{batch}"
+    return change, where, reasons[0] if reasons else ""
+
+
 def _forward(A: Matrix, v: Tensor, Av: Tensor) -> float:
     """The distance between A v and forward mode; NaN if forward mode fails."""
     try:
-        found = A._evaluation.loss.gathered.section(lambda: _by_forward(A, v))()
+        found = _by_forward(A, v)
     except MemoryError:
-        raise
+        if not A._evaluation.options.ranks:
+            raise
+        return math.nan  # as on the other ranks
     except Exception:  # a model may raise anything under torch.func
         return math.nan
     return float((found.double() - Av.double()).norm()) / (float(Av.double().norm()) or 1.0)
 
 
-@exclusive
 def _by_forward(A: Matrix, v: Tensor) -> Tensor:
     """The product with v (n,) by the engine "forward" instead of A's engine; it is not counted."""
     evaluation = A._evaluation
-    request = Request(A, v[None], torch.empty_like(v[None]))
+    request = Request(A, v[None], torch.zeros_like(v[None]))
     forward = dataclasses.replace(evaluation.options, engine="forward")
 
     def made() -> None:
@@ -129,5 +140,5 @@ def _by_forward(A: Matrix, v: Tensor) -> Tensor:
                 graph = A._new_graph(part, params)
                 graph.products([request], first=i == 0, keep=False)
 
-    evaluation.within_memory(made)
+    A._shares.sum([request.out], exclusive(lambda: evaluation.within_memory(made)))
     return request.out[0].add_(v, alpha=forward.weight_decay)

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fasthessian.errors import InputError
 from fasthessian.memory import out_of_memory
 from fasthessian.operators import parameters
 from fasthessian.operators.base import SymmetricOperator, finite
 from fasthessian.operators.blocks import Block, partition
 from fasthessian.operators.checks import Check, check
+from fasthessian.operators.common import check_common
 from fasthessian.operators.evaluation import Evaluation
-from fasthessian.operators.examination import prepare
+from fasthessian.operators.examination import name_batch, prepare, unite
 from fasthessian.operators.loss.part import Part
 from fasthessian.operators.loss.protocol import Loss
 from fasthessian.operators.products.engines import Graph, unused
@@ -28,6 +28,7 @@ from fasthessian.operators.request import Request
 from fasthessian.operators.shares import Shares
 from fasthessian.operators.source import Source
 from fasthessian.operators.torch_state.lock import exclusive
+from fasthessian.operators.torch_state.scopes import restored
 from fasthessian.vectors import Layout
 
 
@@ -52,6 +53,7 @@ class Curvature(SymmetricOperator):
     _evaluation: Evaluation
     _loss: Loss
     _always_twice = False  # whether every engine differentiates custom functions twice
+    _own: Mapping[str, Any] = {}  # arguments of the class, which all ranks must have in common
     _exact = False  # whether the matrix is the derivative of the gradient
 
     def __init__(self, source: Callable[[], Source], options: Options) -> None:
@@ -61,10 +63,11 @@ class Curvature(SymmetricOperator):
         def prepared() -> str:
             return self._evaluation.within_memory(lambda: prepare(self), what)
 
-        with options.gathering() as words:
-            note = options.together(exclusive(lambda: self._begin(source(), options)))
+        with options.gathering() as chosen, options.ranks.leaving():
+            note = options.ranks.together(exclusive(lambda: self._begin(source(), options)))
             self._agree()
-            self.engine = options.together(exclusive(prepared)) + words + note
+            words = options.ranks.together(exclusive(prepared))
+            self.engine = words + chosen + unite(self) + note
 
     def _begin(self, source: Source, options: Options) -> str:
         """Take over the loss and the options; return the note of the source for ``engine``."""
@@ -86,6 +89,7 @@ class Curvature(SymmetricOperator):
         return source.note
 
     def _agree(self) -> None:
+        check_common(self._evaluation, operator=type(self).__name__, **self._own)
         self._shares.agree()
 
     def _multiply(self, requests: Sequence[Request]) -> None:
@@ -111,7 +115,7 @@ class Curvature(SymmetricOperator):
             self._layered = True
         self._evaluation.within_memory(lambda: self._sum_over_parts(requests))
         if self._ranks and not (deferred or all(finite(request.out) for request in requests)):
-            self._evaluation.within_memory(lambda: self._name_batch(requests))
+            self._evaluation.within_memory(lambda: name_batch(self, requests))
 
     def _sum_over_parts(self, requests: Sequence[Request]) -> None:
         """Write the products without weight decay: each graph adds the product of its part."""
@@ -135,16 +139,6 @@ class Curvature(SymmetricOperator):
             except BaseException:
                 kept.forget()
                 raise
-
-    def _name_batch(self, requests: Sequence[Request]) -> None:
-        """Raise ValueError for the batch whose product is not finite, if V is."""
-        spare = [Request(r.operator, r.V, torch.empty_like(r.out)) for r in requests]
-        with self._evaluation.conditions() as params, closing(self._loss.parts()) as parts:
-            for i, part in enumerate(parts):
-                graph = self._kept_or_new_graph(i, part, params)
-                graph.products(spare, first=True, keep=i < self._kept.capacity)
-                if all(finite(r.V) for r in spare) and not all(finite(r.out) for r in spare):
-                    raise InputError(f"{self} returned NaN for batch {part.position} of data")
 
     def _kept_or_new_graph(self, i: int, part: Part, params: list[Tensor]) -> Graph:
         """The graph of the i-th part. A new graph is kept if fewer than ``capacity`` are kept."""
@@ -291,7 +285,6 @@ class Curvature(SymmetricOperator):
         self._shares.sum([total], lambda: self._evaluation.add_loss_(total, offset))
         return float(total)
 
-    @exclusive
     def check(self) -> Check:
         """Measure errors with this model, data and engine that would raise no exception.
 
@@ -311,8 +304,11 @@ class Curvature(SymmetricOperator):
         Returns:
             Check: the numbers, ``ok``, and the report.
         """
-        with self._options.gathered.open():
-            return check(self, self._exact)
+        if not self._ranks:
+            return exclusive(check)(self, self._exact)
+        # no collective under the lock of the process
+        with self._options.gathered.open(), self._ranks.leaving():
+            return restored(check)(self, self._exact)
 
     def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:
         """A vector (n,) from tensors by parameter name, or in the order of the parameters.

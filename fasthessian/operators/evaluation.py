@@ -60,6 +60,8 @@ class Evaluation:
         functions: the custom functions that the loss applies.
         hooks: the switch that disables hooks on gradients during a pass.
         findings: the results of the examination of the first part.
+        common: the same of all ranks: what holds for each of them that has data.
+        error: the largest ``relative_error`` of the ranks, as they agreed before a run.
     """
 
     def __init__(
@@ -75,7 +77,8 @@ class Evaluation:
         self.mode = options.mode
         self.functions = Functions()
         self.hooks = gradient_hooks.HookSwitch()
-        self.findings = Findings(layout.dtype)
+        self.findings = self.common = Findings(layout.dtype)
+        self.error = 0.0
         self._dtypes, self._always_twice = dtypes, always_twice
 
     @property
@@ -262,10 +265,10 @@ class Evaluation:
     def mask_(self, v: Tensor) -> Tensor:
         """Set v to 0 where no gradient arrives: padding rows of embeddings, detached layers."""
         views = self.layout.views(v)
-        for place, row, _ in self.findings.padding:
+        for place, row, _ in self.common.padding:
             if row < len(views[place]):  # a computed weight may have more rows
                 views[place][row] = 0
-        for place in self.findings.unreached:
+        for place in self.common.unreached:
             views[place].zero_()
         return v
 
@@ -281,7 +284,7 @@ class Evaluation:
     def rounded(self) -> bool:
         """Whether any part of the loss is computed in 16 bits."""
         low = any(dtype in LOW for dtype in self._dtypes.values())
-        return low or self.findings.coarsest in LOW or self.options.precision == "bf16"
+        return low or self.common.coarsest in LOW or self.options.precision == "bf16"
 
     def repeated(self) -> float:
         """The largest accepted relative difference between two evaluations of the loss."""
@@ -289,7 +292,7 @@ class Evaluation:
 
     def relative_error(self) -> float:
         """The relative error of a product, from the parameters' dtypes, precision and engine."""
-        errors = [torch.finfo(dtype).eps for dtype in self._dtypes.values()]
+        errors = [self.error, *(torch.finfo(dtype).eps for dtype in self._dtypes.values())]
         errors.append(self.functions.error())
         errors.append({"bf16": 2.0**-8, "tf32": 2.0**-11}.get(self.options.precision or "", 0.0))
         if self.options.engine == "difference":

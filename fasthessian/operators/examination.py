@@ -7,6 +7,7 @@ import dataclasses
 import math
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import closing
 
 import torch
@@ -14,15 +15,22 @@ from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.errors import InputError, UnsupportedError
+from fasthessian.operators.base import finite
 from fasthessian.operators.evaluation import Findings
 from fasthessian.operators.loss.part import REPEATED, Part
 from fasthessian.operators.matrix import Matrix
 from fasthessian.operators.products.differences import DIFFERENCE
 from fasthessian.operators.products.engines import coarsest, examine, gradient, metered
 from fasthessian.operators.products.function_guard import wrong
-from fasthessian.operators.products.padding import check_untied, padding
+from fasthessian.operators.products.padding import Padding, check_untied, padding
 from fasthessian.operators.products.slopes import ALLOWED, distance
 from fasthessian.operators.request import Request
+from fasthessian.operators.torch_state.lock import exclusive
+
+OWN = (
+    "; the model's own modules have the flags of training: in eval mode they detach a part of the "
+    "loss"
+)
 
 
 def prepare(A: Matrix) -> str:
@@ -40,6 +48,7 @@ def prepare(A: Matrix) -> str:
         findings, unchecked = _first_part(A, part, params)
         needs = findings.graph_bytes * loss.size / part.size
         evaluation.findings = dataclasses.replace(findings, graph_bytes=needs)
+        evaluation.common = evaluation.findings
         kept.capacity, words = options.choose(needs, loss.count, loss.fixed_order, A.device)
     if loss.note:
         words += f"; {loss.note}"
@@ -59,6 +68,55 @@ def prepare(A: Matrix) -> str:
     if evaluation.hooks.found:
         words += "; hooks on gradients do not act"
     return words
+
+
+def unite(A: Matrix) -> str:
+    """Let all ranks evaluate the loss and judge it in the same way; return text for ``engine``.
+
+    Each has examined its own data. What holds for all that have data is the same for all, also for
+    those without data. If one of them needs the mode "own", all take it.
+
+    Raises:
+        RuntimeError: the loss of a rank is another one in that mode.
+    """
+    evaluation = A._evaluation
+    ranks, loss, own = evaluation.options.ranks, evaluation.loss, evaluation.findings
+    if ranks.size < 2:
+        return ""
+    rows = [[int(number) for number in row] for row in own.padding]
+    report = [evaluation.mode, str(own.coarsest).partition(".")[2], rows, list(own.unreached)]
+    reports = [found for found in ranks.objects(report if loss.count else None) if found]
+    if not reports:  # each rank has batches without terms, which are counted later
+        return ""
+    modes, dtypes, padded, unreached = zip(*reports, strict=True)
+    evaluation.common = dataclasses.replace(
+        own,
+        coarsest=max((getattr(torch, name) for name in dtypes), key=lambda d: torch.finfo(d).eps),
+        padding=tuple(Padding(*row) for row in padded[0] if all(row in each for each in padded)),
+        unreached=tuple(p for p in unreached[0] if all(p in each for each in unreached)),
+    )
+    words = "" if evaluation.mode == "own" or "own" not in modes else OWN
+    ranks.together(exclusive(lambda: _take_own_mode(A) if words else None))
+    return words
+
+
+def _take_own_mode(A: Matrix) -> None:
+    """Set the mode "own", as another rank has; raise RuntimeError if the loss changes."""
+    evaluation = A._evaluation
+    if evaluation.loss.count:
+        with evaluation.conditions(), closing(evaluation.loss.parts()) as parts:
+            part = next(parts)
+        before = _loss_and_distance(A, part)[0]
+        evaluation.mode = "own"
+        after = _loss_and_distance(A, part)[0]
+        if not math.isclose(before, after, rel_tol=1e-6):
+            raise UnsupportedError(
+                f"the loss of a batch is {before:.6g} with the model in eval mode and {after:.6g} "
+                f"with the flags of training, which other ranks need, as they detach a part of the "
+                f"loss in eval mode; use mode='train'"
+            )
+        evaluation.kept.forget()
+    evaluation.mode = "own"
 
 
 def _first_part(A: Matrix, part: Part, params: list[Tensor]) -> tuple[Findings, list[str]]:
@@ -118,10 +176,7 @@ def compare_slope(A: Matrix, part: Part) -> str:
             evaluation.mode = "own"
             found, rest = _loss_and_distance(A, part)
             if math.isclose(found, loss, rel_tol=1e-6) and rest <= allowed:
-                return (
-                    "; the model's own modules have the flags of training: in eval mode they "
-                    "detach a part of the loss"
-                )
+                return OWN
         evaluation.mode = "eval"
     if evaluation.functions.found:  # a straight-through or reversed gradient is intended
         return (
@@ -173,6 +228,18 @@ def _check_cut(A: Matrix, microbatch: int) -> str:
             f"use microbatch=None"
         )
     return f"; {unknown}" if unknown else ""
+
+
+def name_batch(A: Matrix, requests: Sequence[Request]) -> None:
+    """Raise ValueError for the first batch with a product that is not finite, if V is."""
+    spare = [Request(r.operator, r.V, torch.empty_like(r.out)) for r in requests]
+    if not all(finite(r.V) for r in spare):
+        return
+    with A._evaluation.conditions() as params, closing(A._evaluation.loss.parts()) as parts:
+        for part in parts:
+            A._new_graph(part, params).products(spare, first=True, keep=False)
+            if not all(finite(r.out) for r in spare):
+                raise InputError(f"{A} returned NaN for batch {part.position} of data")
 
 
 def _compare_product(A: Matrix, part: Part, names: str) -> str:

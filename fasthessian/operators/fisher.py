@@ -152,6 +152,7 @@ class Fisher(JMJ):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
         self._samples, self._seed = samples, seed
+        self._own = {"samples": samples, "seed": seed}
         options = Options(
             engine, precision, mode, memory_budget, microbatch, weight_decay, group, divided(model)
         )

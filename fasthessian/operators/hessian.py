@@ -78,8 +78,10 @@ class Hessian(Curvature):
             be empty (``[]``). L is then the loss over the data of all ranks, and the ranks together
             make one sum per product. All ranks must make the same calls in the same order. What a
             ``DistributedSampler`` repeats to give all ranks the same number of samples counts once.
-            None: one process, all of the data; for a fully_shard model the ranks of its mesh,
-            which are also the only group that such a model accepts.
+            A rank that fails ends the call on all ranks, a hung one after 100 s (300 s at the
+            start); ``fasthessian.distributed.Ranks`` sets other limits. Ranks that differ in the
+            model, its values, options or versions are refused. None: one process, all of the data;
+            for a fully_shard model the ranks of its mesh, the only group that it accepts.
         mode: ``"eval"`` or ``"train"``. In training mode, dropout masks are drawn once per batch
             and then stay fixed.
         memory_budget: bytes for kept graphs, and for the full parameters of a fully_shard model;

@@ -62,7 +62,7 @@ class JMJ(Curvature):
                 self._evaluation.within_memory(examine, what)
 
         with options.gathered.open():
-            options.together(examined)
+            self._ranks.together(examined)
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
         """M for one part at its outputs z; None if M = 0."""

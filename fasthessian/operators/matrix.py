@@ -10,6 +10,7 @@ from torch import Tensor
 from fasthessian.operators.evaluation import Evaluation
 from fasthessian.operators.loss.part import Part
 from fasthessian.operators.products.engines import Graph
+from fasthessian.operators.shares import Shares
 
 
 class Matrix(Protocol):
@@ -20,6 +21,7 @@ class Matrix(Protocol):
     device: torch.device
     matvecs: int
     _evaluation: Evaluation
+    _shares: Shares
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The product with v (n,)."""

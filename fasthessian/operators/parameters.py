@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from fasthessian.distributed.fsdp import is_distributed, not_supported
 from fasthessian.distributed.ranks import ALONE, Ranks
+from fasthessian.distributed.wrappers import refuse_divided
 from fasthessian.errors import InputError, InputTypeError, UnsupportedError
 from fasthessian.operators.base import FLOATS
 from fasthessian.operators.torch_state.gathered import WHOLE, Gathered
@@ -28,7 +29,9 @@ def unwrapped(model: Any, ranks: Ranks = ALONE) -> tuple[Any, str]:
     Raises:
         ValueError: the model is a DistributedDataParallel over several ranks, but no group says
             that the products of these ranks are to be summed.
+        RuntimeError: the model is wrapped by FSDP1, or is a stage of a pipeline.
     """
+    refuse_divided(model)
     names = []
     while isinstance(model, nn.Module):
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from fasthessian.distributed.failures import known_to_all
 from fasthessian.distributed.ranks import Ranks
 from fasthessian.errors import InputError
 from fasthessian.operators.base import finite
@@ -43,18 +44,19 @@ class Shares:
         @exclusive
         def counted() -> list[float]:
             evaluation.within_memory(evaluation.count, "the number of terms")
-            return [loss.terms_here, loss.count, loss.samples]
+            return [loss.terms_here, loss.count, loss.samples, evaluation.relative_error()]
 
         with loss.gathered.open():
-            rows = self.ranks.exchanged(loss.gathered.section(counted), 3)
+            rows = self.ranks.exchanged(counted, 4)
+        evaluation.error = float(rows[:, 3].max())  # algorithms decide by it: it must be the same
         total = float(rows[:, 0].sum())
         if total <= 0:
-            raise InputError(f"{NO_TERMS}, or no rank has a batch")
+            raise known_to_all(InputError(f"{NO_TERMS}, or no rank has a batch"))
         if total != self._terms:
             evaluation.kept.forget()  # the weights of its graphs are out of date
             self._compare_ways()
         self._terms = total
-        _, parts, samples = rows[: self.ranks.rank].sum(0).tolist()
+        _, parts, samples, _ = rows[: self.ranks.rank].sum(0).tolist()
         loss.set_share(total, int(parts), int(samples))
 
     def _compare_ways(self) -> None:
@@ -70,9 +72,11 @@ class Shares:
         if bool(((totals - totals[:, :1]).abs() <= SAME * totals[:, :1]).all()):
             return
         first, other = found.index(ways[0]), found.index(ways[1])
-        raise InputError(
-            f"weights must be given: the loss is a mean over {ways[0]} on rank {first}, but over "
-            f"{ways[1]} on rank {other}; pass weights=lambda batch: <its number of terms>"
+        raise known_to_all(
+            InputError(
+                f"weights must be given: the loss is a mean over {ways[0]} on rank {first}, but "
+                f"over {ways[1]} on rank {other}; pass weights=lambda batch: <its number of terms>"
+            )
         )
 
     def sum(self, outs: Sequence[Tensor], work: Callable[[], None], deferred: bool = False) -> None:
@@ -84,12 +88,11 @@ class Shares:
         if not self.ranks:
             work()
             return
-        gathered = self._evaluation.loss.gathered
-        with gathered.open():
+        with self._evaluation.loss.gathered.open():
             if not self._evaluation.kept.running:
                 self.agree()
-            with self.ranks.failing(outs):
-                gathered.section(work)()
+            with self.ranks.failing(outs, deferred=deferred):
+                work()
         self.ranks.sum_(outs)
         if not deferred and not all(map(finite, outs)):
             self.ranks.check()

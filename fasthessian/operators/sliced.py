@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fasthessian.distributed.slices import Slice
-from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.base import SymmetricOperator, finite
 from fasthessian.operators.blocks import Block
 from fasthessian.operators.curvature import Curvature
 from fasthessian.operators.request import Request
@@ -74,9 +74,11 @@ class Sliced(SymmetricOperator):
                 request.out.copy_(out)
 
         gathered = self._curvature._options.gathered
-        with gathered.open(), ranks.failing([products], reduce):
-            gathered.section(lambda: self._curvature._multiply_here([whole]))()
+        with gathered.open(), ranks.failing([products], reduce, request.deferred):
+            self._curvature._multiply_here([whole])
         reduce()
+        if not request.deferred and not finite(request.out):
+            ranks.check()
         if decay := self._curvature._options.weight_decay:
             request.out.add_(request.V, alpha=decay)
 

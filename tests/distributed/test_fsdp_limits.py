@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fasthessian as fh
 from fasthessian.distributed import fsdp
-from tests.support.divided import divided, problem, share
+from tests.support.fully_sharded import divided, problem, share
 from tests.support.ranks import pool
 
 pytestmark = pytest.mark.distributed

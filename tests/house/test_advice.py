@@ -39,7 +39,34 @@ NOTE = "test_plan.py::test_the_advice_of_a_note_works"
 INSTALLED = "test_advice.py::test_no_message_asks_to_install_an_installed_package"
 REFUSED = "test_fsdp_limits.py::test_what_is_not_supported_is_refused_in_one_line"
 EXTENDED = "test_fsdp_limits.py::test_offloaded_and_extended_parameters_are_refused"
+GROUPS = "test_bad_groups.py::"
 FOLLOWED = {
+    "make the same call with the same model":
+        "test_consistency.py::test_a_rank_that_differs_is_named_on_all_ranks",
+    "copy those of rank 0: ": "test_consistency.py::test_the_tensors_of_rank_0_can_be_copied",
+    "; make the operator only on the ranks":
+        "test_unlike_ranks.py::"
+        "test_groups_may_overlap_or_have_one_rank_and_a_destroyed_one_is_refused",
+    "which other ranks need, ":
+        "test_unlike_ranks.py::"
+        "test_a_loss_that_is_another_one_in_the_mode_of_other_ranks_is_refused",
+    "first and pass torch.distributed":
+        GROUPS + "test_a_group_needs_an_initialised_process_group",
+    "analyses its own data alone; ": GROUPS + "test_a_run_of_torchrun_without_a_group_is_warned_of",
+    "pass one of them: mesh[name]": GROUPS + "test_a_group_is_a_process_group_or_a_mesh",
+    "; use group=torch.distributed.group.WORLD":
+        GROUPS + "test_a_group_is_a_process_group_or_a_mesh",
+    "() and build a new operator": GROUPS + "test_a_group_that_was_destroyed_needs_a_new_operator",
+    "divide the model by ": GROUPS + "test_fsdp1_is_refused",
+    "pass the torch.nn.Module that was split": GROUPS + "test_a_stage_of_a_pipeline_is_refused",
+    "pass its operators one by one":
+        GROUPS + "test_sharded_needs_a_group_and_a_single_operator",
+    "make the operator with group=":
+        GROUPS + "test_sharded_needs_a_group_and_a_single_operator",
+    "or model.module if that is meant": GROUPS + "test_a_distributed_model_needs_a_group",
+    "; pass the group to both":
+        GROUPS + "test_a_sampler_for_another_number_of_ranks_is_refused",
+    "set a longer timeout: ": GROUPS + "test_a_busy_rank_needs_a_longer_timeout",
     "pass a criterion, or mode='train'":
         "test_detectors.py::test_a_model_with_a_loss_only_in_training_is_refused_in_eval_mode",
     "closure frees its graph":
@@ -67,6 +94,13 @@ FOLLOWED = {
         "test_fsdp_limits.py::test_a_mesh_of_two_dimensions_over_some_ranks_needs_a_group",
     "; pip install 'fasthessian[cli]'": INSTALLED,
     "figures need matplotlib; pip install matplotlib": INSTALLED,
+    "a checkpoint needs safetensors; pip install": INSTALLED,
+    " alone; pass checkpoint='run.fh'":
+        "test_keeper.py::test_a_limit_of_time_ends_a_call_before_the_product_that_would_exceed_it",
+    "no save was completed; call the algorithm":
+        "test_refused_checkpoints.py::test_a_call_that_was_killed_before_its_first_save_is_made_again",
+    "no checkpoint that is whole":
+        "test_refused_checkpoints.py::test_a_checkpoint_that_cannot_be_read_is_deleted",
     "the report needs jinja2; pip install jinja2": INSTALLED,
     "which is missing; pip install scikit-learn": INSTALLED,
     "nvcc on PATH": INSTALLED,

@@ -7,8 +7,8 @@ import pytest
 from tests.support.house import ROOT, modules
 
 TESTS = ROOT / "tests"
-# These are run as separate processes. A developer runs bits before and after a refactoring.
-PROGRAMS = {f"tests.support.{name}" for name in ("bits", "script_for_pyhessian", "triton_aot")}
+# These are run as separate processes.
+PROGRAMS = {f"tests.support.{name}" for name in ("script_for_pyhessian", "triton_aot")}
 FOLDERS = {path.name for path in TESTS.iterdir() if path.is_dir() and path.name != "__pycache__"}
 
 

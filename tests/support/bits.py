@@ -13,7 +13,8 @@ import os
 import sys
 import warnings
 
-os.environ["OMP_NUM_THREADS"] = "1"
+if __name__ == "__main__":  # before torch is imported
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 from torch import nn

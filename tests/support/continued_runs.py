@@ -2,8 +2,8 @@
 
     python -m tests.support.continued_runs FOLDER
 
-reads the states in FOLDER, continues their runs and writes what they give to ``NAME.pt``. What the
-Ritz loop gives from each state in FOLDER/NAME goes to one file.
+reads the states in FOLDER/NAME, continues their runs and writes what they give to ``NAME.pt``. What
+the Ritz loop gives from each state in FOLDER/NAME/NUMBER goes to one file.
 """
 
 import sys
@@ -12,11 +12,13 @@ from pathlib import Path
 import torch
 
 import fasthessian as fh
-from fasthessian.krylov import state_file
+from fasthessian.checkpoints.folder import Folder
+from fasthessian.checkpoints.states import States
+from fasthessian.distributed.ranks import ALONE
 from fasthessian.krylov.lanczos import Lanczos
-from fasthessian.krylov.lockstep import answer
-from fasthessian.krylov.ritz import converge
+from fasthessian.krylov.ritz import converge, refine
 from fasthessian.krylov.three_term import ThreeTerm
+from fasthessian.operators.base import multiply
 
 F32, F64 = torch.float32, torch.float64
 BULK = torch.linspace(-1, 1, 490, dtype=F64)
@@ -104,15 +106,36 @@ def rest(run):
     return found | pairs(run, 3, "LA", 200)
 
 
-def pairs(run, k, which, limit, callback=lambda: None):
-    """What the Ritz loop finds, and its products."""
-    ends, before = [], run.A.matvecs
+def pairs(run, k, which, limit, callback=lambda states: None, made=0):
+    """What the Ritz loop finds, and the products of this process; a callback at each request."""
+    before, states = run.A.matvecs, States(run.A, made=made)
+    asking = converge(run, states, k, which, 1e-3, limit, lambda: None)
+    while True:
+        try:
+            request = next(asking)
+        except StopIteration as stop:
+            found = stop.value
+            break
+        callback(states)
+        multiply([request])
+        del request
+    for request in refine(run.A, found, 1e-3, run.space):
+        multiply([request])
+    return {"pairs": dict(vars(found)), "products": run.A.matvecs - before}
 
-    def loop():
-        ends.append((yield from converge(run, k, which, 1e-3, limit, callback)))
 
-    answer(loop())
-    return {"pairs": list(ends[0]), "products": run.A.matvecs - before}
+def write(path, run, made=0):
+    """The state of a run as the first generation of a folder."""
+    path.mkdir()
+    Folder(path, ALONE).write({"made": made}, {("run", "krylov"): run.state})
+
+
+def read(path, run):
+    """Restore the state of a run; returns the products made before."""
+    folder = Folder(path, ALONE)
+    made = folder.read()["made"]
+    run.state.restore(*folder.parts("run")["krylov"])
+    return made
 
 
 def rounded():
@@ -148,12 +171,12 @@ if __name__ == "__main__":
     folder = Path(sys.argv[1])
     for name, (new, _) in CASES.items():
         continued = new()
-        state_file.read(folder / f"{name}.npz", continued)
+        read(folder / name, continued)
         torch.save(rest(continued), folder / f"{name}.pt")
     for name, (new, wanted, _) in LOOPS.items():
         found = {}
-        for path in sorted((folder / name).glob("*.npz")):
+        for path in sorted((folder / name).iterdir()):
             continued = new()
-            state_file.read(path, continued)
-            found[path.stem] = pairs(continued, *wanted)
+            made = read(path, continued)
+            found[made] = pairs(continued, *wanted, made=made)
         torch.save(found, folder / f"{name}.pt")

@@ -22,6 +22,7 @@ FLOORS = (
     ("kernels", "distributed", "planning"),
     ("vectors",),
     ("results",),
+    ("checkpoints",),
     ("operators.torch_state", "operators.request", "operators.kept"),
     ("operators.loss",),
     ("operators.products",),

@@ -10,6 +10,8 @@ import fasthessian
 
 ROOT = Path(fasthessian.__file__).parent
 
+NAMES = ("Error", "warn", "Warning", "fail")  # how the names of what is called end
+
 
 def messages() -> list[str]:
     """Templates of all messages, each once, sorted."""
@@ -18,7 +20,7 @@ def messages() -> list[str]:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
                 found |= {text(node.exc)}
-            elif isinstance(node, ast.Call) and name_of(node).endswith(("warn", "Warning", "fail")):
+            elif isinstance(node, ast.Call) and name_of(node).endswith(NAMES):
                 found |= {text(node)}
     return sorted(found - {""})
 

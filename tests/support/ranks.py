@@ -7,6 +7,7 @@ import multiprocessing
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ class Pool:
         assert not failures, "\n".join(failures)
         return found
 
+    @property
+    def closed(self) -> bool:
+        return self._processes[0].exitcode is not None
+
     def close(self) -> None:
         for process in self._processes:
             process.kill()
@@ -71,7 +76,10 @@ def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
             function = importlib.import_module(module)
             for part in name.split("."):
                 function = getattr(function, part)
-            pipe.send((True, function(*args)))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")  # as in pytest's own process
+                value = function(*args)
+            pipe.send((True, value))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
             sys.stdout.flush()

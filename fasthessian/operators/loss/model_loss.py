@@ -161,7 +161,7 @@ class ModelLoss:
     @property
     def way_to_count(self) -> str:
         """See ``Loss``."""
-        return self.terms.way if self.count else ""
+        return self.terms.way if self.count and self.terms.given is None else ""
 
     def totals(self, ways: Sequence[str]) -> list[float]:
         """See ``Loss``."""

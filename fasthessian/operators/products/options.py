@@ -7,7 +7,6 @@ import functools
 import math
 import re
 import sys
-from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -48,7 +47,15 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raise ValueError for a value that is not accepted."""
-        _ = self.ranks  # raises for a group that is not accepted
+        ranks = self.ranks  # raises for a group that is not accepted
+        try:
+            self._check()
+        except InputError as error:
+            ranks.leave(error)  # the others may wait for this rank
+            raise
+
+    def _check(self) -> None:
+        self.gathered.check(self.ranks)
         engines = (*ENGINES, *ROUTES) if self.gathered else ENGINES
         if self.engine not in engines:
             what = ", which is for fully_shard models" if self.engine in ROUTES else ""
@@ -114,10 +121,6 @@ class Options:
             return self.gathered.words
 
         return Scope(begin)
-
-    def together(self, job: Callable[[], R]) -> R:
-        """Do the job of each rank; see ``Ranks.together`` and ``Gathered.section``."""
-        return self.ranks.together(self.gathered.section(job))
 
     def choose(
         self, needs: float, count: int, fixed_order: bool, device: torch.device

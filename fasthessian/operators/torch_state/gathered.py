@@ -13,7 +13,7 @@ of full ones. Nothing here acts if the model is not divided (``WHOLE``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -69,7 +69,16 @@ class Gathered:
 
     def group(self, group: Any) -> Any:
         """The process group of the model's mesh, or the user's."""
-        return group if self._shards is None else self._shards.group(group)
+        return group if self._shards is None or group is not None else self._shards.group()
+
+    def check(self, ranks: Ranks) -> None:
+        """Raise ValueError if these are not the ranks of the model's mesh."""
+        if self._shards is not None:
+            self._shards.check(ranks)
+
+    def lacks(self, p: Tensor) -> bool:
+        """Whether this is a leaf without memory."""
+        return id(p) in self._names
 
     @property
     def held(self) -> int:
@@ -146,25 +155,6 @@ class Gathered:
         Scopes inside it do nothing, so that a run gathers once.
         """
         return _open(self)
-
-    def section(self, job: Callable[[], R]) -> Callable[[], R]:
-        """The job of this rank, which ends when all ranks are done with theirs.
-
-        Ranks may differ in how often they gather. No collective may be called inside.
-        """
-        if not self.regathers:
-            return job
-
-        def done() -> R:
-            try:
-                found = job()
-            except Exception:
-                self._rounds.finish()
-                raise
-            self._rounds.finish()
-            return found
-
-        return done
 
     def _begin(self) -> None:
         """Find the shards, see whether any rank's changed, and gather them."""
@@ -264,6 +254,10 @@ def _open(undo: UndoLog, gathered: Gathered) -> None:
         undo(gathered._end)
         gathered._begin()
         gathered._opened = True
+        if gathered.regathers:  # ranks may differ in how often they gather
+            serving = gathered._ranks.serving
+            undo(serving.__setitem__, slice(None), [*serving])
+            serving.append(gathered._rounds.finish)
 
 
 @scope

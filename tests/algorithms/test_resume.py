@@ -1,0 +1,121 @@
+"""A call that was interrupted before any product goes on to the same bits."""
+
+import functools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import fasthessian as fh
+from fasthessian.checkpoints import keeper
+from tests.support.bits import digest
+from tests.support.checkpoints import CALLS, caught, save_at_every_boundary
+
+ROOT = Path(__file__).resolve().parents[2]
+SAVED = keeper.Keeper.boundary
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A function that sets after how many boundaries, each saved, the calls to come are killed."""
+    monkeypatch.setattr(keeper, "INTERVAL", 0.0)
+    monkeypatch.setattr(keeper, "SHARE", 1e9)
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # no machine is cut off here
+    count = {"met": 0, "last": None}
+
+    def boundary(self, products):
+        SAVED(self, products)
+        if self._saving is not None:
+            count["met"] += 1
+            if count["met"] == count["last"]:
+                raise Killed
+
+    monkeypatch.setattr(keeper.Keeper, "boundary", boundary)
+
+    def after(last):
+        found, count["met"], count["last"] = count["met"], 0, last
+        return found
+
+    return after
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_a_call_that_is_killed_again_and_again_gives_the_same_bits(name, tmp_path, interrupted):
+    """And the same products, progress and warnings; none of them twice."""
+    new, call = CALLS[name]
+    plain, seen = caught(lambda: call(new()))
+    interrupted(None)
+    saved, same = caught(lambda: call(new(), checkpoint=tmp_path / "whole"))
+    total = interrupted(None)
+    assert (digest(saved), same) == (digest(plain), seen) and total > 1
+    for every in sorted({1, 2, 1 + total // 2, total} if total < 12 else {5, 1 + total // 2}):
+        path = tmp_path / f"run {every}"
+        with pytest.raises(Killed):
+            interrupted(1)
+            call(new(), checkpoint=path)
+        found, counts = resumed(path, new, interrupted, max(every, 2), total)
+        assert found == (digest(plain), seen), every
+        assert counts == sorted(counts)
+        interrupted(None)
+        again, warned = caught(functools.partial(fh.resume, path, new()))
+        assert (digest(again), warned) == (digest(plain), seen) and interrupted(None) == 0
+
+
+def resumed(path, new, interrupted, every, most):
+    """What the last of several resumed calls returns, each but it killed at a boundary."""
+    counts = []
+    for _ in range(most):
+        interrupted(every)
+        try:
+            found, warned = caught(
+                lambda: fh.resume(path, new(), progress=lambda made, _: counts.append(made))
+            )
+            return (digest(found), warned), counts
+        except Killed:
+            pass
+    pytest.fail(f"not finished after {most} calls")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["eigsh", "eigsh cgs2", "trace deflated", "density", "spectrum", "blocks", "landscape"]
+)
+def test_a_process_that_is_killed_at_any_moment_goes_on_to_the_same_bits(name, tmp_path):
+    """SIGKILL at moments that are spread over the run, saves included."""
+    command = [sys.executable, "-m", "tests.support.checkpoints", name, str(tmp_path / "run.fh")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    env["OMP_NUM_THREADS"] = "1"
+    moments = torch.rand(4, generator=torch.Generator().manual_seed(len(name))).tolist()
+    kills = 0
+    for wait in moments:
+        process = subprocess.Popen([*command, "0.05"], cwd=ROOT, env=env, stdout=subprocess.PIPE)
+        while process.poll() is None and not list((tmp_path / "run.fh").glob("index-*.json")):
+            time.sleep(0.005)
+        time.sleep(wait)
+        process.kill()
+        process.communicate()
+        kills += process.returncode == -9
+    assert kills >= 2
+    ends = []
+    for folder in (tmp_path / "run.fh", tmp_path / "whole"):
+        done = subprocess.run(
+            [*command[:-1], str(folder)], cwd=ROOT, env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        ends.append(done.stdout)
+    assert ends[0] == ends[1]
+
+
+def test_save_at_every_boundary_is_what_the_killed_process_does(monkeypatch):
+    monkeypatch.setattr(keeper, "INTERVAL", 60.0)
+    monkeypatch.setattr(keeper, "SHARE", 0.02)
+    save_at_every_boundary()
+    assert keeper.INTERVAL == 0.0 < keeper.SHARE
