@@ -40,7 +40,7 @@ class GPT(nn.Module):
         h = self.embed(x)
         for block in self.blocks:
             h = block(h)
-        return self.head(h).transpose(1, 2)
+        return self.head(h).transpose(1, 2).contiguous()  # FSDP warns of views
 
 
 def problem(kind: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Any, list[Any]]:

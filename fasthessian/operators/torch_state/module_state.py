@@ -64,8 +64,14 @@ def training(undo: UndoLog, roots: Sequence[nn.Module], mode: str) -> None:
     flags = [(module, module.training) for root in roots for module in root.modules()]
     undo(_restore_flags, flags)
     for module, _ in flags:
-        of_torch = type(module).__module__.startswith("torch.nn.")
+        of_torch = _own_class(module).__module__.startswith("torch.nn.")
         module.training = mode == "train" or (mode == "own" and not of_torch)
+
+
+def _own_class(module: nn.Module) -> type:
+    """The class that the module had before ``fully_shard`` gave it another one."""
+    classes = type(module).__mro__
+    return next(each for each in classes if not each.__module__.startswith("torch.distributed"))
 
 
 def _restore_flags(flags: Sequence[tuple[nn.Module, bool]]) -> None:
