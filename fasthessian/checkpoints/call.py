@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,8 @@ class Call(NamedTuple):
 
     def words(self) -> dict[str, str]:
         """The algorithm and its arguments in words, which must be the same on all ranks."""
-        return {"algorithm": self.algorithm, **{k: repr(x) for k, x in self.arguments.items()}}
+        arguments = {f"{k} of {self.algorithm}": repr(x) for k, x in self.arguments.items()}
+        return {"algorithm": self.algorithm, **arguments}
 
     def saved(self) -> dict[str, Any]:
         """What the index of a checkpoint holds of the call."""
@@ -87,9 +89,15 @@ class Saved(os.PathLike[str]):
         path: the folder.
         ranks: that read it.
         device: of the operator.
+
+    Attributes:
+        folder, index: where it was read, and the index.
+        algorithm, arguments: of the call.
+        started: when the reading began, on the clock of ``time.monotonic``.
     """
 
     def __init__(self, path: str | os.PathLike[str], ranks: Ranks, device: torch.device) -> None:
+        self.started = time.monotonic()
         self._path = os.fspath(path)
         self.folder = Folder(Path(path), ranks)
         self.index = self.folder.read()

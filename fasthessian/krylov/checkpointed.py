@@ -58,7 +58,7 @@ def keeper(
             folder.abandon()
             raise
     else:
-        folder = saved.folder
+        folder, started = saved.folder, saved.started
         _check(saved, operators, A._matrix._ranks)
         body |= {name: saved.index[name] for name in ("operators", "fingerprints")}
     inputs = Items(call.inputs, A.device)

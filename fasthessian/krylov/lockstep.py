@@ -16,7 +16,6 @@ from fasthessian.arguments import ProgressCallback
 from fasthessian.checkpoints.call import Call
 from fasthessian.checkpoints.keeper import Keeper
 from fasthessian.checkpoints.states import States
-from fasthessian.distributed.consistency import check_same
 from fasthessian.errors import InputError, UnsupportedError
 from fasthessian.krylov.checkpointed import keeper
 from fasthessian.operators.base import SymmetricOperator, multiply, operator
@@ -46,9 +45,7 @@ class Guard:
 
     def __enter__(self) -> Guard:
         for A in self._matrices:
-            A._agree()
-        for ranks in {A._ranks for A in self._matrices}:
-            check_same(ranks, self._call.words())
+            A._agree(self._call.words())
         self._counts = [kept.changes(poll=True)[0] for kept in self._kept]
         for kept in self._kept:
             self._runs.enter_context(kept.run())

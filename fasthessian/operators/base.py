@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -117,8 +117,11 @@ class SymmetricOperator:
     _kept = Kept()
     _ranks: Ranks = ALONE  # whose products are summed
 
-    def _agree(self) -> None:
-        """Let the ranks agree on what their products have in common, before a run."""
+    def _agree(self, call: Mapping[str, str] | None = None) -> None:
+        """Let the ranks agree on what their products have in common, before a run.
+
+        ``call``: the algorithm and its arguments, which must be the same on all ranks.
+        """
 
     @property
     def _matrix(self) -> SymmetricOperator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ STEP = 0x9E3779B97F4A7C16  # of the weights of positions, which are odd; even, 6
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-def check_common(evaluation: Evaluation, **own: Any) -> None:
-    """Compare a matrix over the ranks; ``own`` are its class and the arguments of that class.
+def check_common(evaluation: Evaluation, own: Mapping[str, Any], call: Mapping[str, str]) -> None:
+    """Compare a matrix, and the call of an algorithm, over the ranks.
+
+    ``own`` are the class of the matrix and the arguments of that class.
 
     The values of parameters and buffers are compared by checksums of their bits, which are made on
     their device; 8 bytes per tensor are copied to the host. They take about 3 ns a number on a CPU
@@ -35,6 +38,7 @@ def check_common(evaluation: Evaluation, **own: Any) -> None:
     items = {
         "version of torch": torch.__version__,
         "version of fasthessian": __version__,
+        **call,
         **{name: str(value) for name, value in own.items()},
         **{name: repr(getattr(evaluation.options, name)) for name in OPTIONS},
         "criterion": _criterion(getattr(loss, "criterion", None)),

@@ -88,8 +88,8 @@ class Curvature(SymmetricOperator):
         self._shares = Shares(options.ranks, self._evaluation)
         return source.note
 
-    def _agree(self) -> None:
-        check_common(self._evaluation, operator=type(self).__name__, **self._own)
+    def _agree(self, call: Mapping[str, str] | None = None) -> None:
+        check_common(self._evaluation, {"operator": type(self).__name__, **self._own}, call or {})
         self._shares.agree()
 
     def _multiply(self, requests: Sequence[Request]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ class Sliced(SymmetricOperator):
         self.slice = Slice.of(A.n, self._curvature._ranks)
         self._buffers: tuple[Tensor, Tensor] | None = None
 
-    def _agree(self) -> None:
-        self._curvature._agree()
+    def _agree(self, call: Mapping[str, str] | None = None) -> None:
+        self._curvature._agree(call)
 
     def gather(self, rows: Tensor) -> Tensor:
         """See ``SymmetricOperator.gather``."""

@@ -119,6 +119,17 @@ def test_the_time_of_a_save_is_expected_too(tmp_path, clock, monkeypatch):
     assert 80 <= clock[0] - started <= 100
 
 
+def test_the_time_of_reading_a_checkpoint_counts(tmp_path, clock, monkeypatch):
+    path, A = tmp_path / "run.fh", timed(clock, 10)
+    with pytest.raises(fh.Stopped, match="after 4 products"):
+        fh.density(A, steps=12, checkpoint=path, time_limit=55)
+    read = Folder.read
+    monkeypatch.setattr(Folder, "read", lambda *args: (clock.__setitem__(0, clock[0] + 30),
+                                                       read(*args))[1])  # fmt: skip
+    with pytest.raises(fh.Stopped, match="after 5 products"):
+        fh.resume(path, A, time_limit=55)
+
+
 def test_a_limit_that_is_too_short_for_one_product_is_refused(tmp_path, clock):
     path = tmp_path / "run.fh"
     words = r"time_limit=7 is too short: one of the products took 10 s; 1 are saved in .*run.fh: "

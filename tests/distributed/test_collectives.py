@@ -44,13 +44,13 @@ def test_a_product_makes_one_sum(two, kind, depth, batches):
 def test_a_step_makes_one_collective(two, name, depth, batches):
     for three, four, nine in two(of_steps, name, depth, batches):
         assert (four - three, nine - four) == (1, 5)
-        assert three in (3, 4)  # and at most one beside those of the steps
+        assert three <= 5  # at the start the ranks compare the call, and count their terms
 
 
 @pytest.mark.parametrize(("depth", "batches"), SIZES)
 def test_eigsh_makes_no_more_collectives_than_products(two, depth, batches):
     for collectives, products in two(of_eigsh, depth, batches):
-        assert 0 < collectives <= products + 1
+        assert 0 < collectives <= products + 2
 
 
 def test_an_operator_without_a_group_makes_none(two):

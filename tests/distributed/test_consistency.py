@@ -144,6 +144,23 @@ def test_values_are_compared_again_when_an_algorithm_starts(three):
         )
 
 
+def other_seed():
+    """What an algorithm says if rank 1 passes another seed."""
+    A = build(net())
+    try:
+        fh.eigsh(A, 1, seed=int(dist.get_rank() == 1))
+    except ValueError as error:
+        return str(error)
+
+
+def test_an_algorithm_needs_the_same_arguments_on_all_ranks(three):
+    for line in three(other_seed):
+        assert line == (
+            "group needs the same seed of eigsh on all ranks, got 0 on ranks 0 and 2, 1 on rank 1; "
+            "make the same call with the same model and versions on all ranks"
+        )
+
+
 def statistics_in_training():
     """In training mode the statistics of the batch serve, and those of the ranks may differ."""
     model = net()
