@@ -237,6 +237,24 @@ def test_regather_never_holds_all_parameters(two):
         assert left == 0
 
 
+def resumed(engine, folder):
+    """Whether a run of another operator of the same model goes on from a checkpoint."""
+    model, criterion, batches = problem("norm")
+    mine = share(batches, 2)
+    A = fh.Hessian(divided(model), criterion, mine, engine=engine)
+    first = fh.density(A, steps=4, checkpoint=folder)
+    again = fh.resume(folder, fh.Hessian(divided(model), criterion, mine, engine=engine))
+    whole = fh.density(fh.Hessian(model, criterion, batches), steps=4)
+    return torch.equal(first.nodes, again.nodes), distance(first.nodes, whole.nodes)
+
+
+@pytest.mark.parametrize("engine", ROUTES)
+def test_runs_are_saved_and_resumed(two, engine, tmp_path):
+    for same, apart in two(resumed, engine, str(tmp_path / "run.fh")):
+        assert same
+        assert apart < 1e-10
+
+
 def by_memory(budget):
     model, criterion, batches = problem("norm")
     size = sum(p.numel() * 8 for p in model.parameters())

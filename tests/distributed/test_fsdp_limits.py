@@ -56,6 +56,17 @@ class Outer(nn.Module):
         return self.inner.features(checkpoint(self.block, x, use_reentrant=False))
 
 
+class Exporting(nn.Module):
+    """Shows NumPy the memory of its weight, which torch can then not free."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(7, 3)
+
+    def forward(self, x):
+        return self.layer(x) * float(self.layer.weight.detach().numpy().max() > 0)
+
+
 class Recurrent(nn.Module):
     def __init__(self):
         super().__init__()
@@ -78,6 +89,8 @@ def special(name):
         model = Outer().double()
     if name == "recurrent":
         model = Recurrent().double()
+    if name == "exporting":
+        model = Exporting().double()
     if name == "frozen":
         model[0].weight.requires_grad_(False)
     wrapped = copy.deepcopy(model)
@@ -100,7 +113,7 @@ def apart(name, engine, options):
     return float((A @ v - whole @ v).norm() / (whole @ v).norm())
 
 
-SPECIAL = ("checkpoint and forward method", "frozen", "ignored", "grouped", "compiled")
+SPECIAL = ("checkpoint and forward method", "frozen", "ignored", "grouped", "compiled", "exporting")
 
 
 @pytest.mark.parametrize("name", SPECIAL)

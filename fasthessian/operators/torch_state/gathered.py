@@ -183,7 +183,9 @@ class Gathered:
     def _end(self) -> None:
         self._opened = False
         for _, leaf in self._filled():
-            leaf.untyped_storage().resize_(0)
+            storage = leaf.untyped_storage()
+            if storage.resizable():  # it is not after a model exported it to NumPy
+                storage.resize_(0)
 
     def _filled(self) -> list[tuple[str, nn.Parameter]]:
         """The leaves that have memory inside ``open``, in the same order on all ranks."""
