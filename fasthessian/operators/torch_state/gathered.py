@@ -177,7 +177,9 @@ class Gathered:
         for name, leaf in self._filled():
             with torch.no_grad(), _keep_version(leaf):
                 full = shards.full(name)
-                leaf.untyped_storage().resize_(full.numel() * full.element_size())
+                storage, size = leaf.untyped_storage(), full.numel() * full.element_size()
+                if storage.nbytes() < size:
+                    storage.resize_(size)
                 leaf.copy_(full)
 
     def _end(self) -> None:
