@@ -81,6 +81,9 @@ class Ranks:
         self.device = torch.device("cpu")
         self._connection: Connection | None = None  # a group is not held: the user may destroy it
         self._sums = 0  # sums so far, which names the failures of one of them
+        self.members: tuple[int, ...] = ()  # the numbers of the ranks among all processes
+        # what this rank does after each job of its own, until the others are done with theirs
+        self.serving: list[Callable[[], None]] = []
         limits = positive("start_timeout", start_timeout), positive("timeout", timeout)
         self._probes: Ranks | None = None
         if group is not None:
@@ -89,6 +92,7 @@ class Ranks:
                 self._probes = Ranks(probes, start_timeout=start_timeout, timeout=timeout)
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
             self._connection = Connection(group, *limits)
+            self.members = tuple(dist.get_process_group_ranks(group))
             if "nccl" in str(dist.get_backend(group)):
                 self.device = torch.device("cuda", torch.cuda.current_device())
 
@@ -263,12 +267,21 @@ class Ranks:
     def _interrupted(self) -> Iterator[None]:
         """Around a job of this rank alone: an interrupt ends the call on all ranks at once."""
         try:
-            yield
+            try:
+                yield
+            except Exception:
+                self._serve()
+                raise
+            self._serve()
         except Exception:
             raise
         except BaseException as error:
             self.leave(error)
             raise
+
+    def _serve(self) -> None:
+        for serve in self.serving:
+            serve()
 
     def check(self) -> None:
         """Raise RuntimeError if a rank failed at the last sum, which then holds NaN."""

@@ -54,7 +54,11 @@ def check_common(evaluation: Evaluation, own: Mapping[str, Any], call: Mapping[s
     tensors |= {f"parameter {name}": p for name, p in named.items() if name not in params}
     if loss.model is not None:
         tensors |= _buffers(loss.model, evaluation.options.mode)
-    tensors = {name: tensor for name, tensor in tensors.items() if _is_whole(tensor)}
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if _is_whole(tensor) and not loss.gathered.lacks(tensor)
+    }
     if tensors:
         device = evaluation.layout.device
         made = [_checksum(tensor).to(device) for tensor in tensors.values()]

@@ -78,7 +78,8 @@ class Sliced(SymmetricOperator):
             if out is not request.out:
                 request.out.copy_(out)
 
-        with ranks.failing([products], reduce, request.deferred):
+        gathered = self._curvature._options.gathered
+        with gathered.open(), ranks.failing([products], reduce, request.deferred):
             self._curvature._multiply_here([whole])
         reduce()
         if not request.deferred and not finite(request.out):
