@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Generator, Mapping
 from typing import overload
@@ -14,6 +13,7 @@ from fasthessian.errors import InputError, InsufficientMemoryError
 from fasthessian.krylov.basis import FORMATS
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
+from fasthessian.krylov.probes import divided
 from fasthessian.krylov.quadrature import Measured, grow
 from fasthessian.krylov.sharding import check_sharded, sharded_operator
 from fasthessian.krylov.smoothing import smoothed
@@ -187,11 +187,8 @@ def density(
             krylov.close()
             return measured
 
-        runs = []
-        for probe in range(probes):
-            run = functools.partial(measure, probe)
-            runs.append((yield from states.phase(f"probe {probe}", Measured.none(), run)))
-        return smoothed(runs, B.n, steps, sigma, states.made)
+        runs, made = yield from divided(B, states, range(probes), measure)
+        return smoothed(runs, B.n, steps, sigma, made)
 
     check_sharded(A, sharded)
     return solve(A, start, progress, call)

@@ -16,6 +16,7 @@ from fasthessian.errors import InputError
 from fasthessian.krylov.hutchinson import DEFAULT_SAMPLES, FIRST_CHECK, estimate, known_trace
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
+from fasthessian.krylov.probes import divided
 from fasthessian.krylov.quadrature import Measured, grow
 from fasthessian.krylov.ritz import (
     Found,
@@ -217,12 +218,10 @@ def spectrum(
         shortfalls = found.shortfalls(tol, basis == "compressed", "steps")
         lowest = torch.arange(pairs, device="cpu").flip(0)[:bottom]  # of all that descend
 
-        measured = []
-        for probe in range(probes):
-            run = functools.partial(measure, probe)
-            measured.append((yield from states.phase(f"probe {probe}", Measured.none(), run)))
-        made = measured[0].made + (measured[-1].made - found.made if probes > 1 else 0)
-        shape, warned = smoothed(measured, B.n, steps, sigma, made)
+        run = functools.partial(measure, 0)  # ended already
+        probe_0 = yield from states.phase("probe 0", Measured.none(), run)
+        rest, further = yield from divided(B, states, range(1, probes), measure, before=found.made)
+        shape, warned = smoothed([probe_0, *rest], B.n, steps, sigma, probe_0.made + further)
         shortfalls += warned
 
         if len(found.every):
@@ -231,7 +230,7 @@ def spectrum(
         else:
             samples = DEFAULT_SAMPLES
             if max_matvecs is not None:  # breakdowns may have taken more than their share
-                samples = max(FIRST_CHECK, limit - max(found.made, measured[-1].made))
+                samples = max(FIRST_CHECK, limit - found.made - further)
             total, warned = yield from estimate(
                 B,
                 states,
@@ -250,7 +249,7 @@ def spectrum(
             bottom=found.take(lowest).record(B, gather),
             trace=total,
             density=shape,
-            matvecs=states.made,
+            matvecs=found.made + further + total.matvecs,
         )
         return result, shortfalls
 

@@ -10,6 +10,8 @@ import torch.distributed as dist
 
 from fasthessian.errors import InputError, InputTypeError
 
+DIMENSIONS = {"probe", "data"}  # of a mesh that divides random vectors, too
+
 
 def process_group(group: Any) -> Any:
     """The process group of the argument ``group`` of an operator."""
@@ -20,13 +22,14 @@ def process_group(group: Any) -> Any:
         )
     if group is dist.GroupMember.NON_GROUP_MEMBER or isinstance(group, int):
         raise _outside()
-    if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):  # a DeviceMesh
-        if group.ndim != 1:
+    if _is_mesh(group):
+        names = tuple(group.mesh_dim_names or ())
+        if group.ndim != 1 and set(names) != DIMENSIONS:
             raise InputError(
-                f"group must have one dimension, got a DeviceMesh of {group.ndim}; "
-                f"pass one of them: mesh[name]"
+                f"group must be a DeviceMesh of one dimension, or of two named 'probe' and 'data', "
+                f"got {group.ndim} named {names}; pass one of them: mesh[name]"
             )
-        group = group.get_group()
+        group = group.get_group() if group.ndim == 1 else group.get_group("data")
     if not isinstance(group, dist.ProcessGroup):
         raise InputTypeError(
             f"group must be None, a torch.distributed.ProcessGroup or a DeviceMesh, got "
@@ -39,6 +42,16 @@ def process_group(group: Any) -> Any:
     if rank < 0:
         raise _outside()
     return group
+
+
+def probe_group(group: Any) -> Any:
+    """The process group of the dimension "probe" of a DeviceMesh; None without one."""
+    named = _is_mesh(group) and set(group.mesh_dim_names or ()) == DIMENSIONS
+    return group.get_group("probe") if named else None
+
+
+def _is_mesh(group: Any) -> bool:
+    return hasattr(group, "get_group") and hasattr(group, "mesh_dim_names")
 
 
 def _outside() -> InputError:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fasthessian.arguments import positive
 from fasthessian.distributed.failures import Connection, described, known_to_all
-from fasthessian.distributed.groups import process_group, warn_if_started_by_torchrun
+from fasthessian.distributed.groups import probe_group, process_group, warn_if_started_by_torchrun
 from fasthessian.errors import Refusal, UnsupportedError
 
 if TYPE_CHECKING:
@@ -49,7 +49,9 @@ class Ranks:
 
     Args:
         group: a ``torch.distributed.ProcessGroup`` or a DeviceMesh of one dimension, which hold
-            this process; None for one rank without communication.
+            this process; None for one rank without communication. A DeviceMesh of the dimensions
+            "probe" and "data" divides the data over "data", and independent random vectors over
+            "probe".
         start_timeout: seconds that the others wait for a rank when an operator is built, when an
             algorithm starts, and at the first product.
         timeout: seconds that the others wait for a rank at every other sum.
@@ -79,17 +81,29 @@ class Ranks:
         self.device = torch.device("cpu")
         self._connection: Connection | None = None  # a group is not held: the user may destroy it
         self._sums = 0  # sums so far, which names the failures of one of them
+        self.members: tuple[int, ...] = ()  # the numbers of the ranks among all processes
+        # what this rank does after each job of its own, until the others are done with theirs
+        self.serving: list[Callable[[], None]] = []
         limits = positive("start_timeout", start_timeout), positive("timeout", timeout)
+        self._probes: Ranks | None = None
         if group is not None:
-            group = process_group(group)
+            probes, group = probe_group(group), process_group(group)
+            if probes is not None:
+                self._probes = Ranks(probes, start_timeout=start_timeout, timeout=timeout)
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
             self._connection = Connection(group, *limits)
+            self.members = tuple(dist.get_process_group_ranks(group))
             if "nccl" in str(dist.get_backend(group)):
                 self.device = torch.device("cuda", torch.cuda.current_device())
 
     def __bool__(self) -> bool:
         """Whether there is a process group, also of one rank."""
         return self._connection is not None
+
+    @property
+    def probes(self) -> Ranks:
+        """The ranks with the same share of the data, over which random vectors are divided."""
+        return self._probes or ALONE
 
     # sums and gathers; every rank must call them in the same order
 
@@ -146,6 +160,10 @@ class Ranks:
         for row in rows[1:]:
             total += row
         return total.view(t.shape)
+
+    def total(self, number: int) -> int:
+        """The sum of a number of each rank."""
+        return int(self.rows(torch.tensor([number])).sum())
 
     def objects(self, item: Any) -> list[Any]:
         """The items of all ranks, made of numbers, strings, lists and dictionaries."""
@@ -249,12 +267,21 @@ class Ranks:
     def _interrupted(self) -> Iterator[None]:
         """Around a job of this rank alone: an interrupt ends the call on all ranks at once."""
         try:
-            yield
+            try:
+                yield
+            except Exception:
+                self._serve()
+                raise
+            self._serve()
         except Exception:
             raise
         except BaseException as error:
             self.leave(error)
             raise
+
+    def _serve(self) -> None:
+        for serve in self.serving:
+            serve()
 
     def check(self) -> None:
         """Raise RuntimeError if a rank failed at the last sum, which then holds NaN."""
@@ -267,6 +294,7 @@ class Ranks:
         """Tell the other ranks that this one does not go on, unless all of them raise."""
         if self._connection is not None:
             self._connection.leave(error)
+            self.probes.leave(error)
 
     def _named(self, error: Exception | None, rank: int, reason: str) -> Exception:
         """The error of this rank or of another one, with its rank; errors of users as they are."""
@@ -296,7 +324,7 @@ def ranks_of(group: Any) -> Ranks:
         return ALONE
     if isinstance(group, Ranks):
         return group
-    group = process_group(group)
-    if group not in _known:
-        _known[group] = Ranks(group)
-    return _known[group]
+    key = process_group(group) if probe_group(group) is None else group
+    if key not in _known:
+        _known[key] = Ranks(key)
+    return _known[key]

@@ -46,6 +46,11 @@ def keeper(
         return Keeper(counters, None, unit)
     path, limit = checked
     A = next(iter(operators.values()))
+    if A._probes:
+        raise InputError(
+            f"checkpoint must be None for a mesh with the dimension 'probe', got {str(path)!r}; "
+            f"make the operator with group=mesh['data'], or leave checkpoint out"
+        )
     saved: Saved | None = call.checkpoint if call.resumed else None
     body: dict[str, Any] = {"call": call.saved()}
     if saved is None:

@@ -100,22 +100,30 @@ def estimate(
                 A, state, rows, products, space, lambda: callback(total)  # noqa: B023
             )  # fmt: skip
             return known_trace(value, size, A, confidence, made()), []
-        b = min(BLOCK, limit - s)
-        for i in range(b):
-            space.draw_(rows[i], seed, (skip + s + i) * n, signs=True)
-        yield from products_of(rows[:b], products[:b])
-        C, _ = space.dots(rows[:b], products[:b])
-        state.samples = torch.cat((state.samples, C.diagonal().cpu()))
-        y = rows[:b].mul_(products[:b])
-        y.sub_(y[0].clone())  # nothing is left if A is diagonal
-        spread.add(space.gram(y))
-        s, value = len(state.samples), float(state.samples.mean())
-        stderr, half = spread.interval(state.samples, confidence)
-        wanted = rtol * abs(value) / math.sqrt(1 + rtol**2)
-        converged = s >= min(FIRST_CHECK, limit) and half <= wanted
-        if s >= FIRST_CHECK and not converged:
-            ratio = half / wanted if wanted else math.inf
-            state.needed = int(min(limit, max(s + BLOCK, s * min(ratio, 1e4) ** 2)))
+        mine = s + BLOCK * A._probes.rank  # the first sample of this rank's block
+        b = max(0, min(BLOCK, limit - mine))
+        found = torch.zeros(BLOCK + 1, BLOCK, dtype=torch.float64, device=A.device)
+        if b:
+            for i in range(b):
+                space.draw_(rows[i], seed, (skip + mine + i) * n, signs=True)
+            yield from products_of(rows[:b], products[:b])
+            C, _ = space.dots(rows[:b], products[:b])
+            y = rows[:b].mul_(products[:b])
+            y.sub_(y[0].clone())  # nothing is left if A is diagonal
+            found[0, :b], found[1 : b + 1, :b] = C.diagonal(), space.gram(y)
+        for block in A._probes.rows(found.view(-1)).cpu().view(-1, BLOCK + 1, BLOCK):
+            b = min(BLOCK, limit - len(state.samples))
+            if converged or not b:
+                break
+            state.samples = torch.cat((state.samples, block[0, :b]))
+            spread.add(block[1 : b + 1, :b])
+            s, value = len(state.samples), float(state.samples.mean())
+            stderr, half = spread.interval(state.samples, confidence)
+            wanted = rtol * abs(value) / math.sqrt(1 + rtol**2)
+            converged = s >= min(FIRST_CHECK, limit) and half <= wanted
+            if s >= FIRST_CHECK and not converged:
+                ratio = half / wanted if wanted else math.inf
+                state.needed = int(min(limit, max(s + BLOCK, s * min(ratio, 1e4) ** 2)))
         callback(s if converged else state.needed)
     shortfalls: list[Warning] = []
     if not converged:
@@ -126,16 +134,16 @@ def estimate(
             )
         )
     half += _rounding(A, abs(value) + known)
-    found = Estimate(
+    result = Estimate(
         value=value,
         stderr=stderr,
         interval=(value - half, value + half),
         confidence=confidence,
         samples=state.samples,
-        matvecs=made(),
+        matvecs=A._probes.total(made()),
         converged=converged,
     )
-    return found, shortfalls
+    return result, shortfalls
 
 
 def known_trace(

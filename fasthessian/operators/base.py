@@ -117,6 +117,11 @@ class SymmetricOperator:
     _kept = Kept()
     _ranks: Ranks = ALONE  # whose products are summed
 
+    @property
+    def _probes(self) -> Ranks:
+        """The ranks that independent random vectors are divided over."""
+        return self._matrix._ranks.probes
+
     def _agree(self, call: Mapping[str, str] | None = None) -> None:
         """Let the ranks agree on what their products have in common, before a run.
 

@@ -33,7 +33,7 @@ def check_common(evaluation: Evaluation, own: Mapping[str, Any], call: Mapping[s
         ValueError: the ranks differ; the message names the first difference, and the ranks.
     """
     ranks, loss = evaluation.options.ranks, evaluation.loss
-    if ranks.size < 2:
+    if max(ranks.size, ranks.probes.size) < 2:
         return
     items = {
         "version of torch": torch.__version__,
@@ -54,13 +54,18 @@ def check_common(evaluation: Evaluation, own: Mapping[str, Any], call: Mapping[s
     tensors |= {f"parameter {name}": p for name, p in named.items() if name not in params}
     if loss.model is not None:
         tensors |= _buffers(loss.model, evaluation.options.mode)
-    tensors = {name: tensor for name, tensor in tensors.items() if _is_whole(tensor)}
+    tensors = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if _is_whole(tensor) and not loss.gathered.lacks(tensor)
+    }
     if tensors:
         device = evaluation.layout.device
         made = [_checksum(tensor).to(device) for tensor in tensors.values()]
         sums = torch.stack(made).tolist()  # one copy to the host
         items |= {f"{VALUES}{name}": str(total) for name, total in zip(tensors, sums, strict=True)}
     check_same(ranks, items)
+    check_same(ranks.probes, items)
 
 
 def _criterion(criterion: Any) -> str:

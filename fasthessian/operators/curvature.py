@@ -29,7 +29,7 @@ from fasthessian.operators.shares import Shares
 from fasthessian.operators.source import Source
 from fasthessian.operators.torch_state.lock import exclusive
 from fasthessian.operators.torch_state.scopes import restored
-from fasthessian.vectors import Layout, real
+from fasthessian.vectors import Layout
 
 
 class Curvature(SymmetricOperator):
@@ -63,11 +63,11 @@ class Curvature(SymmetricOperator):
         def prepared() -> str:
             return self._evaluation.within_memory(lambda: prepare(self), what)
 
-        with options.ranks.leaving():
+        with options.gathering() as chosen, options.ranks.leaving():
             note = options.ranks.together(exclusive(lambda: self._begin(source(), options)))
             self._agree()
             words = options.ranks.together(exclusive(prepared))
-            self.engine = words + unite(self) + note
+            self.engine = words + chosen + unite(self) + note
 
     def _begin(self, source: Source, options: Options) -> str:
         """Take over the loss and the options; return the note of the source for ``engine``."""
@@ -162,7 +162,7 @@ class Curvature(SymmetricOperator):
     def _keep(self, graph: Graph, part: Part, params: list[Tensor]) -> None:
         """Keep a graph, and the factors of single layers if they are requested and fit."""
         model = self._loss.model
-        if self._layered and self._options.precision != "bf16" and model is not None:
+        if self._layered and self._options.keeps_factors and model is not None:
             # the factors need a second graph of the outputs
             needs = 2 * self._evaluation.findings.graph_bytes
             room = (self._options.room(self.device) - needs) / self._loss.count
@@ -217,9 +217,7 @@ class Curvature(SymmetricOperator):
     def _capture_obstacle(self) -> str | None:
         if not self._kept.every_part:
             return "the graphs of some batches are built at each product"
-        if self._evaluation.functions.note():
-            return "central differences of custom functions wait for the device"
-        return None
+        return self._evaluation.capture_obstacle()
 
     # The public methods.
 
@@ -258,8 +256,7 @@ class Curvature(SymmetricOperator):
 
     def theta(self) -> Tensor:
         """The current parameters as one vector (n,)."""
-        named = self._loss.named_parameters()
-        return self.flatten([real(named[k].detach()).to(self.dtype) for k in self.layout.names])
+        return self._evaluation.theta()
 
     def gradient(self, offset: Tensor | None = None) -> Tensor:
         """The gradient (n,) of the loss at theta, or at theta + ``offset`` (n,).
@@ -309,7 +306,8 @@ class Curvature(SymmetricOperator):
         """
         if not self._ranks:
             return exclusive(check)(self, self._exact)
-        with self._ranks.leaving():  # no collective under the lock of the process
+        # no collective under the lock of the process
+        with self._options.gathered.open(), self._ranks.leaving():
             return restored(check)(self, self._exact)
 
     def flatten(self, tensors: Mapping[str, Tensor] | Sequence[Tensor]) -> Tensor:

@@ -25,11 +25,10 @@ from fasthessian.operators.products.options import Options
 from fasthessian.operators.products.padding import Padding
 from fasthessian.operators.torch_state import gradient_hooks
 from fasthessian.operators.torch_state.lock import exclusive
-from fasthessian.operators.torch_state.module_state import keep_values
 from fasthessian.operators.torch_state.patches import patched
 from fasthessian.operators.torch_state.product_state import product_state
 from fasthessian.operators.torch_state.scopes import Scope, UndoLog
-from fasthessian.vectors import Layout, like, real
+from fasthessian.vectors import Layout, real
 
 Result = TypeVar("Result")
 
@@ -143,10 +142,8 @@ class Evaluation:
         """Inside this scope, the parameters are moved by the offset (n,)."""
 
         def move(undo: UndoLog) -> None:
-            held = keep_values(undo, params)
             if offset is not None:
-                for p, at, shift in zip(params, held, self.layout.views(offset), strict=True):
-                    p.data = at + like(shift, at)
+                self.loss.gathered.move(undo, params, self.layout.views(offset))
 
         return Scope(move)
 
@@ -169,8 +166,10 @@ class Evaluation:
                     flat = [real(p).to(out.dtype) for p in pieces]
                     pack_(out, flat, alpha=part.weight, beta=1.0)
                 if self._decay:
-                    theta = [real(p.detach()).to(out.dtype) for p in params]
-                    out.add_(self.layout.flatten(theta), alpha=self._decay)
+                    views = self.layout.views(out)
+                    for p, view in zip(params, views, strict=True):
+                        theta = real(self.loss.gathered.value(p)).to(out.dtype)
+                        view.add_(theta, alpha=self._decay)
 
         self.within_memory(add, "the gradient")
 
@@ -191,11 +190,30 @@ class Evaluation:
                 for part in parts:
                     total += part.weight * float(self.loss.evaluate(part)[1].detach())
                 if self._decay:
-                    squares = sum(float(real(p.detach()).double().square().sum()) for p in params)
+                    values = (self.loss.gathered.value(p) for p in params)
+                    squares = sum(float(real(p).double().square().sum()) for p in values)
                     total += self._decay / 2 * squares
             out.add_(total)
 
         self.within_memory(add, "the loss")
+
+    def capture_obstacle(self) -> str | None:
+        """Why a product by kept graphs cannot be captured in a CUDA graph; None if it can."""
+        if self.loss.gathered:
+            return "the parameters of a fully_shard model are gathered for each run"
+        if self.functions.note():
+            return "central differences of custom functions wait for the device"
+        return None
+
+    def theta(self) -> Tensor:
+        """The current parameters (n,)."""
+        gathered = self.loss.gathered
+        out = torch.empty(self.layout.n, dtype=self.layout.dtype, device=self.layout.device)
+        with gathered.open():
+            named = self.loss.named_parameters()
+            for name, view in self.layout.unflatten(out).items():
+                view.copy_(real(gathered.value(named[name])))
+        return out
 
     @property
     def _decay(self) -> float:

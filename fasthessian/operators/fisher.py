@@ -17,7 +17,7 @@ from fasthessian.operators.loss.likelihood import class_per_sample, class_weight
 from fasthessian.operators.loss.part import Part
 from fasthessian.operators.products.linearised import Middle
 from fasthessian.operators.products.options import Options
-from fasthessian.operators.source import of_model
+from fasthessian.operators.source import divided, of_model
 
 
 class EmpiricalFisher(JMJ):
@@ -63,7 +63,9 @@ class EmpiricalFisher(JMJ):
         microbatch: int | None = None,
         weight_decay: float = 0.0,
     ) -> None:
-        options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
+        options = Options(
+            engine, precision, mode, memory_budget, microbatch, weight_decay, group, divided(model)
+        )
         super().__init__(
             lambda: of_model(model, criterion, data, params, weights, options, scaled=True),
             options,
@@ -151,7 +153,9 @@ class Fisher(JMJ):
                 raise InputError(f"{name} must be an integer of at least {least}, got {value!r}")
         self._samples, self._seed = samples, seed
         self._own = {"samples": samples, "seed": seed}
-        options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
+        options = Options(
+            engine, precision, mode, memory_budget, microbatch, weight_decay, group, divided(model)
+        )
         # the draws of a sample depend on its position in the data
         super().__init__(
             lambda: of_model(model, criterion, data, params, weights, options, ordered=True),

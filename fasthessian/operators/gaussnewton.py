@@ -19,7 +19,7 @@ from fasthessian.operators.products.differences import distances
 from fasthessian.operators.products.engines import gradient
 from fasthessian.operators.products.linearised import Middle, SecondDerivative, second_derivative
 from fasthessian.operators.products.options import Options
-from fasthessian.operators.source import of_model
+from fasthessian.operators.source import divided, of_model
 
 PROBES = 8  # random directions in which the criterion is tested for convexity
 CONCAVE = 1e-4  # the largest -u'Mu / (|u| |M u|) that counts as rounding
@@ -69,7 +69,9 @@ class GaussNewton(JMJ):
         microbatch: int | None = None,
         weight_decay: float = 0.0,
     ) -> None:
-        options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
+        options = Options(
+            engine, precision, mode, memory_budget, microbatch, weight_decay, group, divided(model)
+        )
         super().__init__(
             lambda: of_model(model, criterion, data, params, weights, options),
             options,

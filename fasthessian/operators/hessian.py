@@ -27,7 +27,7 @@ from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.linearised import second_derivative
 from fasthessian.operators.products.options import Options
 from fasthessian.operators.request import Request
-from fasthessian.operators.source import of_closure, of_model
+from fasthessian.operators.source import divided, of_closure, of_model
 
 
 class Hessian(Curvature):
@@ -61,7 +61,9 @@ class Hessian(Curvature):
             product; ``"auto"`` retains the graphs that fit ``memory_budget`` and recomputes the
             others. ``"forward"`` differentiates the gradient in forward mode. ``"difference"``
             takes central differences of gradients, with an error of about 1e-4 in float32. It is
-            for losses without second derivatives, but not for losses with kinks (ReLU).
+            for losses without second derivatives, but not for losses with kinks (ReLU). For a
+            fully_shard model, ``"unshard"`` and ``"regather"`` are ``"auto"`` with one of the two
+            routes below, which is otherwise chosen by memory.
         precision: None computes products in the parameters' dtype, ``"bf16"`` under autocast,
             ``"tf32"`` on the tensor cores of a GPU. The last two have relative errors of 1e-3 to
             1e-1; ``engine`` gives the error for the first batch.
@@ -78,10 +80,12 @@ class Hessian(Curvature):
             ``DistributedSampler`` repeats to give all ranks the same number of samples counts once.
             A rank that fails ends the call on all ranks, a hung one after 100 s (300 s at the
             start); ``fasthessian.distributed.Ranks`` sets other limits. Ranks that differ in the
-            model, its values, options or versions are refused. None: one process, all of the data.
+            model, its values, options or versions are refused. None: one process, all of the data;
+            for a fully_shard model the ranks of its mesh, the only group that it accepts.
         mode: ``"eval"`` or ``"train"``. In training mode, dropout masks are drawn once per batch
             and then stay fixed.
-        memory_budget: bytes for kept graphs; None means half of the free memory.
+        memory_budget: bytes for kept graphs, and for the full parameters of a fully_shard model;
+            None means half of the free memory.
         microbatch: the largest number of samples in memory at a time; larger batches are cut. A
             model or a criterion that couples the samples of a batch is refused.
         weight_decay: adds ``weight_decay / 2 |theta|^2`` to the loss, as optimisers do.
@@ -101,6 +105,16 @@ class Hessian(Curvature):
     zero rows; ``engine`` names the parameters that no gradient reaches. Hooks on gradients do not
     act in products. If modules that are not torch's detach a part of the loss in eval mode but not
     in training mode, and the loss is the same in both, they are set to training mode.
+
+    A model of ``torch.distributed.fsdp.fully_shard`` (FSDP2, also with replicas: HSDP) is analysed
+    as it is. All vectors are full, in the order and the shapes of the parameters before sharding,
+    and equal on all ranks. Its parameters are gathered for the length of a product, or of a run
+    ("unshard"). If all of them do not fit ``memory_budget`` on some rank, each is gathered where it
+    is read, and again where a derivative needs it ("regather"): slower, but few of them are full at
+    a time. ``engine`` names the route. Products bypass FSDP's hooks, and the module trains on bit
+    for bit. Under a ``MixedPrecisionPolicy`` the products are those of the function that the module
+    computes, in ``param_dtype``; ``engine`` gives the relative error. Ranks must be processes, not
+    threads. CPU offloading and tensor parallelism are refused.
 
     Products use the current state: parameters, buffers, data in memory and the list of batches,
     attributes of the model, of the criterion and of objects that they hold, and variables and
@@ -154,7 +168,9 @@ class Hessian(Curvature):
         microbatch: int | None = None,
         weight_decay: float = 0.0,
     ) -> None:
-        options = Options(engine, precision, mode, memory_budget, microbatch, weight_decay, group)
+        options = Options(
+            engine, precision, mode, memory_budget, microbatch, weight_decay, group, divided(model)
+        )
         super().__init__(
             lambda: of_model(model, criterion, data, params, weights, options),
             options,

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fasthessian import kernels
 from fasthessian.operators.base import SymmetricOperator, multiply
@@ -36,21 +35,24 @@ def identity(A: SymmetricOperator) -> dict[str, Any]:
         found |= {name: getattr(matrix._options, name) for name in OPTIONS}
         if isinstance(matrix, Fisher):
             found |= {"samples": matrix._samples, "seed": matrix._seed}
-        named = matrix._loss.named_parameters()
         shapes = [[name, list(shape)] for name, shape in zip(
             A.layout.names, A.layout.shapes, strict=True  # type: ignore[attr-defined]
         )]  # fmt: skip
         found["shapes"] = hashlib.sha256(repr(shapes).encode()).hexdigest()
-        found["theta"] = _sum({name: named[name] for name in matrix.layout.names})
+        found["theta"] = _sum(matrix)
     return found
 
 
-def _sum(named: Mapping[str, Tensor]) -> str:
+def _sum(matrix: Curvature) -> str:
     """SHA-256 of the parameters, one after the other."""
-    found = hashlib.sha256()
-    for tensor in named.values():
-        flat = real(tensor.detach()).cpu().contiguous().reshape(-1)
-        found.update(flat.view(torch.uint8).numpy().data)
+    found, gathered = hashlib.sha256(), matrix._options.gathered
+    with gathered.open():
+        named = matrix._loss.named_parameters()
+        for name in matrix.layout.names:
+            value = gathered.value(named[name])
+            # memory that NumPy has seen cannot be freed by ``Gathered``
+            flat = real(value.clone() if gathered else value).cpu().contiguous().reshape(-1)
+            found.update(flat.view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

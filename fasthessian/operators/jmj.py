@@ -61,7 +61,8 @@ class JMJ(Curvature):
                 what = f"a product of {type(self).__name__}"
                 self._evaluation.within_memory(examine, what)
 
-        self._ranks.together(examined)
+        with options.gathered.open():
+            self._ranks.together(examined)
 
     def _middle(self, part: Part, z: Tensor, loss: Tensor) -> Middle | None:
         """M for one part at its outputs z; None if M = 0."""

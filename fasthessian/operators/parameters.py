@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fasthessian.distributed.fsdp import is_distributed, not_supported
 from fasthessian.distributed.ranks import ALONE, Ranks
 from fasthessian.distributed.wrappers import refuse_divided
 from fasthessian.errors import InputError, InputTypeError, UnsupportedError
 from fasthessian.operators.base import FLOATS
+from fasthessian.operators.torch_state.gathered import WHOLE, Gathered
 from fasthessian.vectors import Layout, real
 
 LOW = (torch.bfloat16, torch.float16)  # vectors of these parameters are float32
@@ -56,10 +58,13 @@ def common_dtype(chosen: dict[str, Tensor]) -> torch.dtype:
     return torch.float64 if double else torch.float32
 
 
-def of_model(model: Any, params: Any, wrapper: str = "") -> dict[str, Tensor]:
+def of_model(
+    model: Any, params: Any, wrapper: str = "", gathered: Gathered = WHOLE
+) -> dict[str, Tensor]:
     """The model's parameters chosen by ``params``: None, names, or the parameters themselves.
 
-    Names may carry the prefixes of a ``wrapper`` that was removed.
+    Names may carry the prefixes of a ``wrapper`` that was removed. The parameters of a fully_shard
+    model are those of ``gathered``.
     """
     if not isinstance(model, nn.Module):
         raise InputTypeError(
@@ -79,7 +84,7 @@ def of_model(model: Any, params: Any, wrapper: str = "") -> dict[str, Tensor]:
             )
     else:
         chosen = _pick(model, named, params, bool(wrapper))
-    return accepted(chosen)
+    return accepted(gathered.replaced(chosen))
 
 
 def _pick(
@@ -132,6 +137,12 @@ def of_closure(params: Any) -> dict[str, Tensor]:
     for name, tensor in pairs:
         if not isinstance(tensor, Tensor):
             raise InputTypeError(f"params[{name!r}] must be a tensor, got {type(tensor).__name__}")
+        if is_distributed(tensor):
+            raise InputTypeError(
+                f"params[{name!r}] must be a plain tensor, got a DTensor; for a fully_shard model "
+                f"use Hessian(model, criterion, data), whose criterion may be a function of "
+                f"(model, batch)"
+            )
     if len({id(tensor) for _, tensor in pairs}) < len(pairs):
         raise InputError("params holds the same tensor twice")
     return accepted(dict(pairs))
@@ -144,6 +155,8 @@ def accepted(chosen: dict[str, Tensor]) -> dict[str, Tensor]:
     """
     first_name, first = next(iter(chosen.items()))
     for name, p in chosen.items():
+        if is_distributed(p):
+            raise not_supported(name, p)
         if is_lazy(p):
             raise InputError(f"parameter {name!r} has no shape yet; run the model once on a batch")
         if p.dtype not in (*FLOATS, *LOW, *COMPLEX):

@@ -47,7 +47,8 @@ class Shares:
             evaluation.within_memory(evaluation.count, "the number of terms")
             return [loss.terms_here, loss.count, loss.samples, evaluation.relative_error()]
 
-        rows = self.ranks.exchanged(counted, 4)
+        with loss.gathered.open():
+            rows = self.ranks.exchanged(counted, 4)
         self._of_ranks = [(terms, int(parts)) for terms, parts, *_ in rows.tolist()]
         evaluation.error = float(rows[:, 3].max())  # algorithms decide by it: it must be the same
         total = float(rows[:, 0].sum())
@@ -94,10 +95,11 @@ class Shares:
         if not self.ranks:
             work()
             return
-        if not self._evaluation.kept.running:
-            self.agree()
-        with self.ranks.failing(outs, deferred=deferred):
-            work()
+        with self._evaluation.loss.gathered.open():
+            if not self._evaluation.kept.running:
+                self.agree()
+            with self.ranks.failing(outs, deferred=deferred):
+                work()
         self.ranks.sum_(outs)
         if not deferred and not all(map(finite, outs)):
             self.ranks.check()

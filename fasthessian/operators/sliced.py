@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fasthessian.distributed.ranks import Ranks
 from fasthessian.distributed.slices import Slice
 from fasthessian.operators.base import SymmetricOperator, finite
 from fasthessian.operators.blocks import Block
@@ -35,6 +36,10 @@ class Sliced(SymmetricOperator):
 
     def _agree(self, call: Mapping[str, str] | None = None) -> None:
         self._curvature._agree(call)
+
+    @property
+    def _probes(self) -> Ranks:
+        return self._curvature._probes
 
     def gather(self, rows: Tensor) -> Tensor:
         """See ``SymmetricOperator.gather``."""
@@ -73,7 +78,8 @@ class Sliced(SymmetricOperator):
             if out is not request.out:
                 request.out.copy_(out)
 
-        with ranks.failing([products], reduce, request.deferred):
+        gathered = self._curvature._options.gathered
+        with gathered.open(), ranks.failing([products], reduce, request.deferred):
             self._curvature._multiply_here([whole])
         reduce()
         if not request.deferred and not finite(request.out):

@@ -7,11 +7,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fasthessian.distributed.fsdp import Shards, sharded_modules
 from fasthessian.operators import parameters
 from fasthessian.operators.loss.closure_loss import ClosureLoss
 from fasthessian.operators.loss.model_loss import ModelLoss
 from fasthessian.operators.loss.protocol import Loss
 from fasthessian.operators.products.options import Options
+from fasthessian.operators.torch_state.gathered import WHOLE, Gathered
 
 
 class Source(NamedTuple):
@@ -20,6 +22,13 @@ class Source(NamedTuple):
     loss: Loss
     params: dict[str, Tensor]
     note: str = ""  # text for ``engine``
+
+
+def divided(model: Any) -> Gathered:
+    """The full parameters of a model that ``fully_shard`` divided over ranks."""
+    while hasattr(model, "_orig_mod"):  # torch.compile
+        model = model._orig_mod
+    return Gathered(Shards(model)) if sharded_modules(model) else WHOLE
 
 
 def of_model(
@@ -38,11 +47,11 @@ def of_model(
     batch depends on whether the loss is a sum or a mean.
     """
     model, wrapper = parameters.unwrapped(model, options.ranks)
-    chosen = parameters.of_model(model, params, wrapper)
+    chosen = parameters.of_model(model, params, wrapper, options.gathered)
     like = next(iter(chosen.values()))
     loss = ModelLoss(
         model, criterion, data, weights, options.mode, like, options.microbatch, ordered, scaled,
-        options.ranks,
+        options.ranks, options.gathered,
     )  # fmt: skip
     return Source(loss, chosen, f"; {wrapper} unwrapped" if wrapper else "")
 

@@ -38,6 +38,8 @@ SAVING = "test_saving.py::test_the_advice_about_checkpoints_works"
 PLAN = "test_plan.py::test_the_advice_of_an_error_works"
 NOTE = "test_plan.py::test_the_advice_of_a_note_works"
 INSTALLED = "test_advice.py::test_no_message_asks_to_install_an_installed_package"
+REFUSED = "test_fsdp_limits.py::test_what_is_not_supported_is_refused_in_one_line"
+EXTENDED = "test_fsdp_limits.py::test_offloaded_and_extended_parameters_are_refused"
 GROUPS = "test_bad_groups.py::"
 FOLLOWED = {
     "make the same call with the same model":
@@ -85,6 +87,12 @@ FOLLOWED = {
     " would fit (fewer steps or pairs, or a smaller ncv)": MEMORY,
     "use a machine with more memory": MEMORY,
     "basis='offload' needs ": "test_machines.py::test_options_that_would_fit_on_a_gpu_or_its_host",
+    "call fully_shard with one mesh": REFUSED,
+    "use group=None": REFUSED,
+    "call fully_shard without it": EXTENDED,
+    "call fully_shard on parameters": EXTENDED,
+    "pass group=torch.distributed.new_group(":
+        "test_fsdp_limits.py::test_a_mesh_of_two_dimensions_over_some_ranks_needs_a_group",
     "; pip install 'fasthessian[cli]'": INSTALLED,
     "figures need matplotlib; pip install matplotlib": INSTALLED,
     "a checkpoint needs safetensors; pip install": INSTALLED,

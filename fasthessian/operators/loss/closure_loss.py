@@ -16,6 +16,7 @@ from fasthessian.errors import InputTypeError
 from fasthessian.operators.loss.calls import scalar
 from fasthessian.operators.loss.coupling import Coupling
 from fasthessian.operators.loss.part import Part
+from fasthessian.operators.torch_state.gathered import WHOLE
 from fasthessian.operators.torch_state.gradient_hooks import active_hooks
 from fasthessian.operators.torch_state.module_state import (
     Buffers,
@@ -43,6 +44,7 @@ class ClosureLoss:
         "without zero_grad() and backward())"
     )
     model = None
+    gathered = WHOLE
     fixed_order = True
     size = count = samples = 1
     note = ""

@@ -35,8 +35,9 @@ from fasthessian.operators.loss.model_checks import check_modules
 from fasthessian.operators.loss.part import Part
 from fasthessian.operators.loss.sources import LoaderSource, MemorySource, source
 from fasthessian.operators.loss.terms import NO_TERMS, Terms
+from fasthessian.operators.torch_state.gathered import WHOLE, Gathered, shifted
 from fasthessian.operators.torch_state.gradient_hooks import active_hooks
-from fasthessian.operators.torch_state.module_state import own_buffers, shifted, training
+from fasthessian.operators.torch_state.module_state import own_buffers, training
 from fasthessian.operators.torch_state.random_state import seeded
 from fasthessian.operators.torch_state.reachable import (
     DATA,
@@ -56,7 +57,7 @@ class ModelLoss:
     """The loss of a model over data.
 
     Args:
-        model, criterion, data, weights, mode, microbatch: see ``Hessian``.
+        model, criterion, data, weights, mode, microbatch, gathered: see ``Hessian``, ``Gathered``.
         like: a parameter, whose device and dtype the loss has.
         ordered: whether a loader must yield the samples in the same order at every pass.
         scaled: whether a matrix depends on the number of terms even if there is a single part.
@@ -85,6 +86,7 @@ class ModelLoss:
         ordered: bool = False,
         scaled: bool = False,
         ranks: Ranks = ALONE,
+        gathered: Gathered = WHOLE,
     ) -> None:
         if criterion is not None and not callable(criterion):
             raise InputTypeError(
@@ -92,7 +94,7 @@ class ModelLoss:
             )
         if criterion is None:
             self.origin = "model"
-        self.model, self.criterion = model, criterion
+        self.model, self.criterion, self.gathered = model, criterion, gathered
         self.takes_model = takes_model(criterion)  # the criterion is a loss of (model, batch)
         self._form = ""  # how the loss is found in what the model returns, if that is a guess
         self.microbatch = microbatch
@@ -115,7 +117,7 @@ class ModelLoss:
 
     def _is_batch(self, batch: Batch) -> bool:
         """Whether the loss takes this list of tensors as one batch; if not, it is several."""
-        with training(self.roots, "eval"), torch.no_grad():
+        with training(self.roots, "eval"), self.gathered.place(), torch.no_grad():
             try:
                 self.loss_in_any_mode(0, batch)
             except Exception as error:
@@ -238,13 +240,13 @@ class ModelLoss:
         return coupling(self, params, allowed)
 
     def protected(self) -> Scope[None]:
-        """A scope that does nothing: only the ``roots`` need protection."""
-        return Scope(lambda undo: None)
+        """Inside, the model has full parameters; its ``roots`` are protected elsewhere."""
+        return self.gathered.place()
 
     def _gradient(
         self, batch: Batch, params: Sequence[Tensor], moved: bool, mode: str
     ) -> tuple[Sequence[Tensor], list[float]]:
-        with training(self.roots, mode), shifted(params, STEP if moved else 0.0):
+        with training(self.roots, mode), shifted(params, STEP * moved, self.gathered):
             loss = self.evaluate(Part(0, 1.0, batch, 0))[1]
             found = denominators(loss)  # before autograd frees the graph
             pieces = torch.autograd.grad(loss, params, allow_unused=True, materialize_grads=True)
@@ -260,6 +262,7 @@ class ModelLoss:
     def entries(self, whole: bool) -> Iterator[Entry]:
         """What the loss depends on; if not ``whole``, only parameters, buffers and batches."""
         seen: set[int] = set()
+        yield from self.gathered.entries(seen)
         yield from module_entries("model", self.model, POINT, seen, whole)
         if isinstance(self.criterion, nn.Module):
             yield from module_entries("criterion", self.criterion, DATA, seen, whole)
@@ -271,7 +274,7 @@ class ModelLoss:
 
     def named_parameters(self) -> dict[str, Tensor]:
         """The model's parameters as they are now."""
-        return dict(self.model.named_parameters())
+        return self.gathered.replaced(dict(self.model.named_parameters()))
 
     def _chunks(self) -> Generator[tuple[int, float, float, Batch], None, None]:
         """(index of the batch, its weight, the microbatch's weight, microbatch) over one pass."""

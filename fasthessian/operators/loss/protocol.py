@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fasthessian.operators.loss.coupling import Coupling
 from fasthessian.operators.loss.part import Part
+from fasthessian.operators.torch_state.gathered import Gathered
 from fasthessian.operators.torch_state.reachable import Entry
 from fasthessian.operators.torch_state.scopes import Scope
 
@@ -27,6 +28,7 @@ class Loss(Protocol):
         terms_vary: whether their number may depend on the parameters.
         fixed_order: whether every pass has the same parts in the same order.
         note: what was guessed, for ``engine``.
+        gathered: the full parameters of a fully_shard model.
     """
 
     origin: str
@@ -38,6 +40,7 @@ class Loss(Protocol):
     terms_here: float
     counted: bool
     fixed_order: bool
+    gathered: Gathered
 
     @property
     def model(self) -> nn.Module | None: ...  # noqa: D102

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.linearised import forward_derivative
 from fasthessian.operators.request import Request
 from fasthessian.operators.torch_state.module_state import keep_values
-from fasthessian.operators.torch_state.scopes import UndoLog, scope
+from fasthessian.operators.torch_state.scopes import UndoLog, saving_hooks, scope
 from fasthessian.vectors import like, real
 
 ENGINES = ("auto", "retained", "recompute", "forward", "difference")
@@ -292,22 +293,28 @@ def metered(params: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
     """Measure graphs that are built inside this context, which cannot be used after its end.
 
     The value of the context is a function that returns the bytes that the graphs save, without the
-    parameters.
+    parameters. What an outer hook on saved tensors keeps instead of a tensor has no size.
     """
-    saved: list[Tensor] = []
+    saved: list[Any] = []
+    outer = saving_hooks(True) if saving_hooks is not None else None
 
     def pack(tensor: Tensor) -> int:
-        saved.append(tensor)
+        saved.append(tensor if outer is None else outer[0](tensor))
         return len(saved) - 1
 
+    def unpack(place: int) -> Tensor:
+        kept: Tensor = saved[place]
+        return kept if outer is None else outer[1](kept)
+
     def total() -> int:
-        storages = [t.untyped_storage() for t in saved if t.layout is torch.strided]
+        tensors = [t for t in saved if isinstance(t, Tensor) and t.layout is torch.strided]
+        storages = [t.untyped_storage() for t in tensors]
         held = {storage.data_ptr(): storage.nbytes() for storage in storages}
         own = {p.untyped_storage().data_ptr() for p in params}
         return sum(size for address, size in held.items() if address not in own)
 
     try:
-        with saved_tensors_hooks(pack, saved.__getitem__):
+        with saved_tensors_hooks(pack, unpack):
             yield total
     finally:
         # a graph that holds its tensors through hooks is a cycle that the collector cannot free

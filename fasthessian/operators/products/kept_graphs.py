@@ -89,7 +89,7 @@ class KeptGraphs(Kept):
 
     def run(self) -> Scope[None]:
         """See ``Kept``. With few parameters, comparing the data would cost as much as a product."""
-        return _running(self._runs)
+        return _running(self._runs, self._loss)
 
     def rebuild(self) -> str | None:
         """See ``Kept``.
@@ -113,7 +113,8 @@ class KeptGraphs(Kept):
 
 
 @scope
-def _running(undo: UndoLog, runs: dict[object, int]) -> None:
+def _running(undo: UndoLog, runs: dict[object, int], loss: Loss) -> None:
+    undo.enter(loss.gathered.open())  # once for all products of the run
     token = object()
     undo(runs.pop, token, None)
     runs[token] = threading.get_ident()

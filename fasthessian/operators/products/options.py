@@ -7,7 +7,7 @@ import functools
 import math
 import re
 import sys
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,7 +15,10 @@ from fasthessian.distributed.ranks import Ranks, ranks_of
 from fasthessian.errors import InputError
 from fasthessian.memory import available_bytes, readable
 from fasthessian.operators.products.engines import ENGINES
+from fasthessian.operators.torch_state.gathered import ROUTES, WHOLE, Gathered
+from fasthessian.operators.torch_state.scopes import Scope, UndoLog
 
+R = TypeVar("R")
 PRECISIONS = ("bf16", "tf32")
 
 
@@ -30,11 +33,12 @@ class Options:
     microbatch: int | None = None
     weight_decay: float = 0.0
     group: Any = None
+    gathered: Gathered = WHOLE
 
     @functools.cached_property
     def ranks(self) -> Ranks:
         """The ranks whose products are summed."""
-        return ranks_of(self.group)
+        return ranks_of(self.gathered.group(self.group))
 
     @property
     def keeps_graphs(self) -> bool:
@@ -51,8 +55,13 @@ class Options:
             raise
 
     def _check(self) -> None:
-        if self.engine not in ENGINES:
-            raise InputError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}")
+        self.gathered.check(self.ranks)
+        engines = (*ENGINES, *ROUTES) if self.gathered else ENGINES
+        if self.engine not in engines:
+            what = ", which is for fully_shard models" if self.engine in ROUTES else ""
+            raise InputError(
+                f"engine must be one of {', '.join(engines)}, got {self.engine!r}{what}"
+            )
         if self.precision not in (None, *PRECISIONS):
             raise InputError(f"precision must be None, 'bf16' or 'tf32', got {self.precision!r}")
         if self.precision == "bf16" and not self.keeps_graphs:
@@ -88,8 +97,30 @@ class Options:
             )
 
     def room(self, device: torch.device) -> float:
-        """Bytes that kept graphs may take."""
-        return available_bytes(device) // 2 if self.memory_budget is None else self.memory_budget
+        """Bytes that kept graphs may take, and before ``open`` also full parameters."""
+        if self.memory_budget is None:
+            return available_bytes(device) // 2
+        return max(0, self.memory_budget - self.gathered.held)
+
+    @property
+    def keeps_factors(self) -> bool:
+        """Whether factors of single layers may be kept; they would keep the parameters too."""
+        return self.precision != "bf16" and not self.gathered.regathers
+
+    def gathering(self) -> Scope[str]:
+        """Choose how the parameters of a fully_shard model are gathered, and gather them.
+
+        The scope gives text for ``engine``.
+        """
+
+        def begin(undo: UndoLog) -> str:
+            device = self.gathered.device
+            if device is not None:
+                self.gathered.choose(self.engine, self.ranks, self.room(device))
+            undo.enter(self.gathered.open())
+            return self.gathered.words
+
+        return Scope(begin)
 
     def choose(
         self, needs: float, count: int, fixed_order: bool, device: torch.device
@@ -99,7 +130,7 @@ class Options:
         ``needs`` is the size in bytes of the graphs of all ``count`` parts.
         """
         size = f"{readable(needs)} of graphs for {count} part{'s' if count > 1 else ''}"
-        if self.engine != "auto":
+        if self.engine not in ("auto", *ROUTES):
             kept = sys.maxsize if self.engine == "retained" else 0
             return kept, f"{self.engine}: as asked, {size}"
         budget = self.room(device)

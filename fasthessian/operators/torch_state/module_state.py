@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fasthessian.operators.torch_state.scopes import UndoLog, restore_dict, scope
-from fasthessian.vectors import like, real
 
 Copies = dict[int, tuple[Tensor, Tensor]]  # a buffer and its copy, by the id of the buffer
 Buffers = list[tuple[nn.Module, dict[str, Tensor | None]]]  # modules and their original buffers
@@ -67,27 +64,19 @@ def training(undo: UndoLog, roots: Sequence[nn.Module], mode: str) -> None:
     flags = [(module, module.training) for root in roots for module in root.modules()]
     undo(_restore_flags, flags)
     for module, _ in flags:
-        of_torch = type(module).__module__.startswith("torch.nn.")
+        of_torch = _own_class(module).__module__.startswith("torch.nn.")
         module.training = mode == "train" or (mode == "own" and not of_torch)
+
+
+def _own_class(module: nn.Module) -> type:
+    """The class that the module had before ``fully_shard`` gave it another one."""
+    classes = type(module).__mro__
+    return next(each for each in classes if not each.__module__.startswith("torch.distributed"))
 
 
 def _restore_flags(flags: Sequence[tuple[nn.Module, bool]]) -> None:
     for module, before in flags:
         module.training = before
-
-
-@scope
-def shifted(undo: UndoLog, params: Sequence[Tensor], step: float) -> None:
-    """Move the parameters by random numbers of ``step`` times their root mean square."""
-    if not step:
-        return
-    values = keep_values(undo, params)
-    square = sum(float(real(p).double().square().sum()) for p in values)
-    step *= math.sqrt(square / sum(real(p).numel() for p in values)) or 1.0
-    generator = torch.Generator().manual_seed(0)
-    for p in params:
-        noise = torch.randn(real(p.data).shape, generator=generator, dtype=torch.float32)
-        p.data = p.data + step * like(noise.to(p.device), p)
 
 
 def keep_values(undo: UndoLog, params: Sequence[Tensor]) -> list[Tensor]:

@@ -176,6 +176,21 @@ def _same(hooks: Any, others: Any) -> bool:
 
 
 @scope
+def saved_tensors(undo: UndoLog, pack: Callable[[Any], Any], unpack: Callable[[Any], Any]) -> None:
+    """Inside this scope, graphs keep ``pack(t)`` instead of a tensor t that they save."""
+    pushed: list[bool] = []
+
+    def pop() -> None:
+        if pushed:
+            pushed.clear()
+            torch._C._autograd._pop_saved_tensors_default_hooks()
+
+    undo(pop)
+    torch._C._autograd._push_saved_tensors_default_hooks(pack, unpack)
+    pushed.append(True)
+
+
+@scope
 def no_inference_mode(undo: UndoLog) -> None:
     """Leave inference mode, if the caller is in it: new tensors can be used by autograd."""
     if torch.is_inference_mode_enabled():
