@@ -147,6 +147,7 @@ def test_numbers_are_those_of_one_process(two, form):
         assert found == terms if terms else sum(found) == 26
 
 
+@pytest.mark.slow
 def test_more_ranks_than_batches(three):
     """Shares are contiguous, so that a Fisher matrix draws the targets of one process."""
     for form, options in (("two", {"matrix": "fisher"}), ("batch", {"sharded": True})):
