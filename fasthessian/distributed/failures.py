@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d as c10d
 
-from fasthessian.distributed.processes import has_ended, this_process
+from fasthessian.distributed.processes import has_ended, settle_at_exit, this_process
 from fasthessian.errors import Refusal, UnsupportedError
 
 E = TypeVar("E", bound=BaseException)
@@ -154,6 +154,7 @@ class Connection:
 
     def _open(self) -> None:
         """Make the duplicate when all ranks are here."""
+        settle_at_exit()
         make: Any = c10d._new_process_group_helper  # ``new_group`` names overlapping groups apart
         end, pause, words = time.monotonic() + self._start, 0.001, ""
         try:
