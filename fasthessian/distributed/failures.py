@@ -98,12 +98,15 @@ class Connection:
         """Wait for a collective; how it failed: ("closed" or "late", torch's words), or None."""
         end = time.monotonic() + limit
         while True:
-            left = end - time.monotonic()
+            begun = time.monotonic()
+            left = end - begun
+            look = min(LOOK, max(left, 0.001))
             try:
-                work.wait(timedelta(seconds=min(LOOK, max(left, 0.001))))
+                work.wait(timedelta(seconds=look))
                 return None
             except RuntimeError as error:
-                if work.is_completed():
+                # a reduce-scatter of gloo that failed does not count as completed
+                if work.is_completed() or time.monotonic() - begun < look / 2:
                     return CLOSED, _first_line(error)
             if left <= LOOK:
                 return LATE, ""
