@@ -1,5 +1,6 @@
 """64 ranks, as threads of one process: the data of an MLP divided over them, some empty."""
 
+import collections
 import copy
 
 import pytest
@@ -8,6 +9,10 @@ import torch.distributed as dist
 from torch import nn
 
 import fasthessian as fh
+from fasthessian.distributed import ranks as module
+from fasthessian.krylov.lanczos import Lanczos
+from fasthessian.krylov.sharding import sharded_operator
+from fasthessian.planning.steps import KrylovSize
 from tests.support.divided import BOUND, agree, network, same_bits
 from tests.support.thread_ranks import on_threads
 
@@ -55,3 +60,51 @@ def test_64_ranks_have_the_numbers_of_one_process():
     found = on_threads(RANKS, mine)
     same_bits(*found)
     agree(found[0], answers(make(model, criterion, (x, y))), BOUND)
+
+
+def shared_problem():
+    """A model per rank and 64 samples, of which each rank has one."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(4)
+        model = nn.Sequential(nn.Linear(6, 150), nn.Tanh(), nn.Linear(150, 3)).double()
+        data = torch.randn(RANKS, 6).double(), torch.randint(3, (RANKS,))
+    return [copy.deepcopy(model) for _ in range(RANKS)], data
+
+
+@pytest.mark.slow
+def test_64_ranks_make_the_planned_collectives_and_hold_a_64th_of_the_basis(monkeypatch):
+    models, (x, y) = shared_problem()
+    calls = collections.defaultdict(list)  # by rank: name and bytes
+
+    def counting(name, original, position):
+        def call(*args, **options):
+            calls[dist.get_rank()].append((name, args[position].nbytes))
+            return original(*args, **options)
+
+        return call
+
+    monkeypatch.setattr(module, "_gather", counting("all_gather", module._gather, 1))
+    monkeypatch.setattr(module, "_scatter", counting("reduce_scatter", module._scatter, 1))
+    monkeypatch.setattr(dist, "all_reduce", counting("all_reduce", dist.all_reduce, 0))
+
+    def mine():
+        rank = dist.get_rank()
+        data = x[rank : rank + 1], y[rank : rank + 1]
+        A = fh.Hessian(models[rank], nn.CrossEntropyLoss(), data, group=dist.group.WORLD)
+        found = []
+        for sharded in (False, True):
+            run = Lanczos(sharded_operator(A, sharded), 6, seed=0)
+            with A._kept.run():
+                run.step()
+                run.step()
+                made = len(calls[rank])
+                run.step()
+            found.append((calls[rank][made:], run.state.basis.stored.shape[1]))
+        return A.n, found
+
+    for n, found in on_threads(RANKS, mine):
+        for (made, width), sharded in zip(found, (False, True), strict=True):
+            planned = KrylovSize(n, RANKS, 6, 0, "float64", "full", sharded)
+            assert made == list(planned.collectives(2))
+            assert width == planned.width
+        assert found[1][1] <= n / RANKS + 16

@@ -76,3 +76,21 @@ def test_a_rank_that_waits_looks_whether_another_one_has_stopped(stopped, how, l
         assert low <= time.monotonic() - began < low + AT_ONCE
     finally:
         dist.destroy_process_group()
+
+
+class Broken(Pending):
+    """A reduce-scatter of gloo after the death of a peer: it fails at once, and never completes."""
+
+    def wait(self, timeout):
+        raise RuntimeError("Connection closed by peer\nand more")
+
+
+def test_a_collective_that_fails_at_once_is_not_waited_for():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        began = time.monotonic()
+        found = Connection(dist.group.WORLD, 300.0, 100.0)._waited(Broken(), 60.0)
+        assert found == ("closed", "Connection closed by peer")
+        assert time.monotonic() - began < AT_ONCE
+    finally:
+        dist.destroy_process_group()
