@@ -8,7 +8,7 @@ from tests.support.house import ROOT, modules
 
 TESTS = ROOT / "tests"
 # These are run as separate processes.
-PROGRAMS = {f"tests.support.{name}" for name in ("script_for_pyhessian", "triton_aot")}
+PROGRAMS = {f"tests.support.{name}" for name in ("script_for_pyhessian", "slepc", "triton_aot")}
 FOLDERS = {path.name for path in TESTS.iterdir() if path.is_dir() and path.name != "__pycache__"}
 
 
