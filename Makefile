@@ -34,7 +34,8 @@ demo: .venv/.demo
 	$(SAY) 'demo: ResNet-20 on images of digits'
 	$(BIN)/fasthessian analyze resnet20 --out $(OUT) --overwrite $(if $(DATA),--data $(DATA))
 
-TESTS := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --benchmark-disable
+TESTS := $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile \
+	--no-loadscope-reorder --benchmark-disable
 
 test: .venv/.ready
 	$(TESTS)

@@ -30,7 +30,7 @@ def check_same(ranks: Ranks, items: Mapping[str, str]) -> None:
         return
     machine = torch.backends.cpu.get_cpu_capability()
     numbers = [*_numbers(json.dumps(list(items.items())), 2), *_numbers(machine, 1)]
-    rows = ranks.rows(torch.tensor(numbers), start=True)
+    rows = ranks.rows(torch.tensor(numbers, device="cpu"), start=True)
     if not bool((rows[:, :2] == rows[0, :2]).all()):
         raise known_to_all(InputError(_difference(ranks.objects(dict(items)))))
     if not bool((rows[:, 2] == rows[0, 2]).all()):

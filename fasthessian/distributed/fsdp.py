@@ -252,7 +252,7 @@ class Rounds:
 
     def _round(self, wanted: int) -> Mapping[str, Tensor]:
         """One round; returns the parameter that this rank wants, and None for the others."""
-        numbers = self._ranks.rows(torch.tensor([wanted]))[:, 0].tolist()
+        numbers = self._ranks.rows(torch.tensor([wanted], device="cpu"))[:, 0].tolist()
         found: dict[str, Any] = {}
         for number in sorted(set(numbers) - {-1}):
             full = self._shards.full(self._names[number])

@@ -163,27 +163,25 @@ class Ranks:
 
     def total(self, number: int) -> int:
         """The sum of a number of each rank."""
-        return int(self.rows(torch.tensor([number])).sum())
+        return int(self.rows(torch.tensor([number], device="cpu")).sum())
 
     def objects(self, item: Any) -> list[Any]:
         """The items of all ranks, made of numbers, strings, lists and dictionaries."""
         if self._connection is None:
             return [item]
-        text = torch.tensor(list(json.dumps(item).encode()), dtype=torch.uint8)
-        sizes = self.rows(torch.tensor([len(text)]), start=True)
-        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8)
+        text = torch.tensor(list(json.dumps(item).encode()), dtype=torch.uint8, device="cpu")
+        sizes = self.rows(torch.tensor([len(text)], device="cpu"), start=True)
+        padded = torch.zeros(int(sizes.max()), dtype=torch.uint8, device="cpu")
         padded[: len(text)] = text
         texts = self.rows(padded, start=True)
-        return [
-            json.loads(bytes(row[: int(size)].tolist()))
-            for row, size in zip(texts, sizes, strict=True)
-        ]
+        pairs = zip(texts, sizes, strict=True)
+        return [json.loads(bytes(row[: int(size)].tolist())) for row, size in pairs]
 
     def any(self, flags: Sequence[bool]) -> list[bool]:
         """Whether each flag is set on any rank."""
         if self._connection is None:
             return list(flags)
-        rows = self.rows(torch.tensor(list(flags), dtype=torch.uint8))
+        rows = self.rows(torch.tensor(list(flags), dtype=torch.uint8, device="cpu"))
         return [bool(column.any()) for column in rows.unbind(1)]
 
     # failures
@@ -213,7 +211,8 @@ class Ranks:
                 numbers = job()
         except Exception as error:
             failure = error
-        row = torch.tensor([float(failure is not None), *numbers], dtype=torch.float64)
+        failed = float(failure is not None)
+        row = torch.tensor([failed, *numbers], dtype=torch.float64, device="cpu")
         rows = self.rows(row, start=True)
         if bool(rows[:, 0].any()):
             reasons = self.objects(None if failure is None else described(failure))

@@ -145,7 +145,7 @@ def test_a_run_has_the_memory_that_is_planned(basis, dtype):
     stored, W = run.state.basis.stored, run.state.W
     assert stored.numel() * stored.element_size() == space.basis_bytes
     assert W.numel() * W.element_size() == space.vectors_bytes
-    saved = run.state.tensors()
+    saved = run.state.tensors() | run.state.split()
     vectors = sum(saved[name].nbytes for name in ("V", "W"))
     assert vectors == space.checkpoint_bytes
 

@@ -26,7 +26,13 @@ def forward_derivative(
     with _levels() as ended:
         with warnings.catch_warnings():  # torch warns at the first use
             warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
-            found = torch.func.jvp(function, tuple(at), tuple(tangents))[1]
+            try:
+                found = torch.func.jvp(function, tuple(at), tuple(tangents))[1]
+            except RuntimeError as error:
+                # torch ends its levels in the wrong order if an interrupt falls into their exits
+                if isinstance(error.__context__, KeyboardInterrupt):
+                    raise error.__context__ from None
+                raise
         ended.append(True)
         return found
 
