@@ -21,20 +21,9 @@ from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import Problem, Settings, load
 from fasthessian.distributed.ranks import ranks_of
 from fasthessian.operators.loss.batches import samples
-from tests.support.ranks import pool
 
 pytestmark = pytest.mark.distributed
 SMALL = {"steps": 8, "top": 2, "bottom": 1, "trace_rtol": 0.5, "points": 3}
-
-
-@pytest.fixture(scope="module")
-def two():
-    yield from pool(2)
-
-
-@pytest.fixture(scope="module")
-def three():
-    yield from pool(3)
 
 
 class Stream(IterableDataset):

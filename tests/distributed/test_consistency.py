@@ -9,14 +9,8 @@ from torch import nn
 
 import fasthessian as fh
 from fasthessian.operators import common
-from tests.support.ranks import pool
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def three():
-    yield from pool(3)
 
 
 def net(**changed):

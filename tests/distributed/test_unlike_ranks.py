@@ -11,14 +11,8 @@ import fasthessian as fh
 from fasthessian.distributed import Ranks
 from fasthessian.operators import curvature
 from tests.support.detached import made
-from tests.support.ranks import pool
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def three():
-    yield from pool(3)
 
 
 class Silent(Exception):

@@ -11,19 +11,8 @@ import fasthessian as fh
 from fasthessian.distributed.ranks import Ranks
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.sharding import sharded_operator
-from tests.support.ranks import pool
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def two():
-    yield from pool(2)
-
-
-@pytest.fixture(scope="module")
-def four():
-    yield from pool(4)
 
 
 def pair(dtype=torch.float64):

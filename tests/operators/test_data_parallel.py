@@ -7,20 +7,9 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import fasthessian as fh
-from tests.support.ranks import pool
 
 pytestmark = pytest.mark.distributed
 CLASSES = ("Hessian", "GaussNewton", "Fisher", "EmpiricalFisher")
-
-
-@pytest.fixture(scope="module")
-def two():
-    yield from pool(2)
-
-
-@pytest.fixture(scope="module")
-def four():
-    yield from pool(4)
 
 
 def mlp():

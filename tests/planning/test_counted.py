@@ -11,20 +11,9 @@ from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.sharding import sharded_operator
 from fasthessian.krylov.three_term import ThreeTerm
 from fasthessian.planning.steps import KrylovSize
-from tests.support.ranks import pool
 
 pytestmark = pytest.mark.distributed
 ROWS = 5
-
-
-@pytest.fixture(scope="module")
-def two():
-    yield from pool(2)
-
-
-@pytest.fixture(scope="module")
-def four():
-    yield from pool(4)
 
 
 def collectives_and_bytes(dtype, basis, sharded):

@@ -10,14 +10,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import fasthessian as fh
 from fasthessian.pyhessian import hessian, hessian_vector_product
-from tests.support.ranks import pool
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def two():
-    yield from pool(2)
 
 
 def problem():
