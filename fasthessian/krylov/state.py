@@ -197,7 +197,7 @@ class RunState(State):
         if of_search or stored_of_search:
             W, entries = self.W, stored_of_search.get("entries")
             length = 0 if entries is None else entries.shape[0]
-            capacity = integer("capacity of the search", length, 1, W.shape[1])
+            capacity = integer("capacity of the search", length, 1, self.basis.space.n)
             search = ThreeTermState.of(capacity, W.shape[1], W.dtype, W.device)
             search.restore(of_search, stored_of_search)
         super().restore(numbers, stored)

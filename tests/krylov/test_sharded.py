@@ -8,6 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 import fasthessian as fh
+from fasthessian.checkpoints import keeper
+from fasthessian.distributed.failures import known_to_all
 from fasthessian.distributed.ranks import Ranks
 from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.sharding import sharded_operator
@@ -129,3 +131,33 @@ def test_a_step_has_three_collectives_and_a_part_of_the_basis(two, four):
 
 def call_counted(options):
     return counted(40, **options)
+
+
+def resumed_everywhere(folder, stops):
+    """Whether runs that stop at these products, most of them in the search, go on to the bits."""
+    A, _ = pair()
+    options = {"tol": 1e-9, "ncv": 12, "sharded": True}
+    whole, equal = fh.eigsh(A, 4, **options), []
+    for stop in stops:
+
+        def stopped(made, total, stop=stop):
+            if made == stop:
+                raise known_to_all(InterruptedError("stopped"))
+
+        path = f"{folder}/{stop}.fh"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(keeper, "INTERVAL", 0.0)
+            patch.setattr(keeper, "SHARE", 1e9)
+            with pytest.raises(InterruptedError):
+                fh.eigsh(A, 4, **options, checkpoint=path, progress=stopped)
+            found = fh.resume(path, A)
+        same = torch.equal(found.vectors, whole.vectors) and torch.equal(found.values, whole.values)
+        equal.append(same and found.matvecs == whole.matvecs)
+    return equal, whole.matvecs
+
+
+def test_a_run_goes_on_from_its_search_for_missing_eigenvalues(two, tmp_path):
+    ((_, products), _) = two(resumed_everywhere, str(tmp_path / "none"), ())
+    stops = tuple(range(products - 9, products, 2))
+    for equal, _ in two(resumed_everywhere, str(tmp_path), stops):
+        assert equal == [True] * len(stops)
