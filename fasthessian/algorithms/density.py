@@ -15,7 +15,7 @@ from fasthessian.krylov.lanczos import Lanczos
 from fasthessian.krylov.lockstep import Run, solve
 from fasthessian.krylov.probes import divided
 from fasthessian.krylov.quadrature import Measured, grow
-from fasthessian.krylov.sharding import check_sharded, sharded_operator
+from fasthessian.krylov.sharding import checked_sharded, sharded_operator
 from fasthessian.krylov.smoothing import smoothed
 from fasthessian.krylov.state import ROWS
 from fasthessian.krylov.three_term import ThreeTerm
@@ -167,12 +167,12 @@ def density(
                 f"{error}, or basis='none' needs {readable(needs)}"
             ) from None
 
-    single = not isinstance(A, Mapping)
+    split = checked_sharded(A, sharded)
 
     def start(
         B: SymmetricOperator, progress: ProgressCallback | None, states: States
     ) -> Run[Density]:
-        B = sharded_operator(B, sharded if single else False)
+        B = sharded_operator(B, split)
         total = probes * min(steps, B.n)
 
         def callback() -> None:
@@ -190,5 +190,4 @@ def density(
         runs, made = yield from divided(B, states, range(probes), measure)
         return smoothed(runs, B.n, steps, sigma, made)
 
-    check_sharded(A, sharded)
     return solve(A, start, progress, call)

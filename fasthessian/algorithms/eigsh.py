@@ -20,7 +20,7 @@ from fasthessian.krylov.ritz import (
     largest_size,
     refine,
 )
-from fasthessian.krylov.sharding import check_sharded, sharded_operator
+from fasthessian.krylov.sharding import checked_sharded, sharded_operator
 from fasthessian.krylov.space import Space
 from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.request import Request
@@ -159,7 +159,7 @@ def eigsh(
     if which not in WHICH:
         raise InputError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     tol, seed = positive("tol", tol), seed_of(seed)
-    largest, single = largest_size(A), not isinstance(A, Mapping)
+    largest, split = largest_size(A), checked_sharded(A, sharded)
     k = integer("k", k, 1, largest)
 
     def start(
@@ -172,7 +172,7 @@ def eigsh(
         limit = default_limit(rows)
         if max_matvecs is not None:
             limit = integer("max_matvecs", max_matvecs, count * (1 + (basis == "compressed")))
-        B = sharded_operator(B, sharded if single else False)
+        B = sharded_operator(B, split)
         wanted = ((count + 1) // 2, count // 2) if which == "BE" else which
 
         def callback() -> None:
@@ -191,7 +191,6 @@ def eigsh(
 
         return _run(B, states, pairs, tol, basis, backend, gather)
 
-    check_sharded(A, sharded)
     return solve(A, start, progress, call)
 
 

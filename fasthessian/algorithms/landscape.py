@@ -69,7 +69,7 @@ def landscape(
     if not isinstance(directions, Tensor):
         raise InputTypeError(f"directions must be a tensor, got {type(directions).__name__}")
     directions = A.gather(directions.detach())
-    rows = directions.detach().reshape(-1, directions.shape[-1] if directions.dim() else 1)
+    rows = directions.reshape(-1, directions.shape[-1] if directions.dim() else 1)
     if directions.dim() not in (1, 2) or rows.shape[0] not in (1, 2) or rows.shape[1] != A.n:
         raise InputError(
             f"directions must have shape ({A.n},), (1, {A.n}) or (2, {A.n}), "

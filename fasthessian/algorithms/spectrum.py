@@ -26,7 +26,7 @@ from fasthessian.krylov.ritz import (
     largest_size,
     refine,
 )
-from fasthessian.krylov.sharding import check_sharded, sharded_operator
+from fasthessian.krylov.sharding import checked_sharded, sharded_operator
 from fasthessian.krylov.smoothing import smoothed
 from fasthessian.krylov.space import Space
 from fasthessian.operators.base import SymmetricOperator
@@ -169,12 +169,12 @@ def spectrum(
     steps, probes = integer("steps", steps, 1), integer("probes", probes, 1)
     sigma = None if sigma is None else positive("sigma", sigma)
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
-    ends, single = _ends(k, largest_size(A)), not isinstance(A, Mapping)
+    ends, split = _ends(k, largest_size(A)), checked_sharded(A, sharded)
 
     def start(
         B: SymmetricOperator, progress: ProgressCallback | None, states: States
     ) -> Run[Spectrum]:
-        B = sharded_operator(B, sharded if single else False)
+        B = sharded_operator(B, split)
         top, bottom = (min(count, B.n) for count in ends)
         pairs, long = min(top + bottom, B.n), min(steps, B.n)
         rows = max(long, default_rows(pairs, B.n))
@@ -199,8 +199,8 @@ def spectrum(
             states.add("krylov", krylov.state)
             grown = functools.partial(grow, krylov, states, long, callback)
             made = (yield from states.phase("probe 0", Measured.none(), grown)).made
-            split, left = (top, pairs - top), limit - others - made
-            found = yield from converge(krylov, states, pairs, split, tol, left, callback)
+            both, left = (top, pairs - top), limit - others - made
+            found = yield from converge(krylov, states, pairs, both, tol, left, callback)
             states.remove("krylov")
             return found
 
@@ -253,7 +253,6 @@ def spectrum(
         )
         return result, shortfalls
 
-    check_sharded(A, sharded)
     return solve(A, start, progress, call)
 
 

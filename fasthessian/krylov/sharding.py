@@ -16,12 +16,16 @@ from fasthessian.operators.sliced import Sliced
 PAYS = 1 << 17
 
 
-def check_sharded(A: Any, sharded: Any) -> None:
-    """Raise ValueError if the vectors of these operators cannot be split over ranks."""
+def checked_sharded(A: Any, sharded: Any) -> bool | None:
+    """The option ``sharded`` for these operators; a dictionary of them is never split.
+
+    Raises:
+        ValueError: their vectors cannot be split over ranks.
+    """
     if sharded not in (None, False, True):
         raise InputError(f"sharded must be None, False or True, got {sharded!r}")
     if not sharded:
-        return
+        return False if isinstance(A, Mapping) else sharded
     if isinstance(A, Mapping):
         raise InputError(
             "sharded must be None or False for a dictionary of operators, got True; pass its "
@@ -32,6 +36,7 @@ def check_sharded(A: Any, sharded: Any) -> None:
             "sharded must be None or False for an operator without a process group, got True; "
             "make the operator with group=torch.distributed.group.WORLD"
         )
+    return True
 
 
 def is_sharded(A: SymmetricOperator, sharded: bool | None) -> bool:
