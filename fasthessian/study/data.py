@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import os
 import pickle
 from pathlib import Path
@@ -57,6 +59,47 @@ class ImageData:
     test_y: Tensor
     classes: int
     name: str
+    flips: bool = True  # whether a mirror image keeps its label: photographs, not digits
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of images and labels."""
+        found = hashlib.sha256()
+        for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
+            found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.cpu().contiguous().numpy().data)
+        return found.hexdigest()[:16]
+
+
+def subset(
+    x: Tensor, y: Tensor, samples: int | None, batch_size: int, seed: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    """The same images in each call, drawn without replacement, as a list of batches.
+
+    With the same seed, a smaller subset is the beginning of a larger one.
+
+    Args:
+        x: images (N, ...).
+        y: labels (N,).
+        samples: number of images; None for all N, also in the order of the seed.
+        batch_size: images per batch; the last one may have fewer.
+        seed: seed of the choice.
+
+    Raises:
+        ValueError: a size is out of range.
+
+    Example:
+        >>> x = torch.arange(5.0)
+        >>> [len(labels) for _, labels in subset(x, x, 3, 2)]
+        [2, 1]
+    """
+    count = len(y)
+    if samples is not None and not 1 <= samples <= count:
+        raise InputError(f"samples={samples} is not in 1..{count}, the training images there are")
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} is below 1")
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    return [(x[index], y[index]) for index in chosen.split(batch_size)]
 
 
 def digits(*, size: int = 32, channels: int = 3, seed: int = 0) -> ImageData:
