@@ -1,4 +1,4 @@
-"""The commands of ``fasthessian``: ``analyze``, ``plot``, ``doctor``; see ``plan`` for its own."""
+"""The commands of ``fasthessian``; ``plan`` and ``study`` have modules of their own."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from fasthessian.__about__ import __version__
 from fasthessian.app.plan import plan_command
 from fasthessian.app.problems import BUILTIN
+from fasthessian.app.study import study_command
 from fasthessian.distributed.launch import is_first
 from fasthessian.errors import InputError
 from fasthessian.krylov.basis import FORMATS
@@ -293,3 +294,4 @@ def doctor_command() -> None:
 
 plan_command.callback = once(plan_command.callback)
 cli.add_command(plan_command)
+cli.add_command(study_command)
