@@ -36,8 +36,8 @@ class Folder:
 
     Args:
         out: a new folder, an empty one, or one that holds this study already.
-        settings: plain JSON. The entries "version", "data" and "recipe" must be those of the study
-            that the folder holds; None reads a study as it is.
+        settings: plain JSON. Those of the entries "version", "data" and "recipe" that are given
+            must be those of the study that the folder holds.
 
     Attributes:
         root: its path.
@@ -57,14 +57,12 @@ class Folder:
         fasthessian.errors.InputError: out: ... epochs is 20 there and 30 now; ...
     """
 
-    def __init__(self, out: str | os.PathLike[str], settings: Mapping[str, Any] | None = None):
+    def __init__(self, out: str | os.PathLike[str], settings: Mapping[str, Any]):
         self.root = Path(out)
-        given = None if settings is None else json.loads(json.dumps(dict(settings)))
+        given = json.loads(json.dumps(dict(settings)))
         held = self._held()
-        if held is None and given is None:
-            raise InputError(f"out: {self.root} holds no study; it has no {SETTINGS}")
         self.settings: dict[str, Any] = given if held is None else held
-        if held is not None and given is not None:
+        if held is not None:
             self._compare(held, given)
 
     def begin(self) -> None:
@@ -200,7 +198,9 @@ class Folder:
         return held
 
     def _compare(self, held: dict[str, Any], given: dict[str, Any]) -> None:
-        before, now = ({key: flat.get(key) for key in COMPARED} for flat in (held, given))
+        before, now = (
+            {key: flat.get(key) for key in COMPARED if key in given} for flat in (held, given)
+        )
         differing = list(differences("", before, now))
         if differing:
             raise InputError(
