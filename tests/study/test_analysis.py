@@ -1,0 +1,134 @@
+import copy
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fasthessian.study.analysis import GROUPS, batches, measure, surface
+from fasthessian.study.data import ImageData
+from fasthessian.study.networks import Network, Run
+from fasthessian.study.recipes import RECIPES
+
+RECIPE = dataclasses.replace(
+    RECIPES["laptop"], images=14, spectrum_images=10, analysis_batch=6, top=2, steps=24, points=3,
+    width=1,
+)  # fmt: skip
+CASES = [("resnet", "eval"), ("resnet", "train"), ("no-bn", "eval")]
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(20, 3, 8, 8, generator=generator)
+    y = torch.arange(20) % 3
+    return ImageData(x, y, x[:2], y[:2], 3, "random")
+
+
+def network(variant):
+    torch.manual_seed(4)
+    model = Network(8, variant).make(3, RECIPE.width)
+    for name, buffer in model.named_buffers():  # running statistics that differ from a batch's
+        if name.endswith("running_var"):
+            buffer.mul_(0.8)
+    return model.train(), Run(Network(8, variant), 3, 0.1)
+
+
+def exact(model, parts, mode):
+    """Loss, accuracy, gradient and dense Hessian in float64, and the positions of each stage."""
+    model = copy.deepcopy(model).double().train(mode == "train")
+    parts = [(x.double(), y) for x, y in parts]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    sizes = [shape.numel() for shape in shapes.values()]
+
+    def logits(theta, x):
+        values = (v.view(s) for v, s in zip(theta.split(sizes), shapes.values(), strict=True))
+        state = dict(zip(shapes, values, strict=True))
+        state |= {name: buffer.clone() for name, buffer in buffers.items()}
+        return torch.func.functional_call(model, state, x)
+
+    def loss(theta):
+        terms = [F.cross_entropy(logits(theta, x), y, reduction="sum") for x, y in parts]
+        return sum(terms) / sum(len(y) for _, y in parts)
+
+    right = sum(int((logits(theta, x).argmax(1) == y).sum()) for x, y in parts)
+    stages = [
+        name.split(".")[0].split("_")[0] for name, s in shapes.items() for _ in range(s.numel())
+    ]
+    H = torch.autograd.functional.hessian(loss, theta)
+    g = torch.autograd.functional.jacobian(loss, theta)
+    return loss, theta, right / sum(len(y) for _, y in parts), g, H, stages
+
+
+@pytest.mark.parametrize(("variant", "mode"), CASES)
+def test_a_measurement_agrees_with_the_dense_hessians(variant, mode):
+    model, run = network(variant)
+    before = copy.deepcopy(model.state_dict())
+    calls = []
+    found, vectors = measure(
+        run, 5, mode, model, data(), RECIPE, progress=lambda *call: calls.append(call)
+    )
+    every, some = (batches(data(), n, RECIPE, model) for n in (14, 10))
+    loss, theta, accuracy, g, H, stages = exact(model, every, mode)
+    assert (found.run, found.epoch, found.mode) == (run, 5, mode)
+    assert (found.images, found.spectrum_images) == (14, 10)
+    assert found.loss == pytest.approx(float(loss(theta)), rel=1e-5)
+    assert found.accuracy == accuracy
+    assert found.weight_norm == pytest.approx(float(theta.norm()), rel=1e-6)
+    assert found.gradient_norm == pytest.approx(float(g.norm()), rel=1e-4)
+    assert found.trace_interval[0] < float(H.trace()) < found.trace_interval[1]
+    assert found.stages == ("stem", "stage1", "stage2", "stage3", "head")
+    for i, name in enumerate(found.stages):
+        at = torch.tensor([stage == name for stage in stages])
+        assert int(found.stage_sizes[i]) == int(at.sum())
+        middle = float(found.stage_low[i] + found.stage_high[i]) / 2
+        half = float(found.stage_high[i] - found.stage_low[i]) / 2
+        assert middle == pytest.approx(float(found.stage_traces[i]), abs=1e-6 * half)
+        assert abs(middle - float(H.diagonal()[at].sum())) < 2 * half
+    *_, H, _ = exact(model, some, mode)
+    values = torch.linalg.eigvalsh(H).flip(0)
+    assert found.converged
+    torch.testing.assert_close(found.top, values[:2], rtol=1e-3, atol=0)
+    residuals = (vectors.double() @ H - found.top[:, None] * vectors.double()).norm(dim=1)
+    assert (residuals < 2e-3 * found.top).all()
+    assert float(found.weights.sum()) == pytest.approx(1)
+    assert float(found.nodes.max()) == pytest.approx(float(values[0]), rel=1e-3)
+    assert len(found.nodes) == RECIPE.steps and found.matvecs > RECIPE.steps
+    assert calls == sorted(calls) and calls[-1][0] == calls[-1][1]
+    assert len({total for _, total in calls}) == 1 and len(calls) > found.matvecs
+    assert model.training and all(
+        torch.equal(x, before[name]) for name, x in model.state_dict().items()
+    )
+
+
+def test_all_networks_see_the_same_images_of_the_training():
+    model, _ = network("resnet")
+    few, most = (batches(data(), n, RECIPE, model) for n in (7, None))
+    trained = dataclasses.replace(RECIPE, train_images=9)
+    of_training = torch.cat([x for x, _ in batches(data(), None, trained, model)])
+    assert [len(y) for _, y in few] == [6, 1] and sum(len(y) for _, y in most) == 20
+    x = torch.cat([x for x, _ in most])
+    assert torch.equal(torch.cat([x for x, _ in few]), x[:7]) and torch.equal(of_training, x[:9])
+    with pytest.raises(ValueError, match=r"21 is not in 1\.\.20"):
+        batches(data(), 21, RECIPE, model)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_a_landscape_is_the_loss_of_the_spectrums_images(mode):
+    model, _ = network("resnet")
+    n = sum(p.numel() for p in model.parameters())
+    vectors = torch.linalg.qr(torch.randn(n, 3, generator=torch.Generator().manual_seed(0)))[0].T
+    found = surface(model, mode, data(), RECIPE, vectors.contiguous())
+    loss, theta, *_ = exact(model, batches(data(), 10, RECIPE, model), mode)
+    assert found.alphas.tolist() == found.betas.tolist() == [-RECIPE.span, 0, RECIPE.span]
+    for i, j in ((1, 1), (2, 1), (0, 2)):
+        at = theta + float(found.alphas[i]) * vectors[0] + float(found.betas[j]) * vectors[1]
+        assert float(found.losses[i, j]) == pytest.approx(float(loss(at)), rel=1e-5)
+
+
+def test_every_parameter_belongs_to_one_stage():
+    for variant in ("resnet", "no-bn", "no-res"):
+        model, _ = network(variant)
+        for name, _ in model.named_parameters():
+            assert sum(name.startswith(stage) for stage in GROUPS) == 1
