@@ -60,7 +60,7 @@ class ImageData:
         found = hashlib.sha256()
         for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
             found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-            for part in tensor.split(4096):
+            for part in torch.split(tensor, 4096):
                 found.update(part.cpu().contiguous().numpy().data)
         return found.hexdigest()[:16]
 
@@ -129,7 +129,7 @@ def subset(
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} is below 1")
     chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
-    return [(x[index], y[index]) for index in chosen.split(batch_size)]
+    return [(x[index], y[index]) for index in torch.split(chosen, batch_size)]
 
 
 def digits(*, size: int = 32, channels: int = 3, seed: int = 0) -> ImageData:

@@ -80,7 +80,7 @@ def train(
             progress(done + per_epoch * len(history), steps)
 
     for _ in range(epochs):
-        order = torch.randperm(len(y), generator=generator)[:count].split(batch_size)
+        order = torch.split(torch.randperm(len(y), generator=generator)[:count], batch_size)
         history.append(descend(model, optimizer, x, y, order, rate, on_step=on_step))
         if not math.isfinite(history[-1].loss):
             raise InputError(f"training diverged at lr={lr}; use a smaller learning rate")

@@ -117,14 +117,14 @@ class _Job:
         if not self.history and 0 in recipe.checkpoints:
             self.save_weights(folder)
         while len(self.history) < recipe.epochs:
-            rate = recipe.rate(self.run.lr, len(self.history))
+            order = torch.randperm(len(y), generator=self.generator)
             found = descend(
                 self.model,
                 self.optimizer,
                 x,
                 y,
-                torch.randperm(len(y), generator=self.generator).split(recipe.batch_size),
-                lambda done, rate=rate: rate,
+                torch.split(order, recipe.batch_size),
+                lambda _: recipe.rate(self.run.lr, len(self.history)),
                 augment=augment if recipe.augment else None,
                 on_step=on_step,
             )
@@ -132,6 +132,7 @@ class _Job:
             if math.isfinite(found.loss):
                 test = evaluate(self.model, data.test_x, data.test_y)
             norm = weight_norm(self.model)
+            rate = recipe.rate(self.run.lr, len(self.history))
             self.history.append((rate, found.loss, found.accuracy, test.loss, test.accuracy, norm))
             self.seconds = time.perf_counter() - start
             if self.diverged:
