@@ -17,9 +17,9 @@ from fasthessian.app.options import AnalysisOptions
 from fasthessian.app.problems import BUILTIN, Settings, load
 from fasthessian.app.progress import Stages, show_summary, stderr
 from fasthessian.app.report.folder import check_folder
-from fasthessian.app.report.html import template
 from fasthessian.app.report.result import result_of
 from fasthessian.app.report.summary import steps
+from fasthessian.app.report.templates import template
 from fasthessian.app.saving import Saving
 from fasthessian.distributed.launch import is_first, job
 from fasthessian.distributed.ranks import ranks_of
@@ -50,7 +50,7 @@ def carry_out(options: dict[str, Any], out_is_given: bool) -> None:
     out = None if quiet else options["out"]
     if out is not None:
         figure()  # these two raise before the work if matplotlib or jinja2 is missing
-        template()
+        template("page.html")
         check_folder(out, overwrite=options["overwrite"])
     if options["threads"] is not None:
         torch.set_num_threads(options["threads"])

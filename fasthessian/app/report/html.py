@@ -4,43 +4,37 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Mapping
-from importlib.resources import files
-from typing import TYPE_CHECKING
 
 from fasthessian.app.report.method import method
 from fasthessian.app.report.result import Result
 from fasthessian.app.report.summary import Rows, summary, title
-from fasthessian.errors import MissingPackageError
-
-if TYPE_CHECKING:
-    from jinja2 import Template
+from fasthessian.app.report.templates import template
+from fasthessian.app.report.viewer import head, viewer
 
 
-def template() -> Template:
-    """The template of the report.
+def html(result: Result, figures: Mapping[str, bytes]) -> str:
+    """The whole report as one file without links; ``figures`` are PNG bytes by file name.
+
+    A landscape over two directions is shown by the viewer; its figure stays for browsers that run
+    no scripts.
 
     Raises:
         ImportError: jinja2 is missing.
     """
-    try:
-        from jinja2 import Environment, StrictUndefined
-    except ImportError as error:
-        raise MissingPackageError("the report needs jinja2; pip install jinja2") from error
-    environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string((files(__package__) / "page.html").read_text("utf-8"))
-
-
-def html(result: Result, figures: Mapping[str, bytes]) -> str:
-    """The whole report as one file without links; ``figures`` are PNG bytes by file name."""
-    return template().render(
+    landscape = result.analysis.landscape
+    viewers = {}
+    if landscape is not None and landscape.losses.dim() == 2 and "landscape.png" in figures:
+        picture = figures["landscape.png"]
+        viewers["landscape.png"] = viewer({(): landscape}, "Loss landscape", picture=picture)
+    return template("page.html").render(
         title=title(result),
         name=result.name,
         about=result.info.get("about", ""),
         notes=result.analysis.notes,
         summary=summary(result),
         figures={name: base64.b64encode(png).decode() for name, png in figures.items()},
+        viewers=viewers,
+        head=head() if viewers else "",
         tables=tables(result),
     )
 
