@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from fasthessian.errors import InputError
 from fasthessian.study.networks import VARIANTS
 from fasthessian.study.recipes import RECIPES, Recipe
 
@@ -108,7 +109,7 @@ def recipe_options(command: Callable[..., Any]) -> Callable[..., Any]:
         several = typing.get_origin(kind) is tuple
         if several:
             kind = typing.get_args(kind)[0]
-        option = "--" + field.name.replace("_", "-")
+        option = option_of(field.name)
         numbers = [f"{name} {shown(getattr(each, field.name))}" for name, each in RECIPES.items()]
         about = words[field.name]
         command = click.option(
@@ -129,6 +130,28 @@ def shown(value: Any) -> str:
     if value is None:
         return "all"
     return ("no", "yes")[value] if isinstance(value, bool) else f"{value:g}"
+
+
+def in_options(message: str) -> str:
+    """The message with options in place of the numbers of a recipe.
+
+    Example:
+        >>> in_options("images=70 is above the 60 images of the training")
+        '--images 70 is above the 60 images of the training'
+    """
+    names = "|".join(field.name for field in dataclasses.fields(Recipe))
+    for pattern, end in (
+        (rf"\b({names})=", " "),
+        (rf"^({names})(?= must)", ""),
+        (r"^(out)(?=: )", ""),
+    ):
+        message = re.sub(pattern, lambda name, end=end: option_of(name[1]) + end, message)
+    return message
+
+
+def option_of(name: str) -> str:
+    """The option of a number of a recipe."""
+    return "--" + name.replace("_", "-")
 
 
 @click.command(name="study", cls=Several, help=HELP)
@@ -181,4 +204,7 @@ def study_command(**options: Any) -> None:
     """Read the options, and carry out or list the study."""
     from fasthessian.app.study_work import study
 
-    study(options)
+    try:
+        study(options)
+    except InputError as error:
+        raise InputError(in_options(str(error))) from error

@@ -6,21 +6,32 @@ import dataclasses
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 from fasthessian.arguments import ProgressCallback
-from fasthessian.errors import InputError, Stopped
+from fasthessian.errors import InputError, Refusal, Stopped
 from fasthessian.operators.torch_state.random_state import seeded
-from fasthessian.study import training, weights
+from fasthessian.study import analysis, training, weights
 from fasthessian.study.data import ImageData
 from fasthessian.study.networks import Network
 from fasthessian.study.recipes import Recipe
 from fasthessian.study.resnet import ResNet
-from fasthessian.study.schedule import MEASURE, READY, SKIPPED, TRAIN, Images, Speed, Task, tasks
-from fasthessian.study.store import LANDSCAPE, Folder
+from fasthessian.study.schedule import (
+    MEASURE,
+    READY,
+    SKIPPED,
+    SURFACE,
+    TRAIN,
+    Images,
+    Speed,
+    Task,
+    tasks,
+)  # fmt: skip
+from fasthessian.study.store import LANDSCAPE, VECTORS, Folder
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2")
 POLL = 1.0  # seconds between looks at what other processes have done
@@ -51,7 +62,7 @@ class Limits:
     """
 
     def __init__(self, seconds: float | None = None) -> None:
-        self._seconds = seconds
+        self._seconds = seconds or 0.0
         self._end = None if seconds is None else time.monotonic() + seconds
         self._signal = ""
         self._handlers: dict[int, Any] = {}
@@ -76,12 +87,23 @@ class Limits:
         """Whether a signal came, after which little time is left."""
         return bool(self._signal)
 
-    def check(self, needed: float = 0.0) -> None:
-        """Raise Stopped after a signal, or if fewer than ``needed`` seconds are left."""
+    def check(self, task: str = "", needed: float = 0.0) -> None:
+        """Raise Stopped after a signal, or if less time is left than a task is expected to need.
+
+        Raises:
+            ValueError: the whole limit is shorter than that.
+        """
         if self._signal:
             raise Stopped(f"stopped by {self._signal}")
-        if self._end is not None and time.monotonic() + needed >= self._end:
-            raise Stopped(f"stopped by the time limit of {self._seconds:g} s")
+        if self._end is None or time.monotonic() + needed < self._end:
+            return
+        before = f" before: {task}, which takes about {needed:.0f} s" if needed else ""
+        if needed > self._seconds:
+            raise InputError(
+                f"time_limit={self._seconds:g} s is too short{before} and is saved as a whole; "
+                f"give {1.5 * needed:.0f} s or more"
+            )
+        raise Stopped(f"stopped by the time limit of {self._seconds:g} s{before}")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,7 +126,9 @@ class Asked:
         return Images(len(self.data.train_y), len(self.data.test_y))
 
 
-def carry_out(asked: Asked, folder: Folder, limits: Limits, watch: Watch, ranks: int = 1) -> None:
+def carry_out(
+    asked: Asked, folder: Folder, limits: Limits, watch: Watch, ranks: int = 1
+) -> list[str]:
     """Do all tasks of a study that are not done, and return when all are done.
 
     Other processes may do the same in the same folder: each takes the next task whose run nobody
@@ -117,42 +141,60 @@ def carry_out(asked: Asked, folder: Folder, limits: Limits, watch: Watch, ranks:
         watch: shows what is done.
         ranks: number of processes that share the work, for the time that is left.
 
+    Returns:
+        What could not be analysed, and why, in one line each; all other tasks are done.
+
     Raises:
         Stopped: a limit was reached. All tasks that ended are saved, and of a training all epochs.
         OSError: a file cannot be written.
+        ValueError: the folder of a run holds a damaged file, or another training.
     """
     networks, seeds = asked.networks, asked.recipe.seeds
 
     def planned() -> list[Task]:
-        every = tasks(networks, seeds, asked.recipe, asked.images, folder.trainings())
-        return [task for task in every if task.kind == TRAIN]  # the analysis follows
+        return tasks(networks, seeds, asked.recipe, asked.images, folder.trainings())
 
     speed = Speed.of(folder.results(), planned())
-    made = 0  # tasks that ended here
+    failed: dict[tuple[Any, ...], str] = {}  # by place of a measurement or a landscape
+
+    def is_left(task: Task) -> bool:
+        lost = task.place in failed or (
+            task.kind == SURFACE and (MEASURE, *task.place[1:]) in failed
+        )
+        return task.state != SKIPPED and not lost and not is_done(folder, task)
+
     while True:
         limits.check()
         plan = planned()
-        left = [task for task in plan if task.state != SKIPPED and not done(folder, task)]
+        left = [task for task in plan if is_left(task)]
         if not left:
-            return
+            return list(failed.values())
+        ended, busy = len(plan) - len(left), set()
         for task in left:
-            if task.state != READY:
+            if task.state != READY or task.run in busy:
                 continue
             with folder.hold(task.run) as held:
-                if not held or done(folder, task):
+                if not held:
+                    busy.add(task.run)  # also if it is released now: its tasks have an order
                     continue
-                expected = speed.seconds(task)
-                if made and task.kind != TRAIN:  # it can only be saved as a whole
-                    limits.check(expected or 0.0)
-                watch.begin(task.words, len(plan) - len(left), len(plan))
-                later = [each for each in left if each is not task]
-                clock = Clock(task, later, speed, ranks, limits, watch)
-                do(task, asked, folder, clock)
-                clock.end()
-                made += 1
+                if is_done(folder, task):
+                    continue
+                if task.kind != TRAIN:
+                    limits.check(task.words, speed.seconds(task) or 0.0)
+                watch.begin(task.words, ended, len(plan))
+                clock = Clock(task, left, speed, ranks, limits, watch)
+                try:
+                    do(task, asked, folder, clock)
+                except Refusal as error:
+                    if task.kind == TRAIN:
+                        raise
+                    failed[task.place] = f"cannot {task.words}: {error}"
+                    watch.say(failed[task.place])
+                else:
+                    clock.end()
                 break
         else:
-            watch.begin("waiting for other processes", len(plan) - len(left), len(plan))
+            watch.begin("waiting for other processes", ended, len(plan))
             time.sleep(POLL)
 
 
@@ -163,42 +205,45 @@ class Clock:
     """
 
     def __init__(
-        self, task: Task, later: Sequence[Task], speed: Speed, ranks: int, limits: Limits,
+        self, task: Task, left: Sequence[Task], speed: Speed, ranks: int, limits: Limits,
         watch: Watch,
     ) -> None:  # fmt: skip
-        self._task, self._later, self._speed = task, later, speed
-        self._ranks, self._limits, self._watch = ranks, limits, watch
+        self._task, self._speed, self._ranks = task, speed, ranks
+        self._limits, self._watch = limits, watch
+        self._known = speed.seconds(task) is not None
+        self._cost = sum(each.cost for each in left)
+        self._seconds = sum(speed.seconds(each) or 0.0 for each in left)
         self._start = time.monotonic()
-        self._first: int | None = None  # done at the first call: a training may go on
+        self._before: float | None = None  # part of the task that an earlier call has done
 
     def __call__(self, done: int, total: int | None) -> None:
         """So much of the task is done."""
         self._limits.check()
-        self._watch.step(done, total, None if total is None else self._left(done, total))
+        part = done / total if total else 0.0
+        if self._before is None:
+            resumable = self._task.kind == TRAIN and total
+            self._before = (done - 1) / total if resumable else 0.0
+        self._watch.step(done, total, self._left(min(part, 1.0)))
 
-    def _left(self, done: int, total: int) -> float | None:
-        if self._first is None:
-            self._first = done
-        elapsed = time.monotonic() - self._start
-        seconds = [self._speed.seconds(each) for each in (self._task, *self._later)]
-        known = [each for each in seconds if each is not None]
-        if len(known) < len(seconds):  # nothing has ended yet: as fast as this task so far
-            if done <= self._first:
-                return None
-            speed = Speed()
-            share = (done - self._first) / total
-            speed.add(self._task.kind, self._task.cost * share, elapsed)
-            known = [speed.seconds(each) or 0.0 for each in (self._task, *self._later)]
-        return (known[0] * (1 - min(done / total, 1)) + sum(known[1:])) / self._ranks
+    def _left(self, part: float) -> float | None:
+        here = part - (self._before or 0.0)
+        if self._known:
+            seconds = self._seconds - part * (self._speed.seconds(self._task) or 0.0)
+        elif here > 0:  # nothing has ended yet: as fast as this task so far
+            each = (time.monotonic() - self._start) / (here * self._task.cost)
+            seconds = each * (self._cost - part * self._task.cost)
+        else:
+            return None
+        return seconds / self._ranks
 
     def end(self) -> None:
         """The task has ended."""
-        if not self._first:  # it was done here from its beginning
-            took = time.monotonic() - self._start
-            self._speed.add(self._task.kind, self._task.cost, took)
+        made = (1 - (self._before or 0.0)) * self._task.cost
+        if made > 0:
+            self._speed.add(self._task.kind, made, time.monotonic() - self._start)
 
 
-def done(folder: Folder, task: Task) -> bool:
+def is_done(folder: Folder, task: Task) -> bool:
     """Whether the result of a task is in the folder."""
     return result(folder, task).exists()
 
@@ -213,11 +258,32 @@ def result(folder: Folder, task: Task) -> Path:
 
 def do(task: Task, asked: Asked, folder: Folder, progress: ProgressCallback) -> None:
     """Carry out one task and save its result."""
-    run = task.run
+    run, epoch, mode = task.run, task.epoch, task.mode
     recipe, data = asked.recipe, asked.data
     if task.kind == TRAIN:
         training.train_run(run, recipe, data, folder.run(run), progress)
         return
+    model = load(folder, task, asked)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ALONE)
+        if task.kind == MEASURE:
+            earlier = [each for each in recipe.checkpoints if each < epoch]
+            start = folder.vectors(run, earlier[-1], mode) if earlier else None
+            found, vectors = analysis.measure(
+                run, epoch, mode, model, data, recipe, start, progress
+            )
+            folder.save_vectors(run, epoch, mode, vectors)  # first: the record says that both exist
+            folder.save(result(folder, task), found)
+            return
+        axes = folder.vectors(run, epoch, mode)
+        if axes is None:
+            measured = folder.part(run, epoch, mode)
+            raise InputError(
+                f"{folder.part(run, epoch, mode, VECTORS)} is missing, which the landscape needs; "
+                f"delete {measured.name} beside it, and both are made again"
+            )
+        surface = analysis.surface(model, mode, data, recipe, axes, progress)
+        folder.save(result(folder, task), surface)
 
 
 def load(folder: Folder, task: Task, asked: Asked) -> ResNet:
@@ -225,7 +291,8 @@ def load(folder: Folder, task: Task, asked: Asked) -> ResNet:
     path = folder.run(task.run) / f"epoch-{task.epoch:03d}.safetensors"
     if not path.exists():
         raise InputError(
-            f"{path} is missing; delete training.json there, and the run is trained again"
+            f"{path} is missing; delete {training.RECORD} and {training.STATE} beside it, and the "
+            f"run is trained again"
         )
     with seeded(0):  # the weights that are drawn are replaced
         model = task.run.network.make(asked.data.classes, asked.recipe.width)

@@ -47,6 +47,11 @@ class Task:
     state: str
 
     @property
+    def place(self) -> tuple[str, Run, int, str]:
+        """Which task it is, whatever its state."""
+        return self.kind, self.run, self.epoch, self.mode
+
+    @property
     def words(self) -> str:
         """What is done, in words.
 

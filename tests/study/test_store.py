@@ -79,9 +79,7 @@ def test_where_a_study_was_begun_may_differ(folder):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("")
-    with pytest.raises(
-        ValueError, match=r"is not empty and holds no study, but thesis\.tex; "
-    ):
+    with pytest.raises(ValueError, match=r"is not empty and holds no study, but thesis\.tex; "):
         Folder(tmp_path, GIVEN)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / "thesis.tex").rename(tmp_path / f".{SETTINGS}.abc")  # of a begin that was killed
