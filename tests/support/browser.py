@@ -8,7 +8,6 @@ import json
 import shutil
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -100,20 +99,22 @@ class Browser:
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """A browser with an empty profile, which ends with the block."""
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        with subprocess.Popen(
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        subprocess.Popen(
             [str(DRIVER), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as driver:
+        ) as driver,
+    ):
+        try:
+            assert driver.stdout is not None
+            started = next(line for line in driver.stdout if "started successfully" in line)
+            port = int(started.rstrip(".\n").rpartition(" ")[2])
+            page = Browser(
+                f"http://127.0.0.1:{port}/session", [*FLAGS, f"--user-data-dir={profile}"]
+            )
             try:
-                assert driver.stdout is not None
-                started = next(line for line in driver.stdout if "started successfully" in line)
-                port = int(started.rstrip(".\n").rpartition(" ")[2])
-                page = Browser(
-                    f"http://127.0.0.1:{port}/session", [*FLAGS, f"--user-data-dir={profile}"]
-                )
-                try:
-                    yield page
-                finally:
-                    page._send("", method="DELETE")
+                yield page
             finally:
-                driver.terminate()
+                page._send("", method="DELETE")
+        finally:
+            driver.terminate()

@@ -3,8 +3,8 @@
 (() => {
 "use strict";
 
-const FLOOR = -0.8, LOW = -0.3, HIGH = 0.75; // heights of the map, of the least and largest loss
-const YAW = -0.6, PITCH = 0.68; // radians, at the start
+const FLOOR = -0.85, LOW = -0.25, HIGH = 0.65; // heights of the map, of the least and largest loss
+const YAW = -0.6, PITCH = 0.78; // radians, at the start
 const ABOVE = Math.PI / 2; // the contour map alone
 const BANDS = 20; // of the contour map
 const LIGHT = [-0.45, 0.55, 0.7]; // from the left, from above, from the viewer
@@ -352,7 +352,7 @@ class Viewer {
   // From the box to CSS pixels of the canvas and the depth; parallel lines stay parallel.
   projection() {
     const size = this.zoom * Math.min((this.width - MARGIN.left - MARGIN.right) / 2.83,
-      (this.height - MARGIN.top - MARGIN.bottom) / 2.9);
+      (this.height - MARGIN.top - MARGIN.bottom) / 3);
     const [cx, cy] = this.centre(), [right, up, away] = this.camera();
     return ([x, y, z]) => [cx + size * dot(right, [x, y, z]), cy - size * dot(up, [x, y, z]),
       dot(away, [x, y, z]), size];

@@ -29,7 +29,7 @@ def viewer(
     """A piece of HTML in which landscapes over two directions turn with the mouse.
 
     The page also needs `head`, once. Nothing is loaded: the losses are inside, with five
-    significant digits, or more where losses differ by less than a thousandth of their values. A loss that is not finite is a
+    significant digits, or with more where losses differ by little. A loss that is not finite is a
     hole in the surface.
 
     Args:
@@ -108,7 +108,7 @@ def _data(landscape: Landscape, path: Tensor | None) -> str:
 
 def _axis(steps: Tensor) -> Tensor:
     """The steps of a grid; the one in the middle is 0 and not a rounding error."""
-    return steps.where(steps.abs() > 1e-12 * steps.abs().max(), 0.0)
+    return steps.where(steps.abs() > 1e-6 * steps.abs().max(), 0.0)
 
 
 def _short(values: Iterable[float]) -> list[str]:
