@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Mapping
-from typing import overload
+from typing import Any, overload
+
+from torch import Tensor
 
 from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
 from fasthessian.checkpoints.call import Call
@@ -22,7 +24,7 @@ from fasthessian.krylov.ritz import (
 )
 from fasthessian.krylov.sharding import checked_sharded, sharded_operator
 from fasthessian.krylov.space import Space
-from fasthessian.operators.base import SymmetricOperator
+from fasthessian.operators.base import SymmetricOperator, finite, operator
 from fasthessian.operators.request import Request
 from fasthessian.results.records import Eigenpairs
 
@@ -38,6 +40,7 @@ def eigsh(
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     ncv: int | None = None,
+    start: Tensor | None = None,
     seed: int = 0,
     schedule: str = "dcgs2",
     backend: str | None = None,
@@ -60,6 +63,7 @@ def eigsh(
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     ncv: int | None = None,
+    start: Tensor | None = None,
     seed: int = 0,
     schedule: str = "dcgs2",
     backend: str | None = None,
@@ -81,6 +85,7 @@ def eigsh(
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     ncv: int | None = None,
+    start: Tensor | None = None,
     seed: int = 0,
     schedule: str = "dcgs2",
     backend: str | None = None,
@@ -116,6 +121,10 @@ def eigsh(
             space ends, which a run on a GPU notices late.
         ncv: maximal number of basis rows, k + 2 to n; default max(2 k + 30, 4 k). Memory: ncv rows
             of the basis, the k vectors and two more.
+        start: (n,) or (j, n) approximate eigenvectors, such as those of a Hessian some training
+            steps before; the same on all ranks, or the slices that a sharded run returned. The run
+            then starts from their sum and a random vector of the same length. What it returns means
+            the same. On trained networks it saved about a tenth of the products.
         seed: of the start vector; the same seed gives the same bits.
         schedule: orthogonalisation, "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
@@ -155,14 +164,16 @@ def eigsh(
         >>> [round(x, 3) for x in fh.eigsh(A, 2, "LA").values.tolist()]
         [100.0, 99.0]
     """
-    call = Call.of("eigsh", locals())
+    given = dict(locals())
+    given["start"] = vectors = _checked_start(A, start)
+    call = Call.of("eigsh", given, inputs=("start",))
     if which not in WHICH:
         raise InputError(f"which must be one of {', '.join(WHICH)}, got {which!r}")
     tol, seed = positive("tol", tol), seed_of(seed)
     largest, split = largest_size(A), checked_sharded(A, sharded)
     k = integer("k", k, 1, largest)
 
-    def start(
+    def begin(
         B: SymmetricOperator, progress: ProgressCallback | None, states: States
     ) -> Run[Eigenpairs]:
         count = min(k, B.n)
@@ -182,7 +193,7 @@ def eigsh(
         def pairs() -> Generator[Request, None, Found]:
             krylov = Lanczos(
                 B, rows, seed=seed, schedule=schedule, backend=backend, basis=basis,
-                extra_vectors=count, graph=graph,
+                extra_vectors=count, graph=graph, start=vectors,
             )  # fmt: skip
             states.add("krylov", krylov.state)
             found = yield from converge(krylov, states, count, wanted, tol, limit, callback)
@@ -191,7 +202,28 @@ def eigsh(
 
         return _run(B, states, pairs, tol, basis, backend, gather)
 
-    return solve(A, start, progress, call)
+    return solve(A, begin, progress, call)
+
+
+def _checked_start(A: Any, start: Any) -> Tensor | None:
+    """The start as whole vectors (j, n)."""
+    if start is None:
+        return None
+    if isinstance(A, Mapping):
+        raise InputError(
+            f"start must be None for a dictionary of operators, got {type(start).__name__}; pass "
+            f"its operators one by one"
+        )
+    if isinstance(start, Tensor) and start.dim() in (1, 2):
+        start = operator(A).gather(start.detach())
+    operator(A)._check_vector("start", start, (1, 2))
+    rows: Tensor = start.reshape(-1, start.shape[-1])
+    if not len(rows) or not finite(rows) or not bool(rows.any(1).all()):
+        raise InputError(
+            "start must hold at least one vector of finite numbers, and no vector of zeros; leave "
+            "it out to start from a random vector"
+        )
+    return rows
 
 
 def _run(

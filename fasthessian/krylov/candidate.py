@@ -16,7 +16,9 @@ from fasthessian.krylov.state import RunState
 LEAST = 2.0**-40  # norm of A, or its inverse, from which on products are scaled
 
 
-def draw_(state: RunState, space: Space, *, signs: bool, append: bool) -> None:
+def draw_(
+    state: RunState, space: Space, *, signs: bool, append: bool, start: Tensor | None = None
+) -> None:
     """A random unit vector orthogonal to the rows, from the next n numbers of the stream.
 
     Args:
@@ -24,16 +26,37 @@ def draw_(state: RunState, space: Space, *, signs: bool, append: bool) -> None:
         space: of the run.
         signs: random signs, else normals.
         append: store it as the row after the final ones, as cgs2 does.
+        start: (j, width) vectors whose sum is added with the same length, if there are no rows.
     """
     u = state.u
     space.draw_(u[0], state.seed, state.next_offset(), signs=signs)
     for _ in range(2 if state.size else 0):
         state.basis.project_out_(u, count=state.size)
-    none = torch.zeros(0, 1, dtype=torch.float64, device=u.device)
-    space.kernels.update_(u[:0], u, none, space.gram(u).rsqrt())
+    _normalise_(u, space)
+    if start is not None:
+        _mix_(u, start, space)
     if append:
         state.basis.store(state.size, u[0])
     state.coefficients.set_candidate(state.size, 1.0)
+
+
+def _normalise_(u: Tensor, space: Space) -> None:
+    """Scale u (1, n) to norm 1."""
+    none = torch.zeros(0, 1, dtype=torch.float64, device=u.device)
+    space.kernels.update_(u[:0], u, none, space.gram(u).rsqrt())
+
+
+def _mix_(u: Tensor, start: Tensor, space: Space) -> None:
+    """Add the direction of the sum of ``start`` (j, width) to the unit vector u (1, width).
+
+    Its sign is the one with which it does not cancel u. If the sum is 0, u is left.
+    """
+    w = space.rows(1)
+    space.kernels.update_(start, w, -torch.ones_like(start[:, :1], dtype=torch.float64))
+    C, _ = space.dots(w, u)
+    G = space.gram(w)
+    space.kernels.update_(w, u, torch.where(G > 0, G.rsqrt() * torch.where(C < 0, 1.0, -1.0), 0.0))
+    _normalise_(u, space)
 
 
 def add_part_(state: RunState, space: Space, w: Tensor, factor: float, v: Tensor) -> None:

@@ -58,6 +58,7 @@ class Lanczos:
         capacity: rows at most.
         seed, offset: of the stream that the start vector is drawn from.
         signs: start from random signs, else from normals.
+        start: (j, n) whole vectors whose sum is a part of the start vector, as long as that one.
         refill: after a breakdown go on from a random vector orthogonal to V, else end.
         schedule: "dcgs2" or "cgs2".
         backend: kernels by name; default the best that serves.
@@ -80,6 +81,7 @@ class Lanczos:
         seed: int,
         offset: int = 0,
         signs: bool = False,
+        start: Tensor | None = None,
         refill: bool = True,
         schedule: str = "dcgs2",
         backend: str | None = None,
@@ -109,7 +111,8 @@ class Lanczos:
             seed=seed,
             drawn=offset,
         )
-        draw_(self.state, self.space, signs=signs, append=not self._delayed)
+        start = None if start is None else self.space.held(start)
+        draw_(self.state, self.space, signs=signs, append=not self._delayed, start=start)
         self._accept(self.state.copy(self._delayed).wait())
         why = obstacle(A, V, self.capacity, wanted=graph, delayed=self._delayed)
         self._captured = CapturedStep(why)

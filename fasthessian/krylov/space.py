@@ -56,6 +56,10 @@ class Space:
         whole[:, : self.slice.held] = rows
         return whole
 
+    def held(self, rows: Tensor) -> Tensor:
+        """The vectors (k, width) of whole ones (k, n)."""
+        return self.padded(rows[:, self.slice.first : self.slice.first + self.slice.held])
+
     def draw_(self, v: Tensor, seed: int, offset: int, *, signs: bool) -> None:
         """Fill v (width,) with the numbers from ``offset`` on of the seed's stream."""
         fill = self.kernels.signs_ if signs else self.kernels.normal_

@@ -64,6 +64,7 @@ FOLLOWED = {
         GROUPS + "test_sharded_needs_a_group_and_a_single_operator",
     "make the operator with group=":
         GROUPS + "test_sharded_needs_a_group_and_a_single_operator",
+    "it out to start from a random vector": "test_start.py::test_a_start_that_is_refused",
     "or model.module if that is meant": GROUPS + "test_a_distributed_model_needs_a_group",
     "; pass the group to both":
         GROUPS + "test_a_sampler_for_another_number_of_ranks_is_refused",

@@ -76,6 +76,9 @@ def others():
     a, b = fh.spectrum(A, 3, steps=20, sharded=True), fh.spectrum(whole, 3, steps=20)
     found["spectrum"] = float((a.top.values - b.top.values).abs().max())
     found["trace"] = abs(a.trace.value - b.trace.value)
+    c = fh.eigsh(A, 3, start=a.top.vectors, sharded=True)
+    d = fh.eigsh(whole, 3, start=b.top.vectors)
+    found["start"] = float((c.values - d.values).abs().max()) + abs(c.matvecs - d.matvecs)
     deflated = fh.trace(A, deflate=a.top, seed=5).value
     found["deflated"] = abs(deflated - fh.trace(whole, deflate=b.top, seed=5).value)
     x = fh.landscape(A, a.top.vectors[:1], points=3).losses

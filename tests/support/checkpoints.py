@@ -78,6 +78,9 @@ CALLS = {  # name: (the operator, the call)
         lambda: diagonal(dtype=F64), lambda A, **kw: fh.eigsh(A, 5, "LA", ncv=16, **kw),
     ),
     "eigsh cgs2": (diagonal, lambda A, **kw: fh.eigsh(A, 3, "SA", schedule="cgs2", **kw)),
+    "eigsh from a start": (
+        hessian, lambda A, **kw: fh.eigsh(A, 3, start=pairs(hessian()).vectors, **kw),
+    ),
     "eigsh compressed": (
         diagonal, lambda A, **kw: fh.eigsh(A, 3, basis="compressed", tol=1e-2, **kw),
     ),
