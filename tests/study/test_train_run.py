@@ -184,7 +184,7 @@ def test_other_settings_are_refused_and_another_folder_works(tmp_path, whole):
     with pytest.raises(ValueError, match="batch_size=8, augment=True, not batch_size=10") as info:
         train_run(RUN, other, images(), whole[0])
     assert "\n" not in str(info.value) and "epochs" not in str(info.value)
-    with pytest.raises(ValueError, match="data='.*', not data='"):
+    with pytest.raises(ValueError, match=r"data='.*', not data='"):
         train_run(RUN, RECIPE, images(scale=2.0), whole[0])
     with pytest.raises(ValueError, match=r"lr0\.1', not run='resnet8-seed1-lr0\.2'"):
         train_run(Run(RUN.network, 1, 0.2), RECIPE, images(), whole[0])

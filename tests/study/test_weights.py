@@ -57,6 +57,6 @@ def test_a_damaged_or_missing_file_is_refused_in_one_line(tmp_path):
         weights.load(path, RUN.network.make(3, 2))
     weights.save(path, RUN.network.make(3, 2), run=RUN, epoch=0)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="w.safetensors is damaged") as info:
+    with pytest.raises(ValueError, match=r"w\.safetensors is damaged") as info:
         weights.load(path, RUN.network.make(3, 2))
     assert "\n" not in str(info.value)
