@@ -84,7 +84,7 @@ def quantile(freedom: float) -> float:
     low = math.floor(freedom)
     share = (1 / low - 1 / freedom) / (1 / low - 1 / (low + 1))
     ends = student_t(CONFIDENCE, low), student_t(CONFIDENCE, low + 1)
-    return ends[0] ** (1 - share) * ends[1] ** share
+    return float(ends[0] ** (1 - share) * ends[1] ** share)
 
 
 def common_loss(paths: Sequence[Sequence[Measurement]]) -> float | None:
@@ -142,6 +142,7 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Difference | None:
     """Rank correlation of n pairs with its interval; None if n < 4 or one side is constant.
 
     On Fisher's scale the standard error is sqrt(1.06 / (n - 3)) (Fieller, Hartley, Pearson 1957).
+    A perfect order counts there as one swap less, so that four networks never decide.
     """
     n = len(x)
     if n < 4 or len(set(x)) == 1 or len(set(y)) == 1:
@@ -151,7 +152,8 @@ def spearman(x: Sequence[float], y: Sequence[float]) -> Difference | None:
     both = sum((p - middle) * (q - middle) for p, q in zip(a, b, strict=True))
     sizes = [sum((p - middle) ** 2 for p in ranks) for ranks in (a, b)]
     value = both / math.sqrt(sizes[0] * sizes[1])
-    z = math.atanh(max(-1 + 1e-12, min(1 - 1e-12, value)))
+    most = 1 - 12 / (n**3 - n)  # what one swap of neighbours leaves; the scale ends at 1
+    z = math.atanh(max(-most, min(most, value)))
     width = NORMAL * math.sqrt(1.06 / (n - 3))
     return Difference(value, math.tanh(z - width), math.tanh(z + width), True)
 

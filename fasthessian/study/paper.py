@@ -4,7 +4,8 @@ Yao, Gholami, Keutzer, Mahoney: "PyHessian: Neural Networks Through the Lens of 
 (arXiv 1912.07145): all 50,000 training images, 180 epochs, the best of several learning rates, one
 training per network, the model in eval mode. Tables I, II and III are for CIFAR-10; they have their
 first row in common. The same tables for CIFAR-100 are in its appendix, A.5 to A.7; their values are
-not available here, which ``None`` stands for. The traces are those that its text names.
+not available here, which ``None`` stands for. The traces are those that its text names. All
+numbers are quoted from a summary of the paper that has the three tables in full.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
+from fasthessian.results.plots import GREY
 from fasthessian.study import compare
 from fasthessian.study.figures import style
 from fasthessian.study.figures.kind import Kind, no_end, no_two_epochs
@@ -40,11 +41,11 @@ def _modes(selection: Selection) -> Iterator[style.Sketch]:
                 ax.errorbar(value.value, place + shift, xerr=style.errors([value]), **look)
             if len(found) == 2:
                 ends = [found["eval"].value, found["train"].value]
-                ax.plot(ends, [place - 0.12, place + 0.12], color=style.GREY, lw=0.8, zorder=0)
+                ax.plot(ends, [place - 0.12, place + 0.12], color=GREY, lw=0.8, zorder=0)
         ax.set_yticks(range(len(networks)), [name_of(n) for n in networks])
         style.panel(ax, label, f"{label} (log scale)")
         style.scale(ax, everything, "x")
-    axes[0, 0].invert_yaxis()
+    axes[0][0].invert_yaxis()
     style.legend(fig, style.handles(selection, networks, modes=True))
     yield style.Sketch(
         STATISTICS.name,
@@ -85,7 +86,6 @@ def _against(
             for ax, values in zip(row, seen, strict=True):
                 style.scale(ax, values)
                 style.scale(ax, across, "x")
-                style.plain_ticks(ax)
         networks = selection.networks
         style.legend(fig, style.handles(selection, networks, depths=True, modes=True))
         yield style.Sketch(
@@ -106,7 +106,7 @@ def _equal_loss(selection: Selection) -> Iterator[style.Sketch]:
         1, len(selection.modes), 3.9, 1.0 + 0.36 * len(networks), sharex=True, sharey=True
     )
     for ax, mode in zip(axes[0], selection.modes, strict=True):
-        ax.axvline(1, color=style.GREY, linewidth=0.9)
+        ax.axvline(1, color=GREY, linewidth=0.9)
         everything = [1.0]
         for place, network in enumerate(networks):
             base = compare.base_of(network)
@@ -124,8 +124,7 @@ def _equal_loss(selection: Selection) -> Iterator[style.Sketch]:
         ax.set_yticks(range(len(networks)), [name_of(n) for n in networks])
         style.panel(ax, MODES[mode], "trace / trace of the ResNet of the same depth")
         style.scale(ax, everything, "x")
-        style.plain_ticks(ax)
-    axes[0, 0].invert_yaxis()
+    axes[0][0].invert_yaxis()
     style.legend(fig, _points())
     yield style.Sketch(
         EQUAL_LOSS.name,
@@ -142,7 +141,7 @@ def _points() -> list[Line2D]:
     from matplotlib.lines import Line2D
 
     pairs = (("o", "after the last epoch"), ("*", "at equal training loss"))
-    return [Line2D([], [], color=style.GREY, ls="", marker=m, label=label) for m, label in pairs]
+    return [Line2D([], [], color=GREY, ls="", marker=m, label=label) for m, label in pairs]
 
 
 def _exponential(found: Difference) -> Value:
@@ -169,8 +168,8 @@ def _correlation(selection: Selection) -> Iterator[style.Sketch]:
             ax.plot(lost.value, value.value, **look | {"markersize": 7})
             ax.annotate(str(network.depth), (lost.value, value.value), fontsize=7,
                         xytext=(6, 4), textcoords="offset points")  # fmt: skip
-        ax.axhline(1, color=style.GREY, linewidth=0.8)
-        ax.axvline(0, color=style.GREY, linewidth=0.8)
+        ax.axhline(1, color=GREY, linewidth=0.8)
+        ax.axvline(0, color=GREY, linewidth=0.8)
         found = spearman([p[0] for p in pairs], [p[1] for p in pairs])
         words = (
             f"rank correlation {found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
@@ -181,7 +180,7 @@ def _correlation(selection: Selection) -> Iterator[style.Sketch]:
             ax,
             f"{MODES[mode]}\n{words}",
             "accuracy lost against ResNet (points)",
-            "trace / trace of ResNet" * (ax is axes[0, 0]),
+            "trace / trace of ResNet" * (ax is axes[0][0]),
         )
         style.scale(ax, everything)
         ax.margins(0.09)
@@ -212,7 +211,7 @@ def _no_batch(selection: Selection) -> str:
     return "no network with batch normalisation was measured with batch statistics"
 
 
-STATISTICS = Kind(
+STATISTICS: Kind = Kind(
     "statistics",
     "Running against batch statistics of batch normalisation",
     "",
@@ -221,7 +220,7 @@ STATISTICS = Kind(
     _no_batch,
     _modes,
 )
-LOSS = Kind(
+LOSS: Kind = Kind(
     "against-loss",
     "Curvature against training loss",
     "",
@@ -234,7 +233,7 @@ LOSS = Kind(
         "Networks differ in curvature at equal loss where their lines are apart on one vertical.",
     ),
 )
-NORM = Kind(
+NORM: Kind = Kind(
     "against-norm",
     "Curvature against the norm of the weights",
     "",
@@ -247,7 +246,7 @@ NORM = Kind(
         "Under cross-entropy, larger weights alone can make the curvature small (Granziol 2020).",
     ),
 )
-EQUAL_LOSS = Kind(
+EQUAL_LOSS: Kind = Kind(
     "equal-loss",
     "Trace relative to ResNet, at the end and at equal training loss",
     "",
@@ -255,7 +254,7 @@ EQUAL_LOSS = Kind(
     _no_pair,
     _equal_loss,
 )
-CORRELATION = Kind(
+CORRELATION: Kind = Kind(
     "correlation",
     "Trace against loss of accuracy",
     "4 with Tables II, III",

@@ -35,7 +35,7 @@ def _testing(selection: Selection) -> Iterator[style.Sketch]:
             stopped = DIVERGED in selection.statuses(network)
             ax.plot(epochs[-1], last, "x" if stopped else look.marker, color=look.colour, ms=5)
         style.whole_epochs(ax)
-        style.panel(ax, f"depth {depth}", "epoch", "test accuracy (%)" * (ax is axes[0, 0]))
+        style.panel(ax, f"depth {depth}", "epoch", "test accuracy (%)" * (ax is axes[0][0]))
     style.legend(fig, style.handles(selection, selection.networks))
     yield style.Sketch(
         TESTING.name,
@@ -73,7 +73,7 @@ def _over_epochs(
                     )
                 title = f"depth {depth}, {MODES[mode]}"
                 style.panel(ax, title, "epoch" * (mode == modes[-1]), label * (ax is row[0]))
-        for ax in axes.flat:
+        for ax in style.flat(axes):
             style.scale(ax, everything)
             style.whole_epochs(ax)
         style.legend(fig, style.handles(selection, selection.networks, modes=True))
@@ -92,7 +92,7 @@ def _no_training(selection: Selection) -> str:
     return "" if selection.networks else "no training has ended"
 
 
-TESTING = Kind(
+TESTING: Kind = Kind(
     "testing-curves",
     "Test accuracy over the epochs",
     "A.6, A.7",
@@ -100,7 +100,7 @@ TESTING = Kind(
     _no_training,
     _testing,
 )
-TRACE = Kind(
+TRACE: Kind = Kind(
     "trace",
     "Trace of the Hessian over the epochs",
     "2, A.9",
@@ -108,7 +108,7 @@ TRACE = Kind(
     no_two_epochs,
     _over_epochs(lambda: TRACE, trace, "trace of the Hessian", "95 % interval"),
 )
-TOP = Kind(
+TOP: Kind = Kind(
     "top-eigenvalue",
     "Largest eigenvalue over the epochs",
     "",

@@ -43,7 +43,7 @@ def _at_the_end(selection: Selection) -> Iterator[style.Sketch]:
         columns = min(len(networks), 2)
         fig, axes = style.grid(-(-len(networks) // columns), columns, 4.2, 2.3, sharey=True)
         highest = 0.0
-        for ax, network in zip(axes.flat, networks, strict=False):
+        for ax, network in zip(style.flat(axes), networks, strict=False):
             look = style.LOOKS[network.variant]
             for mode in selection.modes:
                 rows = selection.last(network, mode)
@@ -82,7 +82,7 @@ def _over_epochs(selection: Selection) -> Iterator[style.Sketch]:
             columns = min(len(networks), 2)
             fig, axes = style.grid(-(-len(networks) // columns), columns, 4.2, 2.3, sharey=True)
             highest = 0.0
-            for ax, network in zip(axes.flat, networks, strict=False):
+            for ax, network in zip(style.flat(axes), networks, strict=False):
                 found = selection.by_epoch(network, mode)
                 for epoch, colour in zip(epochs, colours, strict=True):
                     if epoch in found:
@@ -110,17 +110,17 @@ def _title(network: Network, found: Measurement) -> str:
     return f"{name_of(network)}: largest {number(float(found.top[0]))}"
 
 
-def _logarithmic(axes: style.Axis, used: int, highest: float) -> None:
+def _logarithmic(axes: style.Panels, used: int, highest: float) -> None:
     """Logarithmic axes for the panels in use; the others vanish."""
-    for place, ax in enumerate(axes.flat):
+    for place, ax in enumerate(style.flat(axes)):
         ax.set_visible(place < used)
         ax.set_yscale("log")
         ax.set_ylim(FLOOR * highest, 3 * highest)
-        if place % axes.shape[1]:
+        if place % len(axes[0]):
             ax.set_ylabel("")
 
 
-AT_END = Kind(
+AT_END: Kind = Kind(
     "density",
     "Spectral density at the end of training",
     "3, A.11",
@@ -128,7 +128,7 @@ AT_END = Kind(
     no_end,
     _at_the_end,
 )
-OVER_EPOCHS = Kind(
+OVER_EPOCHS: Kind = Kind(
     "density-epochs",
     "Spectral density over the epochs",
     "3, A.12-A.17",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -54,18 +54,18 @@ def _at_the_end(selection: Selection) -> Iterator[style.Sketch]:
             -(-len(places) // columns), columns, 2.6, 2.3, subplot_kw={"projection": "3d"}
         )
         end = max(rows[0][0] for rows in found.values())
-        norm = _scale([rows[0][1] for rows in found.values()])
-        for ax, (depth, variant) in zip(axes.flat, places, strict=False):
+        scale = _scale([rows[0][1] for rows in found.values()])
+        for ax, (depth, variant) in zip(style.flat(axes), places, strict=False):
             rows = found.get(Network(depth, variant))
             if rows:
-                _surface(ax, rows[0][1], norm)
+                _surface(ax, rows[0][1], scale)
                 early = f" (epoch {rows[0][0]})" * (rows[0][0] != end)
                 ax.set_title(name_of(Network(depth, variant)) + early, fontsize=8, y=1.0)
             else:
-                ax.set_visible(False)
-        for ax in list(axes.flat)[len(places) :]:
-            ax.set_visible(False)
-        _colour_bar(fig, norm, axes)
+                ax.remove()
+        for ax in style.flat(axes)[len(places) :]:
+            ax.remove()
+        _colour_bar(fig, scale)
         yield style.Sketch(
             f"{AT_END.name}-{mode}",
             f"{AT_END.title}, {MODES[mode]}",
@@ -85,20 +85,22 @@ def _over_epochs(selection: Selection) -> Iterator[style.Sketch]:
                 continue
             epochs = style.spread({epoch for rows in found.values() for epoch in rows})
             fig, axes = style.grid(len(found), len(epochs), 2.1, 1.75)
-            norm = _scale([x for rows in found.values() for x in rows.values()])
+            scale = _scale([x for rows in found.values() for x in rows.values()])
             for (network, rows), line in zip(found.items(), axes, strict=True):
                 for epoch, ax in zip(epochs, line, strict=True):
                     if epoch in rows:
-                        _contours(ax, rows[epoch], norm)
+                        _contours(ax, rows[epoch], scale)
                     else:
-                        ax.set_visible(False)
+                        ax.set_xticks([])
+                        ax.set_yticks([])
+                        ax.text(0.5, 0.5, "not computed", ha="center", va="center", fontsize=7)
                     if ax in axes[0]:
                         ax.set_title(f"epoch {epoch}" if epoch else "before training", fontsize=9)
                     ax.tick_params(labelsize=7)
                 line[0].set_ylabel(style.LOOKS[network.variant].label, fontsize=9)
             fig.supxlabel("step along eigenvector 1", fontsize=8)
             fig.supylabel("step along eigenvector 2", fontsize=8)
-            _colour_bar(fig, norm, axes)
+            _colour_bar(fig, scale)
             yield style.Sketch(
                 f"{OVER_EPOCHS.name}-depth{depth}-{mode}",
                 f"{OVER_EPOCHS.title}, depth {depth}, {MODES[mode]}",
@@ -108,33 +110,43 @@ def _over_epochs(selection: Selection) -> Iterator[style.Sketch]:
             )
 
 
-def _scale(found: list[Landscape]) -> Normalize:
-    """One logarithmic scale for all; a loss above 1000 times the lowest is drawn as that."""
-    from matplotlib.colors import LogNorm
+class Range(NamedTuple):
+    """Lowest and highest loss of a scale."""
 
+    low: float
+    high: float
+
+    def norm(self) -> Normalize:
+        """The scale of the colours."""
+        from matplotlib.colors import LogNorm
+
+        return LogNorm(*self)
+
+    def clipped(self, landscape: Landscape) -> Any:
+        """The losses within the scale; those that are not finite are at its upper end."""
+        losses = landscape.losses.numpy()
+        return np.where(np.isfinite(losses), losses, np.inf).clip(*self)
+
+
+def _scale(found: list[Landscape]) -> Range:
+    """One logarithmic scale for all; a loss above 1000 times the lowest is drawn as that."""
     losses = np.concatenate([x.losses.numpy().ravel() for x in found])
     losses = losses[np.isfinite(losses) & (losses > 0)]
     low = float(losses.min()) if len(losses) else 1.0
     high = float(losses.max()) if len(losses) else 1.0
-    return LogNorm(low, max(min(high, 1e3 * low), 1.01 * low))
+    return Range(low, max(min(high, 1e3 * low), 1.01 * low))
 
 
-def _clipped(landscape: Landscape, norm: Normalize) -> Any:
-    """The losses within the scale; those that are not finite are at its upper end."""
-    losses = landscape.losses.numpy()
-    return np.where(np.isfinite(losses), losses, np.inf).clip(norm.vmin, norm.vmax)
-
-
-def _surface(ax: Any, landscape: Landscape, norm: Normalize) -> None:
+def _surface(ax: Any, landscape: Landscape, scale: Range) -> None:
     from matplotlib import colormaps
 
     x, y = np.meshgrid(landscape.alphas.numpy(), landscape.betas.numpy(), indexing="ij")
-    losses = _clipped(landscape, norm)
+    losses = scale.clipped(landscape)
     drawn = ax.plot_surface(
         x,
         y,
         np.log10(losses),
-        facecolors=colormaps["viridis"](norm(losses)),
+        facecolors=colormaps["viridis"](scale.norm()(losses)),
         rcount=60,
         ccount=60,
         linewidth=0,
@@ -142,7 +154,7 @@ def _surface(ax: Any, landscape: Landscape, norm: Normalize) -> None:
         shade=False,
     )
     drawn.set_rasterized(True)
-    low, high = np.log10(norm.vmin), np.log10(norm.vmax)
+    low, high = np.log10(scale.low), np.log10(scale.high)
     ax.set_zlim(low, high)
     ticks = np.arange(np.ceil(low), np.floor(high) + 1)
     ax.set_zticks(ticks, [f"$10^{{{int(t)}}}$" for t in ticks])
@@ -155,21 +167,21 @@ def _surface(ax: Any, landscape: Landscape, norm: Normalize) -> None:
     ax.set_box_aspect((1, 1, 0.8), zoom=1.1)
 
 
-def _contours(ax: Any, landscape: Landscape, norm: Normalize) -> None:
+def _contours(ax: Any, landscape: Landscape, scale: Range) -> None:
     x, y = landscape.alphas.numpy(), landscape.betas.numpy()
-    losses = _clipped(landscape, norm).T
-    levels = np.geomspace(norm.vmin, norm.vmax, LEVELS)
-    ax.contourf(x, y, losses, levels, cmap="viridis", norm=norm, extend="both")
+    losses = scale.clipped(landscape).T
+    levels = np.geomspace(*scale, LEVELS)
+    ax.contourf(x, y, losses, levels, cmap="viridis", norm=scale.norm(), extend="both")
     ax.contour(x, y, losses, levels[::3], colors="white", linewidths=0.4, alpha=0.6)
     ax.set_box_aspect(1)
     ax.locator_params(nbins=3)
     ax.plot(0, 0, "o", color="white", markeredgecolor="black", markersize=3.5)
 
 
-def _colour_bar(fig: Figure, norm: Normalize, axes: style.Axis) -> None:
+def _colour_bar(fig: Figure, scale: Range) -> None:
     from matplotlib.cm import ScalarMappable
 
-    bar = fig.colorbar(ScalarMappable(norm, "viridis"), ax=axes, shrink=0.7, pad=0.03)
+    bar = fig.colorbar(ScalarMappable(scale.norm(), "viridis"), ax=fig.axes, shrink=0.7, pad=0.03)
     bar.set_label("loss", fontsize=9)
     bar.ax.tick_params(labelsize=8)
 
@@ -188,7 +200,7 @@ def _no_two(selection: Selection) -> str:
     return "no network has landscapes at two epochs"
 
 
-AT_END = Kind(
+AT_END: Kind = Kind(
     "landscape",
     "Loss landscape at the end of training",
     "1, A.18",
@@ -196,7 +208,7 @@ AT_END = Kind(
     _no_landscape,
     _at_the_end,
 )
-OVER_EPOCHS = Kind(
+OVER_EPOCHS: Kind = Kind(
     "landscape-epochs",
     "Loss landscape over the epochs",
     "A.19-A.24",

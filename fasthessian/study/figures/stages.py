@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from fasthessian.results.plots import GREY
 from fasthessian.study.figures import style
 from fasthessian.study.figures.kind import Kind, no_end
 from fasthessian.study.networks import Network
@@ -33,13 +34,13 @@ def _stages(selection: Selection) -> Iterator[style.Sketch]:
                     facecolor=look.colour if filled else "white",
                     edgecolor=look.colour,
                     linewidth=1.1,
-                    error_kw={"elinewidth": 0.9, "ecolor": style.GREY, "capsize": 1.5},
+                    error_kw={"elinewidth": 0.9, "ecolor": GREY, "capsize": 1.5},
                 )
             ax.set_xticks(range(len(names)), [name.replace("stage", "stage ") for name in names])
             title = f"depth {depth}, {MODES[mode]}"
             style.panel(ax, title, y="trace of the stage" * (ax is row[0]))
             ax.grid(False, axis="x")
-    for ax in axes.flat:
+    for ax in style.flat(axes):
         style.scale(ax, everything)
     style.legend(fig, style.handles(selection, selection.networks))
     yield style.Sketch(
@@ -66,7 +67,7 @@ def _names(selection: Selection) -> tuple[str, ...]:
     return ()
 
 
-STAGES = Kind(
+STAGES: Kind = Kind(
     "stages",
     "Trace of each stage at the end of training",
     "4, A.8, A.10",

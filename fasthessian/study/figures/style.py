@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-Axis = npt.NDArray[np.object_]  # of Axes, (rows, columns)
+Panels = list[list[Any]]  # Axes in rows; those in perspective have methods of their own
 
 
 class Look(NamedTuple):
@@ -65,12 +65,17 @@ class Sketch(NamedTuple):
 
 def grid(
     rows: int, columns: int, width: float = 3.4, height: float = 2.7, **options: Any
-) -> tuple[Figure, Axis]:
+) -> tuple[Figure, Panels]:
     """A figure of equal panels, each ``width`` x ``height`` inches, and its Axes."""
     fig = figure(max(width * columns, 5.4) + 0.4, height * rows + 0.9)
     fig.set_layout_engine("constrained", h_pad=0.08, w_pad=0.06)
     axes = fig.subplots(rows, columns, squeeze=False, **options)
-    return fig, axes
+    return fig, [list(row) for row in axes]
+
+
+def flat(axes: Panels) -> list[Any]:
+    """The panels, row by row."""
+    return [ax for row in axes for ax in row]
 
 
 def line_of(depth: int, selection: Selection) -> str:
@@ -111,13 +116,31 @@ def errors(values: Sequence[Value]) -> npt.NDArray[np.float64]:
 
 
 def scale(ax: Axes, values: Iterable[float], axis: str = "y") -> None:
-    """A logarithmic axis if all values are positive, else one that is linear around 0."""
+    """A logarithmic axis if all values are positive, else one that is linear around 0.
+
+    Over less than four decades its ticks are plain numbers such as 0.5.
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     found = np.array([x for x in values if np.isfinite(x) and x != 0])
+    if not len(found):
+        return
     set_scale = ax.set_yscale if axis == "y" else ax.set_xscale
-    if len(found) and found.min() > 0:
-        set_scale("log")
-    elif len(found):
+    if found.min() <= 0:
         set_scale("symlog", linthresh=10.0 ** np.floor(np.log10(np.median(np.abs(found)))))
+        return
+    set_scale("log")
+    lines = ax.yaxis if axis == "y" else ax.xaxis
+    lines.set_minor_formatter(NullFormatter())
+    span = found.max() / found.min()
+    if span < 1e4:
+        steps = [1.0, 3.0]
+        if span < 100:
+            steps = [1.0, 2.0, 5.0]
+        if span < 4:
+            steps = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]
+        lines.set_major_locator(LogLocator(subs=steps))
+        lines.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
 
 
 def spread(numbers: Iterable[int], most: int = 6) -> list[int]:
@@ -172,19 +195,6 @@ def whole_epochs(ax: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-
-
-def plain_ticks(ax: Axes) -> None:
-    """Numbers such as 0.5 instead of powers of ten on a short logarithmic horizontal axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator
-
-    low, high = ax.get_xlim()
-    if ax.get_xscale() == "log" and high < 1e4 * low:
-        steps = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0) if high < 6 * low else (1.0, 3.0)
-        steps = (1.0, 2.0, 5.0) if 6 * low <= high < 100 * low else steps
-        ax.xaxis.set_major_locator(LogLocator(subs=steps))
-        ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
-        ax.minorticks_off()
 
 
 def panel(ax: Axes, title: str, x: str = "", y: str = "") -> Axes:
