@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import json
 import math
 import os
 import platform
@@ -12,12 +11,12 @@ from typing import Any
 
 import click
 import torch
-from rich.table import Table
-from rich.text import Text
 
 from fasthessian.__about__ import __version__
 from fasthessian.app.delivery import Interrupted, Unfinished
 from fasthessian.app.progress import stderr
+from fasthessian.app.study_delivery import check_packages, deliver
+from fasthessian.app.study_list import listed, show_list
 from fasthessian.app.study_progress import Overview
 from fasthessian.distributed.launch import is_first, several
 from fasthessian.errors import InputError, Stopped
@@ -26,9 +25,13 @@ from fasthessian.study import data as images
 from fasthessian.study.carry_out import Asked, Limits, carry_out
 from fasthessian.study.networks import Network
 from fasthessian.study.recipes import RECIPES, Recipe
-from fasthessian.study.records import DIVERGED, Study
+from fasthessian.study.schedule import Images
 from fasthessian.study.store import Folder
 
+OFFICIAL = {
+    "training images": 50_000,
+    "test images": 10_000,
+}  # images of CIFAR, if no others are given
 RESERVE = 60.0  # seconds of a time limit that are left for figures and report,
 SHARE = 0.1  # or this part of it, if that is less
 
@@ -40,32 +43,41 @@ def study(options: dict[str, Any]) -> None:
     limit = options["time_limit"]
     if limit is not None and not 0 < limit < math.inf:
         raise InputError(f"--time-limit must be a positive number, got {limit}")
-    if options["data"] is None:
+    limits = Limits(None if limit is None else limit - min(RESERVE, SHARE * limit))
+    if options["data"] is None and not options["only_list"]:
         raise InputError("--data is missing; give a folder of images, or digits")
     device = device_of(options["device"])
-    asked = Asked(networks, recipe, on(device, loaded(options["data"], recipe)))
-    folder = Folder(options["out"], settings_of(asked))
-    usable = None if limit is None else limit - min(RESERVE, SHARE * limit)
-    limits, ranks = Limits(usable), int(os.environ["WORLD_SIZE"]) if several() else 1
+    data = None if options["data"] is None else loaded(options["data"], recipe)
+    folder = Folder(options["out"], settings_of(recipe, data, device))
+    if data is None or options["only_list"]:
+        known = folder.settings.get("data", OFFICIAL)
+        counts = Images(known["training images"], known["test images"])
+        show_list(listed(networks, recipe, counts, folder, device), folder, options["as_json"])
+        return
+    check_packages()
+    asked = Asked(networks, recipe, on(device, data))
+    ranks = int(os.environ["WORLD_SIZE"]) if several() else 1
     ending = f"the same command goes on; results so far are in {folder.root}"
-    stopped = None
+    stopped, failed = "", []
     try:
-        folder.begin()
         with Overview(stderr()) as overview, limits:
-            carry_out(asked, folder, limits, overview, ranks)
+            folder.begin()
+            try:
+                failed = carry_out(asked, folder, limits, overview, ranks)
+            except Stopped as error:
+                stopped = str(error)
+        if is_first() and not limits.signalled:
+            deliver(folder, options["as_json"])
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {ending}") from None
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         words = f"{error.filename or folder.root}: {error.strerror or error}"
         raise Unfinished(f"{words}; {'make room, and ' * full}{ending}") from error
-    except Stopped as error:
-        stopped = error
-    if is_first():
-        if not limits.signalled:
-            deliver(folder, options["as_json"])
-        if stopped is not None:
-            click.echo(f"{stopped}; {ending}", err=True)
+    if stopped and is_first():
+        click.echo(f"{stopped}; {ending}", err=True)
+    if failed:
+        raise Unfinished(f"{len(failed)} of the analyses failed, the first one: {failed[0]}")
 
 
 def recipe_of(options: dict[str, Any]) -> Recipe:
@@ -113,71 +125,34 @@ def on(device: torch.device, data: images.ImageData) -> images.ImageData:
     return dataclasses.replace(data, **moved)
 
 
-def settings_of(asked: Asked) -> dict[str, Any]:
-    """What the folder of a study says of it, as plain JSON."""
-    data, recipe = asked.data, dataclasses.asdict(asked.recipe)
-    named, seeds = recipe.pop("name"), recipe.pop("seeds")
-    return {
-        "version": __version__,
-        "data": {
+def settings_of(
+    recipe: Recipe, data: images.ImageData | None, device: torch.device
+) -> dict[str, Any]:
+    """What the folder of a study says of it, as plain JSON; of data only if there are some."""
+    numbers = dataclasses.asdict(recipe)
+    named, seeds = numbers.pop("name"), numbers.pop("seeds")
+    begun = {
+        "recipe": named,
+        "seeds": seeds,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device_words(device),
+    }
+    settings = {"version": __version__, "recipe": numbers, "begun": begun}
+    if data is not None:
+        settings["data"] = {
             "name": data.name,
             "fingerprint": data.fingerprint,
             "training images": len(data.train_y),
             "test images": len(data.test_y),
-        },
-        "recipe": recipe,
-        "begun": {
-            "recipe": named,
-            "seeds": seeds,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "system": platform.system(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "device": device_words(data.train_x.device),
-        },
-    }
+        }
+    return settings
 
 
 def device_words(device: torch.device) -> str:
     """The name of a GPU, or the kind of another device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def deliver(folder: Folder, as_json: bool) -> None:
-    """Write figures, tables and the report of all results, and show a summary."""
-    found = folder.results()
-    if as_json:
-        click.echo(json.dumps(json_types(found), indent=1, allow_nan=False))
-    show(found)
-
-
-def json_types(study: Study) -> dict[str, Any]:
-    """The results as JSON types."""
-    return {
-        "settings": study.settings,
-        "trainings": [each.to_json() for each in study.trainings],
-        "measurements": [each.to_json() for each in study.measurements],
-    }
-
-
-def show(study: Study) -> None:
-    """Print a table of the trainings that are kept."""
-    table = Table(title="kept runs", title_justify="left")
-    for name in ("network", "seed", "rate", "test accuracy", "trace at the end", ""):
-        table.add_column(name)
-    last = {(each.run, each.mode): each for each in study.measurements}
-    for training in study.kept():
-        run = training.run
-        measured = last.get((run, "eval"))
-        diverged = training.status == DIVERGED
-        table.add_row(
-            run.network.name,
-            str(run.seed),
-            f"{run.lr:g}",
-            "" if diverged else f"{float(training.test_accuracy[-1]):.1%}",
-            "" if measured is None else f"{measured.trace:.4g}",
-            Text(f"{training.status}; not analysed" if diverged else training.status),
-        )
-    stderr().print(table)

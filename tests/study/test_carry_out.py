@@ -7,7 +7,6 @@ import threading
 import time
 
 import pytest
-import torch
 
 from fasthessian.errors import InputError, Stopped
 from fasthessian.study import analysis, carry_out, data, training
@@ -17,7 +16,7 @@ from fasthessian.study.recipes import RECIPES
 from fasthessian.study.records import DIVERGED
 from fasthessian.study.schedule import READY, TRAIN, Speed, Task
 from fasthessian.study.store import VECTORS, Folder
-from tests.support.small_study import images, landscape, measurement
+from tests.support.small_study import contents, images, replace_analysis
 
 pytest.importorskip("safetensors")
 RECIPE = RECIPES["laptop"].changed(
@@ -52,22 +51,8 @@ def pixels(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def starts(monkeypatch):
-    """Measurements that give the size of the weights; the start vectors that they were given."""
-    given = {}
-
-    def measure(run, epoch, mode, model, data, recipe, start=None, progress=None):
-        given[run.name, epoch, mode] = None if start is None else start.item()
-        value = float(sum((p.detach().double() ** 2).sum() for p in model.parameters()))
-        progress(1, 2)
-        return measurement(run, epoch, mode, value), torch.full((1, 1), float(epoch))
-
-    def surface(model, mode, data, recipe, vectors, progress=None):
-        progress(1, None)
-        return landscape(vectors.item())
-
-    monkeypatch.setattr(analysis, "measure", measure)
-    monkeypatch.setattr(analysis, "surface", surface)
-    return given
+    """The start vectors that the measurements were given."""
+    return replace_analysis(monkeypatch)
 
 
 def run(root, pixels, watch=None, limits=None, networks=NETWORKS, recipe=RECIPE):
@@ -79,15 +64,6 @@ def run(root, pixels, watch=None, limits=None, networks=NETWORKS, recipe=RECIPE)
     return watch
 
 
-def contents(root):
-    """All results of a study, without the times that they took."""
-    found = Folder(root, {}).results()
-    rows = [*found.trainings, *found.measurements]
-    return [{**row.to_json(), "seconds": 0} for row in rows] + [
-        (str(key), surface.to_json()) for key, surface in found.landscapes.items()
-    ]
-
-
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory, pixels):
     """The folder of a study that was carried out in one piece, made by the first test."""
@@ -97,7 +73,7 @@ def whole(tmp_path_factory, pixels):
 def finished(whole, pixels):
     if not whole.exists():
         run(whole, pixels)
-    return contents(whole)
+    return contents(Folder(whole, {}))
 
 
 def test_a_study_trains_analyses_and_starts_from_the_vectors_before(whole, pixels, starts):
@@ -130,7 +106,7 @@ def test_a_study_in_pieces_finds_the_same(tmp_path, whole, pixels):
         with pytest.raises(Stopped):
             run(tmp_path / "study", pixels, Watched(stop))
     run(tmp_path / "study", pixels)
-    assert contents(tmp_path / "study") == finished(whole, pixels)
+    assert contents(Folder(tmp_path / "study", {})) == finished(whole, pixels)
 
 
 def test_a_full_disk_loses_nothing(tmp_path, whole, pixels, monkeypatch):
@@ -152,7 +128,7 @@ def test_a_full_disk_loses_nothing(tmp_path, whole, pixels, monkeypatch):
         except OSError:
             failures += 1
     assert failures > 3
-    assert contents(tmp_path / "study") == finished(whole, pixels)
+    assert contents(Folder(tmp_path / "study", {})) == finished(whole, pixels)
     assert not [path for path in tmp_path.rglob(".*") if path.is_file()]
 
 
@@ -247,7 +223,8 @@ def test_missing_files_name_the_way_out(tmp_path, pixels):
     asked = {"networks": [Network(8, "no-bn")], "recipe": recipe}
     root, one = tmp_path / "study", Run(Network(8, "no-bn"), 0, 0.1)
     run(root, pixels, **asked)
-    folder, before = Folder(root, {}), contents(root)
+    folder = Folder(root, {})
+    before = contents(folder)
     surface, measured = folder.part(one, 1, "eval", "-landscape.json"), folder.part(one, 1, "eval")
     weights = folder.run(one) / "epoch-001.safetensors"
     weights.unlink()
@@ -264,7 +241,7 @@ def test_missing_files_name_the_way_out(tmp_path, pixels):
     assert "vectors.safetensors is missing, which the landscape needs; delete epoch-001-" in failure
     measured.unlink()
     run(root, pixels, **asked)
-    assert contents(root) == before
+    assert contents(folder) == before
 
 
 def test_an_analysis_that_fails_is_named_and_the_others_are_done(tmp_path, pixels, monkeypatch):

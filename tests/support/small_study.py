@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from fasthessian.results.records import Landscape
+from fasthessian.study import analysis
 from fasthessian.study.records import TRAINED, Measurement, Training
 
 FILES = [*((f"data_batch_{i}.bin", 12) for i in range(1, 6)), ("test_batch.bin", 20)]
@@ -46,3 +47,34 @@ def landscape(value=1.0):
     """A landscape of 2 x 2 points."""
     axis = torch.tensor([-1.0, 1.0], dtype=torch.float64)
     return Landscape(axis, axis, torch.full((2, 2), value, dtype=torch.float64))
+
+
+def replace_analysis(monkeypatch):
+    """Let measurements give the size of the weights, and landscapes the epoch.
+
+    Returns the start vectors that the measurements are given, by run, epoch and mode.
+    """
+    given = {}
+
+    def measure(run, epoch, mode, model, data, recipe, start=None, progress=None):
+        given[run.name, epoch, mode] = None if start is None else start.item()
+        value = float(sum((p.detach().double() ** 2).sum() for p in model.parameters()))
+        progress(1, 2)
+        return measurement(run, epoch, mode, value), torch.full((1, 1), float(epoch))
+
+    def surface(model, mode, data, recipe, vectors, progress=None):
+        progress(1, None)
+        return landscape(vectors.item())
+
+    monkeypatch.setattr(analysis, "measure", measure)
+    monkeypatch.setattr(analysis, "surface", surface)
+    return given
+
+
+def contents(folder):
+    """All results in the folder of a study, as JSON, without the times that they took."""
+    found = folder.results()
+    rows = [*found.trainings, *found.measurements]
+    return [{**row.to_json(), "seconds": 0} for row in rows] + [
+        (str(key), surface.to_json()) for key, surface in found.landscapes.items()
+    ]
