@@ -13,12 +13,14 @@ from fasthessian.arguments import ProgressCallback, integer, positive, seed_of
 from fasthessian.checkpoints.call import Call
 from fasthessian.checkpoints.states import States
 from fasthessian.errors import InputError, InputTypeError
-from fasthessian.krylov.hutchinson import DEFAULT_SAMPLES, estimate
+from fasthessian.krylov.hutchinson import DEFAULT_SAMPLES, FIRST_CHECK, estimate
 from fasthessian.krylov.lockstep import Run, solve
+from fasthessian.krylov.per_batch import estimate_per_batch, fresh
 from fasthessian.operators.base import SymmetricOperator, operator
 from fasthessian.results.records import Eigenpairs, Estimate
 
 METHODS = ("auto", "hutchinson")
+SAMPLINGS = ("auto", "whole", "per-batch")
 
 
 @overload
@@ -26,6 +28,7 @@ def trace(
     A: SymmetricOperator,
     *,
     method: str = "auto",
+    sampling: str = "auto",
     rtol: float = 0.05,
     confidence: float = 0.95,
     max_matvecs: int | None = None,
@@ -43,6 +46,7 @@ def trace(
     A: Mapping[str, SymmetricOperator],
     *,
     method: str = "auto",
+    sampling: str = "auto",
     rtol: float = 0.05,
     confidence: float = 0.95,
     max_matvecs: int | None = None,
@@ -59,6 +63,7 @@ def trace(
     A: SymmetricOperator | Mapping[str, SymmetricOperator],
     *,
     method: str = "auto",
+    sampling: str = "auto",
     rtol: float = 0.05,
     confidence: float = 0.95,
     max_matvecs: int | None = None,
@@ -127,6 +132,8 @@ def trace(
     given = dict(locals())
     if method not in METHODS:
         raise InputError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if sampling not in SAMPLINGS:
+        raise InputError(f"sampling must be one of {', '.join(SAMPLINGS)}, got {sampling!r}")
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
     limit = DEFAULT_SAMPLES
     if max_matvecs is not None:
@@ -145,8 +152,12 @@ def trace(
         B: SymmetricOperator, progress: ProgressCallback | None, states: States
     ) -> Run[Estimate]:
         pairs, exact = known.get(id(B)), method == "auto"
-        return estimate(
-            B, states, rtol, confidence, limit, seed, backend, progress, pairs, exact=exact
+        plain = pairs is None and not (exact and B.n <= FIRST_CHECK)
+        run = estimate_per_batch if fresh(B, sampling, plain) else estimate
+        return (
+            yield from run(
+                B, states, rtol, confidence, limit, seed, backend, progress, pairs, exact=exact
+            )
         )
 
     return solve(A, start, progress, call)
