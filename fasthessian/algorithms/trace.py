@@ -170,19 +170,21 @@ def trace(
         )
     call = Call.of("trace", given, inputs=("deflate",))
 
+    def per_batch(B: SymmetricOperator) -> bool:
+        small = method == "auto" and B.n <= FIRST_CHECK  # its trace is exact
+        return fresh(B, sampling, plain=id(B) not in known and not small)
+
     def start(
         B: SymmetricOperator, progress: ProgressCallback | None, states: States
     ) -> Run[Estimate]:
         pairs, exact = known.get(id(B)), method == "auto"
-        plain = pairs is None and not (exact and B.n <= FIRST_CHECK)
-        run = estimate_per_batch if fresh(B, sampling, plain) else estimate
-        return (
-            yield from run(
-                B, states, rtol, confidence, limit, seed, backend, progress, pairs, exact=exact
-            )
-        )
+        run = estimate_per_batch if per_batch(B) else estimate
+        return run(B, states, rtol, confidence, limit, seed, backend, progress, pairs, exact=exact)
 
-    return solve(A, start, progress, call)
+    def steps(B: SymmetricOperator) -> int:
+        return B._batches().here if per_batch(B) else 1
+
+    return solve(A, start, progress, call, steps)
 
 
 def _by_operator(A: Any, pairs: Any) -> dict[int, Eigenpairs]:

@@ -39,19 +39,10 @@ def fresh(A: SymmetricOperator, sampling: str, plain: bool) -> bool:
     small networks, after 1 and 20 epochs, its variance with 4, 8, 16 and 45 batches was 1.2 to 3.3,
     1.6 to 6, 2.3 to 12 and 5 to 33 times smaller than with one vector for all batches. The gain is
     smallest for a network that fits its data: then few samples have most of the curvature.
-
-    Raises:
-        ValueError: "per-batch" for an operator with less than two batches.
     """
-    if sampling == "whole" or (sampling == "auto" and not plain):
-        return False
-    count = A._batches().count
-    if sampling == "per-batch" and count < 2:
-        raise InputError(
-            "sampling must be 'auto' or 'whole' for an operator of one batch or none, got "
-            "'per-batch'; use 'whole', or pass the data as several batches"
-        )
-    return sampling == "per-batch" or count >= ENOUGH
+    if sampling == "auto":
+        return plain and A._batches().total >= ENOUGH
+    return sampling == "per-batch"
 
 
 @dataclasses.dataclass
@@ -177,8 +168,17 @@ def estimate_per_batch(
     *,
     exact: bool = True,
 ) -> Run[Estimate]:
-    """A run of the estimator; see ``hutchinson.estimate`` for the arguments."""
+    """A run of the estimator; see ``hutchinson.estimate`` for the arguments.
+
+    Raises:
+        ValueError: A has less than two batches, or a checkpoint was made with another number.
+    """
     space, (_, here, count, decay) = Space(A, backend), A._batches()
+    if count < 2:
+        raise InputError(
+            "sampling must be 'auto' or 'whole' for an operator of one batch or none, got "
+            "'per-batch'; use 'whole', or pass the data as several batches"
+        )
     first = Passes(needed=min(limit, math.ceil(FIRST_CHECK / count)), began=states.made)
     state = states.add("passes", first)
     if len(state.samples) != state.passes * count:

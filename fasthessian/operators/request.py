@@ -15,7 +15,7 @@ class Batches(NamedTuple):
 
     before: int = 0  # on the ranks before this one
     here: int = 1  # on this rank
-    count: int = 1  # on all ranks
+    total: int = 1  # on all ranks
     weight_decay: float = 0.0  # times the identity: the part of the matrix that no batch has
 
 

@@ -1,5 +1,6 @@
 """Random vectors divided over the dimension "probe" of a mesh: the numbers of one process."""
 
+import itertools
 import warnings
 
 import pytest
@@ -25,7 +26,7 @@ def operators(shape, batches=1):
         for rank in range(size)
     ]
     A = fh.Hessian(model, criterion, shares[rank], group=mesh)
-    return A, fh.Hessian(model, criterion, (x, y) if batches == 1 else sum(shares, []))
+    return A, fh.Hessian(model, criterion, (x, y) if batches == 1 else [*itertools.chain(*shares)])
 
 
 def numbers(shape):
