@@ -119,7 +119,8 @@ def trace(
             ``deflate`` and where the trace is not exact anyway.
         rtol: half-width of the interval relative to |trace|, in (0, 1).
         confidence: of the interval, in (0, 1).
-        max_matvecs: maximal number of products, at least 2; default 1000. A pass is one product.
+        max_matvecs: maximal number of products, at least 2; default 1000. A pass is one product,
+            and one is enough if ``sampling`` is "per-batch".
         deflate: eigenpairs of A as `eigsh` returns them, a dictionary for a dictionary of
             operators. Eigenpairs of `spectrum` need another seed than it had, because its start
             vectors would be samples here.
@@ -159,7 +160,7 @@ def trace(
     rtol, confidence = positive("rtol", rtol, 1), positive("confidence", confidence, 1)
     limit = DEFAULT_SAMPLES
     if max_matvecs is not None:
-        limit = integer("max_matvecs", max_matvecs, 2)
+        limit = integer("max_matvecs", max_matvecs, 1 if sampling == "per-batch" else 2)
     seed = seed_of(seed)
     known = _by_operator(A, deflate)
     if known:  # as they are saved: whole vectors
