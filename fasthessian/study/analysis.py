@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Iterable
@@ -32,10 +33,10 @@ GROUPS = {
     "head": r"^head\.",
 }
 TOLERANCE = 1e-3  # relative residual of the eigenvalues
-SAMPLES = 16  # of a trace, at most
-SEARCH = 40  # products that a search for eigenvalues is expected to take
-# Work per image and pass, in thirds of a gradient.
-FORWARD, GRADIENT, KEPT, REBUILT = 1, 3, 7, 10
+VECTORS = 32  # random vectors of a trace, each for one batch: with 32 batches one pass, at most
+SEARCH = 25  # products that a search for eigenvalues is expected to take
+# Work per image, in thirds of a gradient: of a loss, a gradient, a product, and a pass for traces.
+LOSS, GRADIENT, PRODUCT, TRACES = 1, 3, 7, 20
 
 Batches = list[tuple[Tensor, Tensor]]
 
@@ -86,11 +87,11 @@ def measure(
     images, spectrum_images = (sum(len(y) for _, y in each) for each in (every, some))
     work = Work(
         progress,
-        loss=images * FORWARD,
+        loss=images * LOSS,
         gradient=images * GRADIENT,
-        traces=images * REBUILT,
-        eigenvalues=spectrum_images * SEARCH * KEPT,
-        density=spectrum_images * recipe.steps * KEPT,
+        traces=images * passes(every) * TRACES,
+        eigenvalues=spectrum_images * SEARCH * PRODUCT,
+        density=spectrum_images * recipe.steps * PRODUCT,
     )
     loss, accuracy = predicted(model, every, mode)
     work.end("loss")
@@ -99,11 +100,17 @@ def measure(
     work.end("gradient")
     with warnings.catch_warnings():  # the record holds the intervals and residuals
         warnings.simplefilter("ignore", ConvergenceWarning)
-        total, parts = traces(A, recipe, run.seed, work.of("traces", SAMPLES * (1 + len(GROUPS))))
+        total, parts = traces(
+            A,
+            every,
+            recipe,
+            run.seed,
+            work.of("traces", passes(every) * len(every) * (1 + len(GROUPS))),
+        )
         work.end("traces")
         B = Hessian(model, nn.CrossEntropyLoss(), some, mode=mode)
         pairs = eigsh(
-            B, recipe.top, "LA", tol=TOLERANCE, seed=run.seed,
+            B, recipe.top, "LA", tol=TOLERANCE, start=start, seed=run.seed,
             progress=work.of("eigenvalues", SEARCH),
         )  # fmt: skip
         work.end("eigenvalues")
@@ -197,13 +204,25 @@ def predicted(model: nn.Module, data: Batches, mode: str) -> tuple[float, float]
     return loss / count, right / count
 
 
+def passes(data: Batches) -> int:
+    """Passes over the data for a trace, at most."""
+    return math.ceil(VECTORS / len(data))
+
+
 def traces(
-    A: Hessian, recipe: Recipe, seed: int, progress: ProgressCallback
+    A: Hessian, data: Batches, recipe: Recipe, seed: int, progress: ProgressCallback
 ) -> tuple[Estimate, dict[str, Estimate]]:
-    """The trace of the Hessian, and that of each stage, with intervals at 95 %."""
-    operators = {"": A, **A.blocks(GROUPS)}
+    """The trace of the Hessian, and that of each stage, with intervals at 95 %.
+
+    All of them are computed in the same passes over the data.
+    """
     found = trace(
-        operators, rtol=recipe.trace_rtol, max_matvecs=SAMPLES, seed=seed, progress=progress
+        {"": A, **A.blocks(GROUPS)},
+        sampling="per-batch" if len(data) > 1 else "whole",
+        rtol=recipe.trace_rtol,
+        max_matvecs=passes(data),
+        seed=seed,
+        progress=progress,
     )
     return found.pop(""), found
 

@@ -132,3 +132,14 @@ def test_every_parameter_belongs_to_one_stage():
         model, _ = network(variant)
         for name, _ in model.named_parameters():
             assert sum(name.startswith(stage) for stage in GROUPS) == 1
+
+
+def test_eigenvectors_of_a_checkpoint_before_change_no_value():
+    model, run = network("resnet")
+    few = dataclasses.replace(RECIPE, images=6, steps=4)
+    cold, vectors = measure(run, 0, "eval", model, data(), few)
+    warm, others = measure(run, 0, "eval", model, data(), few, start=vectors)
+    assert warm.converged and not torch.equal(vectors, others)
+    torch.testing.assert_close(warm.top, cold.top, rtol=1e-4, atol=0)
+    assert (warm.trace, warm.loss) == (cold.trace, cold.loss)
+    assert torch.equal(warm.nodes, cold.nodes)
