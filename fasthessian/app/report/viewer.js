@@ -140,8 +140,8 @@ class Surface {
     this.p = alphas.length;
     this.q = betas.length;
     const finite = losses.filter((loss) => loss !== null);
-    this.low = finite.reduce((a, b) => Math.min(a, b), Infinity);
-    this.high = finite.reduce((a, b) => Math.max(a, b), -Infinity);
+    this.low = finite.reduce((a, b) => Math.min(a, b), finite[0] ?? NaN);
+    this.high = finite.reduce((a, b) => Math.max(a, b), finite[0] ?? NaN);
     this.lowest = losses.indexOf(this.low);
   }
 
