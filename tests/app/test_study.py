@@ -135,6 +135,13 @@ def test_bad_input_is_one_line_before_any_work(tmp_path, capsys, data, options, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_device_that_cannot_be_used_is_left_out():
+    with pytest.raises(ValueError, match=r"--device cuda:99 cannot be used \(.*\); leave it out"):
+        study_work.device_of("cuda:99")
+    assert study_work.device_of(None).type in ("cpu", "cuda")
+    assert study_work.device_of("cpu").type == "cpu"
+
+
 def test_data_are_needed_and_have_two_classes(tmp_path, capsys):
     words = "error: --data is missing; give a folder of images, or digits"
     assert run(capsys) == (2, [words])

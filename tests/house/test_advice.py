@@ -166,6 +166,15 @@ FOLLOWED = {
     " has no GPU, this machine has ": "test_launch.py::test_more_ranks_than_gpus_are_refused",
     "leave the backend to fasthessian.distributed.init()":
         "test_launch.py::test_doctor_names_what_hinders_gpus",
+    "cannot be used ({}); leave it out":
+        "test_study.py::test_a_device_that_cannot_be_used_is_left_out",
+    "is too short{} and is saved as a whole; give ": "test_carry_out.py::test_the_limit_of_time",
+    "is not empty and holds no study, but ":
+        "test_store.py::test_a_folder_of_something_else_is_refused",
+    "out: {} is damaged ({}); choose another folder":
+        "test_store.py::test_damaged_settings_are_refused",
+    "holds a study with other settings: ":
+        "test_store.py::test_the_folder_of_another_study_is_refused_and_stays_as_it_is",
     "take: basis=": "test_plan.py::test_nothing_fits",
     "ask the scheduler for: ": "test_plan.py::test_the_tables_show_the_numbers",
 }  # fmt: skip

@@ -82,6 +82,9 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is not empty and holds no study, but thesis\.tex; "):
         Folder(tmp_path, GIVEN)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    Folder(tmp_path / "another", GIVEN).begin()
+    (tmp_path / "another" / SETTINGS).unlink()
+    (tmp_path / "another").rmdir()
     (tmp_path / "thesis.tex").rename(tmp_path / f".{SETTINGS}.abc")  # of a begin that was killed
     Folder(tmp_path, GIVEN).begin()
 
@@ -91,6 +94,7 @@ def test_damaged_settings_are_refused(folder, text):
     (folder.root / SETTINGS).write_text(text)
     with pytest.raises(ValueError, match=r"study.json is damaged \(.*\); choose another folder"):
         Folder(folder.root, GIVEN)
+    Folder(folder.root.parent / "another", GIVEN).begin()
 
 
 def test_a_damaged_result_names_its_file_and_is_made_again_after_it_is_deleted(folder):
