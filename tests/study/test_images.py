@@ -60,6 +60,7 @@ def test_idx_files_are_padded_repeated_and_normalised(tmp_path, compressed):
         (IDX[3], idx_bytes(np.array([1, 10])), r"record 1: label 10 is not in 0\.\.9"),
         (IDX[0], idx_bytes(np.full((5, 28, 28), 7)), "all pixels of .* are 7"),
     ],
+    ids=lambda value: "" if isinstance(value, bytes) else value,
 )
 def test_a_bad_idx_file_is_refused_in_one_line(tmp_path, name, content, words):
     mnist(tmp_path)

@@ -141,11 +141,12 @@ def test_weights_before_training_are_those_of_the_seed(whole):
     torch.set_rng_state(before)
 
 
-def test_the_global_generator_and_cudnn_are_as_before(tmp_path):
-    state, flags = torch.get_rng_state(), torch.backends.cudnn.deterministic
+def test_the_global_generator_and_cudnn_are_as_before(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    state = torch.get_rng_state()
     train_run(RUN, RECIPE.changed(epochs=1), images(), tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.backends.cudnn.deterministic == flags
+    assert not torch.backends.cudnn.deterministic
 
 
 def test_one_step_is_that_of_sgd_with_weight_decay(tmp_path):
@@ -158,8 +159,8 @@ def test_one_step_is_that_of_sgd_with_weight_decay(tmp_path):
     logits = model.train()(images().train_x[chosen])
     torch.nn.functional.cross_entropy(logits, images().train_y[chosen]).backward()
     for p, q in zip(model.parameters(), expected.parameters(), strict=True):
-        step = p - 0.1 * (p.grad + 5e-4 * p)
-        assert torch.allclose(step, q, rtol=1e-4, atol=1e-6)
+        step = p - 0.1 * (p.grad + 5e-4 * p)  # gradients differ by rounding, about 1e-6
+        assert torch.allclose(step, q, rtol=0, atol=2e-6)
 
 
 def test_a_diverged_training_is_recorded_and_does_not_raise(tmp_path):
