@@ -19,7 +19,7 @@ from fasthessian.distributed.ranks import ALONE, Ranks
 from fasthessian.errors import InputError
 from fasthessian.study import data as images
 from fasthessian.study.resnet import resnet
-from fasthessian.study.training import OnStep, evaluate, train
+from fasthessian.study.sgd import OnStep, evaluate, train
 
 
 @dataclasses.dataclass(frozen=True)

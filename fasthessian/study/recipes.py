@@ -38,8 +38,8 @@ class Recipe:
         spectrum_images: images that define eigenvalues, density and landscape; None as above.
         top: largest eigenvalues, at least 2, as the landscape needs two directions.
         steps: steps of the Lanczos run for the density.
-        trace_rtol: relative standard error of the trace at which the analysis stops.
-        points: points of the landscape along each direction.
+        trace_rtol: half-width of the 95 % interval of the trace, relative to the trace.
+        points: points of the landscape along each direction, at least 2.
         span: the landscape covers [-span, span] along each direction.
         width: channels of the networks' first stage.
         seeds: number of seeds, 0, 1, ..., for each network.
@@ -75,7 +75,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Check every number."""
-        least = {"top": 2, "points": 3}
+        least = {"top": 2, "points": 2}
         for name in ("epochs", "batch_size", "analysis_batch", "top", "steps", "points", "width",
                      "seeds"):  # fmt: skip
             integer(name, getattr(self, name), least.get(name, 1))
@@ -103,7 +103,7 @@ class Recipe:
 
     def rate(self, lr: float, epoch: int) -> float:
         """The learning rate of a run with initial rate ``lr`` after ``epoch`` finished epochs."""
-        return lr / 10 ** sum(epoch >= drop for drop in self.drops)
+        return lr / 10.0 ** sum(epoch >= drop for drop in self.drops)
 
     def training(self) -> dict[str, Any]:
         """The numbers that decide the weights of a run."""
