@@ -70,7 +70,7 @@ class Lanczos:
     Attributes:
         A, refill, schedule, capacity: as given; capacity is not above A.n.
         space, state: of its vectors; all that changes, see ``RunState``.
-        compressed: whether the rows are float16.
+        compressed, warm: whether the rows are float16; whether vectors to start from were given.
     """
 
     def __init__(
@@ -111,6 +111,7 @@ class Lanczos:
             seed=seed,
             drawn=offset,
         )
+        self.warm = start is not None
         start = None if start is None else self.space.held(start)
         draw_(self.state, self.space, signs=signs, append=not self._delayed, start=start)
         self._accept(self.state.copy(self._delayed).wait())

@@ -160,7 +160,7 @@ def converge(
             spent, last = A.matvecs >= until, state.size == ncv or state.exhausted
             # a breakdown may hide further copies of an eigenvalue: then only a full basis is judged
             every = max(POLL_EVERY if krylov.deferred else 1, state.size // 20)
-            due = state.size >= k + 8 and state.size % every == 0
+            due = state.size >= k + (1 if krylov.warm else 8) and state.size % every == 0
             now = last or spent or state.size == loop.entered
             if state.size >= k and (now or (due and not state.broke_down)):
                 alike, goal = loop.locking, LOCKED * aim if loop.locking else aim

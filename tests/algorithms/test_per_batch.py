@@ -8,6 +8,7 @@ from torch import nn
 
 import fasthessian as fh
 from fasthessian import kernels
+from fasthessian.checkpoints import keeper
 from fasthessian.krylov.per_batch import ENOUGH
 from fasthessian.operators.request import Batches
 from tests.support.bits import digest
@@ -225,3 +226,22 @@ def test_a_batch_whose_product_is_not_finite_is_noticed():
     A = fh.Hessian(model, criterion, data, engine="recompute")
     data[5][0][:] = torch.nan
     refused(lambda: fh.trace(A, sampling="per-batch"), ValueError, "batch 5 of data")
+
+
+def test_a_checkpoint_of_other_batches_is_refused(tmp_path, monkeypatch):
+    """The vectors that were used belong to them."""
+    monkeypatch.setattr(keeper, "INTERVAL", 0.0)
+    monkeypatch.setattr(keeper, "SHARE", 1e9)
+
+    def stop(made, total):
+        if made > 36:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fh.trace(hessian(), **PER_BATCH, rtol=0.3, checkpoint=tmp_path / "run", progress=stop)
+    model, criterion, data = mlp()
+    together = [tuple(torch.cat(column) for column in zip(*data[:2], strict=True)), *data[2:]]
+    other = fh.Hessian(model, criterion, together)
+    words = "A must have 18 batches as in the checkpoint, got 17"
+    refused(lambda: fh.resume(tmp_path / "run", other), ValueError, words)
+    fh.resume(tmp_path / "run", hessian())
