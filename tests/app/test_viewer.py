@@ -9,7 +9,7 @@ import torch
 
 from fasthessian.app.report.viewer import head, viewer
 from fasthessian.results.records import Landscape
-from tests.support import browser as browsers
+from tests.support.browser import MISSING, browser
 
 ALPHAS = torch.linspace(-1, 1, 11, dtype=torch.float64)
 BETAS = torch.linspace(-0.5, 0.5, 9, dtype=torch.float64)
@@ -78,9 +78,9 @@ def test_a_picture_is_shown_without_scripts():
 
 @pytest.fixture(scope="module")
 def window():
-    if browsers.MISSING:
-        pytest.skip(browsers.MISSING)
-    with browsers.browser() as opened:
+    if MISSING:
+        pytest.skip(MISSING)
+    with browser() as opened:
         opened.resize(700, 800)
         yield opened
 
