@@ -171,7 +171,10 @@ def test_the_report_is_one_file_with_the_numbers_and_figures_inside():
 def test_a_landscape_over_two_directions_is_shown_by_the_viewer():
     def shown(landscape):
         text = folder.files(small_result(landscape=landscape))["report.html"].decode()
-        return [text.count(part) for part in ("<figure", "alt='Loss landscape'", "class Viewer")]
+        return [
+            text.count(part)
+            for part in ("<figure class='landscape'", "alt='Loss landscape'", "class Viewer")
+        ]
 
     assert shown(small_landscape()) == [1, 1, 1]  # with the picture for browsers without scripts
     assert shown(small_landscape(1)) == [0, 1, 0]
