@@ -168,6 +168,19 @@ def test_the_report_is_one_file_with_the_numbers_and_figures_inside():
     assert "a &amp; b" in text
 
 
+def test_a_landscape_over_two_directions_is_shown_by_the_viewer():
+    def shown(landscape):
+        text = folder.files(small_result(landscape=landscape))["report.html"].decode()
+        return [
+            text.count(part)
+            for part in ("<figure class='landscape'", "alt='Loss landscape'", "class Viewer")
+        ]
+
+    assert shown(small_landscape()) == [1, 1, 1]  # with the picture for browsers without scripts
+    assert shown(small_landscape(1)) == [0, 1, 0]
+    assert shown(None) == [0, 0, 0]
+
+
 def test_the_report_says_why_steps_were_not_captured():
     made = small_result()
     assert summary.steps(made) == "" and "Lanczos steps" not in dict(method.method(made))

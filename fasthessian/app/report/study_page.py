@@ -117,7 +117,7 @@ def _landscapes(study: Study) -> tuple[dict[Key, Landscape], str]:
         (key for key in study.landscapes if key in kept),
         key=lambda key: (networks.index(key[0].network), key[0].seed, -key[1]),
     )
-    found = {
+    found: dict[Key, Landscape] = {
         (run.network.name, str(run.seed), str(epoch), mode): study.landscapes[run, epoch, mode]
         for run, epoch, mode in order
     }
@@ -196,6 +196,6 @@ def _missing(study: Study) -> Rows:
         if words:
             rows.append((f"{run.network.name}, seed {run.seed}", "; ".join(words)))
     for network, have in trained.items():
-        if rest := sorted(seeds - have):
-            rows.append((network.name, f"no training ended for seed {_words(rest)}"))
+        if lacking := sorted(seeds - have):
+            rows.append((network.name, f"no training ended for seed {_words(lacking)}"))
     return rows
