@@ -127,7 +127,7 @@ def ours(trainings: Sequence[Training]) -> str:
             reached = f" ({max(map(_last_accuracy, rows)):.1f})" * (status == UNTRAINED)
             share = f"{len(rows)} of {len(trainings)} " * (len(rows) < len(trainings))
             notes.append(share + status + reached)
-    return "; ".join([_spread(values)] * bool(values) + notes)
+    return "; ".join(([_spread(values)] if values else []) + notes)
 
 
 def _last_accuracy(training: Training) -> float:
