@@ -197,10 +197,8 @@ def _lacking(selection: Selection, network: Network, mode: str, equal: bool) -> 
         if not compare.at_end(selection, each, mode):
             return f"{name_of(each)} was not measured with {MODES[mode]} at the last epoch."
     if equal:
-        return (
-            f"No training loss is reached by all seeds of {name_of(network)} and {name_of(base)}."
-        )
-    return f"A trace of {name_of(network)} or {name_of(base)} is not positive."
+        return f"No training loss is passed by all seeds of {both}."
+    return f"A trace among {both} is not positive."
 
 
 def _accuracy_rows(
