@@ -203,7 +203,7 @@ def _no_two(selection: Selection) -> str:
 AT_END: Kind = Kind(
     "landscape",
     "Loss landscape at the end of training",
-    "1, A.18",
+    "1, A.18-A.24",
     "any depths and variants; the landscape after the last epoch",
     _no_landscape,
     _at_the_end,
@@ -211,7 +211,7 @@ AT_END: Kind = Kind(
 OVER_EPOCHS: Kind = Kind(
     "landscape-epochs",
     "Loss landscape over the epochs",
-    "A.19-A.24",
+    "1, A.18-A.24",
     "any depths and variants; landscapes at two epochs or more",
     _no_two,
     _over_epochs,
