@@ -140,13 +140,11 @@ def in_options(message: str) -> str:
         '--images 70 is above the 60 images of the training'
     """
     names = "|".join(field.name for field in dataclasses.fields(Recipe))
-    for pattern, end in (
-        (rf"\b({names})=", " "),
-        (rf"^({names})(?= must)", ""),
-        (r"^(out)(?=: )", ""),
-    ):
-        message = re.sub(pattern, lambda name, end=end: option_of(name[1]) + end, message)
-    return message
+
+    def named(found: re.Match[str]) -> str:
+        return option_of(found[1] or found[2]) + (" " if found[0].endswith("=") else "")
+
+    return re.sub(rf"\b({names})=|^({names}|out)(?=: | must)", named, message)
 
 
 def option_of(name: str) -> str:

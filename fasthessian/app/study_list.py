@@ -102,28 +102,29 @@ def timed(network: Network, recipe: Recipe, device: torch.device) -> tuple[float
 def show_list(rows: Sequence[Row], folder: Folder, as_json: bool) -> None:
     """Print figures with what they need, and the work with its time."""
     lacks = missing(folder.results())
-    figures = [
-        {
-            "figure": kind.name,
-            "paper": kind.paper,
-            "needs": kind.needs,
-            "steps": list(STEPS[: TAKES.get(kind.name, 2)]),
-            "lacks": lacks.get(kind.name, ""),
-        }
-        for kind in KINDS
-    ]
+    figures = [(kind, STEPS[: TAKES.get(kind.name, 2)], lacks.get(kind.name, "")) for kind in KINDS]
     if as_json:
+        needs = [
+            {
+                "figure": kind.name,
+                "paper": kind.paper,
+                "needs": kind.needs,
+                "steps": steps,
+                "lacks": lack,
+            }
+            for kind, steps, lack in figures
+        ]
         work = [row._asdict() for row in rows]
-        click.echo(json.dumps({"figures": figures, "work": work}, indent=1))
+        click.echo(json.dumps({"figures": needs, "work": work}, indent=1))
         return
     console = Console()
-    needs = Table(title="Figures", title_justify="left", box=None, padding=(0, 2, 0, 0))
+    table = Table(title="Figures", title_justify="left", box=None, padding=(0, 2, 0, 0))
     for name in ("figure", "paper", "steps", "needs", "now"):
-        needs.add_column(name)
-    for each in figures:
-        steps = f"1-{len(each['steps'])}" if len(each["steps"]) > 1 else "1"
-        needs.add_row(each["figure"], each["paper"], steps, each["needs"], each["lacks"] or "yes")
-    console.print(needs)
+        table.add_column(name)
+    for kind, steps, lack in figures:
+        numbers = "1" if len(steps) == 1 else f"1-{len(steps)}"
+        table.add_row(kind.name, kind.paper, numbers, kind.needs, lack or "yes")
+    console.print(table)
     console.print(work_table(rows))
     left = sum(row.seconds for row in rows)
     console.print(

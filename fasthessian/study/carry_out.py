@@ -221,8 +221,8 @@ class Clock:
         self._limits.check()
         part = done / total if total else 0.0
         if self._before is None:
-            resumable = self._task.kind == TRAIN and total
-            self._before = (done - 1) / total if resumable else 0.0
+            before = (done - 1) / total if total else 0.0
+            self._before = before if self._task.kind == TRAIN else 0.0
         self._watch.step(done, total, self._left(min(part, 1.0)))
 
     def _left(self, part: float) -> float | None:
