@@ -140,7 +140,7 @@ def gradient_cost(network: Network, recipe: Recipe) -> float:
     Example:
         >>> from fasthessian.study.recipes import RECIPES
         >>> round(gradient_cost(Network(20), RECIPES["paper"]))
-        120
+        122
     """
     convolutions = network.depth - 2
     return 3 * 9 * 1024 * recipe.width * (3 + recipe.width * (convolutions - 1)) / 1e6
