@@ -1,5 +1,6 @@
 """A study is carried out in any number of pieces; what it measures is replaced by its inputs."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -195,6 +196,26 @@ def test_a_run_that_another_process_works_on_is_waited_for(tmp_path, pixels, mon
     assert watch.words[0] == "train resnet8-no-bn, seed 0, rate 0.1"
     assert "train resnet8, seed 0, rate 0.1" in watch.words[first:]
     assert not [words for words in watch.words[:first] if "resnet8," in words]
+
+
+def test_checkpoints_keep_their_order_if_a_run_is_released_meanwhile(
+    tmp_path, pixels, starts, monkeypatch
+):
+    monkeypatch.setattr(carry_out, "POLL", 0.0)
+    hold, refused = Folder.hold, []
+
+    @contextlib.contextmanager
+    def once(self, run):
+        with hold(self, run) as held:
+            first = bool(self.trainings()) and not refused
+            refused.extend([run] * first)
+            yield held and not first
+
+    monkeypatch.setattr(Folder, "hold", once)
+    recipe = RECIPE.changed(seeds=1, lrs=(0.1,))
+    watch = run(tmp_path / "study", pixels, networks=[Network(8, "no-bn")], recipe=recipe)
+    assert "waiting for other processes" in watch.words
+    assert [(epoch, start) for (_, epoch, _), start in starts.items()] == [(0, None), (2, 0.0)]
 
 
 def test_the_time_that_is_left(monkeypatch):
