@@ -143,7 +143,7 @@ def test_a_signal_stops_a_study_at_the_next_step(tmp_path, pixels, name):
     assert signal.getsignal(getattr(signal, name)) == before
 
 
-def test_the_limit_of_time(tmp_path, pixels):
+def test_the_limit_of_time(tmp_path, pixels, monkeypatch):
     with pytest.raises(Stopped, match=r"stopped by the time limit of 1e-09 s$"):
         run(tmp_path / "study", pixels, limits=Limits(1e-9))
     limits = Limits(100.0)
@@ -154,6 +154,12 @@ def test_the_limit_of_time(tmp_path, pixels):
     with pytest.raises(ValueError, match=f"{words}give 300 s or more"):
         limits.check("analyse", 200.0)
     Limits(300.0).check("analyse", 200.0)  # the advice
+    monkeypatch.setattr(Speed, "seconds", lambda speed, task: 200.0)
+    recipe = RECIPE.changed(seeds=1, lrs=(0.1,))
+    study = {"networks": [Network(8, "no-bn")], "recipe": recipe}
+    with pytest.raises(ValueError, match="too short before: analyse resnet8-no-bn, seed 0, epoch"):
+        run(tmp_path / "study", pixels, limits=Limits(100.0), **study)
+    run(tmp_path / "study", pixels, limits=Limits(300.0), **study)
 
 
 def test_a_network_that_diverges_does_not_stop_the_study(tmp_path, pixels):
