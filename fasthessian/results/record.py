@@ -223,5 +223,6 @@ def empty_axes(record: Record) -> list[str]:
     found: dict[str, int] = {}
     for name, field in fields.items():
         if field.kind is Tensor and OMITTED not in field.rules:
-            found |= zip(field.axes, getattr(record, name).shape, strict=False)
+            names = (axis.rstrip("?") for axis in field.axes)
+            found |= zip(names, getattr(record, name).shape, strict=False)
     return [axis for axis, size in found.items() if size == 0 and f"{axis}?" not in axes]

@@ -49,8 +49,8 @@ def test_csv_has_a_row_per_point_with_all_digits(tmp_path):
     assert names == "alpha,beta,loss" and len(rows) == 12
     values = np.array([[float(word) for word in row.split(",")] for row in rows])
     np.testing.assert_array_equal(values[:, 2].reshape(3, 4), made.losses)
-    np.testing.assert_array_equal(values[:, 0], np.repeat(made.alphas, 4))
-    np.testing.assert_array_equal(values[:, 1], np.tile(made.betas, 3))
+    np.testing.assert_array_equal(values[:, 0], made.alphas.repeat_interleave(4))
+    np.testing.assert_array_equal(values[:, 1], made.betas.repeat(3))
 
 
 def test_a_surface_is_quadrilaterals_of_finite_points(tmp_path):
