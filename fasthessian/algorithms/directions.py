@@ -90,7 +90,8 @@ def filter_normalized(
 
 def _norms(t: Tensor) -> Tensor:
     """The norm of each slice along the first dimension, float64."""
-    return torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64)
+    norms: Tensor = torch.linalg.vector_norm(t.flatten(1), dim=1, dtype=torch.float64)
+    return norms
 
 
 @restored
@@ -246,7 +247,7 @@ def _difference(matrix: Matrix, point: Any, name: str, theta: Tensor) -> Tensor:
     elif isinstance(point, Mapping):
         d = torch.empty_like(theta)
         for key, view in layout.unflatten(d).items():
-            found = point.get(key)
+            found: Any = point.get(key)
             if not isinstance(found, Tensor):
                 raise InputError(
                     f"{name} must hold a tensor for each parameter of A, got none for {key!r} "

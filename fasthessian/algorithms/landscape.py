@@ -164,7 +164,7 @@ def _rows(A: SymmetricOperator, directions: Any) -> Tensor:
             f"directions must be a tensor or a Trajectory, got {type(directions).__name__}"
         )
     directions = A.gather(directions.detach())
-    rows = directions.reshape(-1, directions.shape[-1] if directions.dim() else 1)
+    rows: Tensor = directions.reshape(-1, directions.shape[-1] if directions.dim() else 1)
     if directions.dim() not in (1, 2) or rows.shape[0] not in (1, 2) or rows.shape[1] != A.n:
         raise InputError(
             f"directions must have shape ({A.n},), (1, {A.n}) or (2, {A.n}), "

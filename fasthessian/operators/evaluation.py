@@ -184,21 +184,25 @@ class Evaluation:
             totals = [0.0] * len(offsets)
             gathered = self.loss.gathered
             with self.conditions(curved=False) as params, closing(self.loss.parts()) as parts:
-
-                def at(values: list[Tensor] | None) -> Scope[None]:
-                    return Scope(lambda undo: values and gathered.set_values(undo, params, values))
-
                 points = [
                     None if offset is None
                     else gathered.moved_values(params, self.layout.views(offset))
                     for offset in offsets
                 ]  # fmt: skip
+
+                def at(i: int) -> Scope[None]:
+                    def move(undo: UndoLog) -> None:
+                        if (values := points[i]) is not None:
+                            gathered.set_values(undo, params, values)
+
+                    return Scope(move)
+
                 for part in parts:
-                    for i, values in enumerate(points):
-                        with at(values):
+                    for i in range(len(points)):
+                        with at(i):
                             totals[i] += part.weight * float(self.loss.evaluate(part)[1].detach())
-                for i, values in enumerate(points if self._decay else ()):
-                    with at(values):
+                for i in range(len(points) if self._decay else 0):
+                    with at(i):
                         thetas = (real(gathered.value(p)).double() for p in params)
                         totals[i] += self._decay / 2 * sum(float(x.square().sum()) for x in thetas)
             out.add_(torch.tensor(totals, dtype=out.dtype, device=out.device))

@@ -109,10 +109,12 @@ class Shares:
         """The losses (b,) over the data of all ranks at theta + each offset (n,), on the CPU.
 
         Each rank has a row of its own in the sum, and the rows are added in the order of the ranks:
-        a loss has the same bits among any others.
+        a loss has the same bits in every block.
         """
         ranks = self.ranks
         rows = torch.zeros(ranks.size, len(offsets), dtype=torch.float64, device=ranks.device)
         self.sum([rows], lambda: self._evaluation.add_losses_(rows[ranks.rank], offsets))
-        first, *others = rows.cpu()
-        return sum(others, first)
+        total = torch.zeros(len(offsets), dtype=torch.float64, device="cpu")
+        for row in rows.cpu():
+            total += row
+        return total

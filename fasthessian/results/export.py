@@ -15,10 +15,10 @@ TYPES = {"<f8": "Float64", "<i8": "Int64"}  # of VTK
 
 def csv(landscape: Losses) -> bytes:
     """One row per grid point: alpha, beta (for two directions), loss."""
-    names, columns = ("alpha", "beta", "loss"), _points(landscape)
+    names, columns = "alpha,beta,loss", _points(landscape)
     if not len(landscape.betas):
-        names, columns = ("alpha", "loss"), columns[:, [0, 2]]
-    lines = [",".join(names), *(",".join(map(repr, row)) for row in columns.tolist())]
+        names, columns = "alpha,loss", columns[:, [0, 2]]
+    lines = [names, *(",".join(map(repr, row)) for row in columns.tolist())]
     return ("\n".join(lines) + "\n").encode()
 
 

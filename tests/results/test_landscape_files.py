@@ -53,6 +53,11 @@ def test_csv_has_a_row_per_point_with_all_digits(tmp_path):
     np.testing.assert_array_equal(values[:, 1], made.betas.repeat(3))
 
 
+def test_csv_of_a_curve_has_no_beta(tmp_path):
+    line([2.0, 1.5]).to_csv(tmp_path / "a.csv")
+    assert (tmp_path / "a.csv").read_text() == "alpha,loss\n-1.0,2.0\n1.0,1.5\n"
+
+
 def test_a_surface_is_quadrilaterals_of_finite_points(tmp_path):
     made = surface()
     made.losses[0, 1], made.losses[2, 3] = math.inf, -0.5
