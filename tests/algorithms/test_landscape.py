@@ -10,15 +10,9 @@ from torch.utils.data import DataLoader, TensorDataset
 import fasthessian as fh
 from fasthessian.algorithms import directions as module
 from fasthessian.algorithms import landscape as points_of
-from tests.support.ranks import pool
 
 F32, F64 = torch.float32, torch.float64
 H = torch.tensor([[3.0, 1.0, 0.5], [1.0, 2.0, 0.0], [0.5, 0.0, 1.0]], dtype=F64)
-
-
-@pytest.fixture(scope="module")
-def four():
-    yield from pool(4)
 
 
 def quadratic(dtype=F64):
@@ -107,29 +101,6 @@ def test_memory_limits_the_points_of_a_pass(monkeypatch):
     seen = []
     fh.landscape(A, torch.eye(3, dtype=F64)[0], points=6, progress=lambda m, _: seen.append(m))
     assert seen == [1, 3, 5, 6]
-
-
-def of_ranks():
-    """Losses one by one and as a block, of data that four ranks divide; rank 1 has none."""
-    import torch.distributed as dist
-
-    rank = dist.get_rank()
-    x = torch.randn(9, 1, 4, 4, dtype=F64, generator=torch.Generator().manual_seed(5))
-    y, bounds = torch.arange(9) % 3, (0, 2, 2, 5, 9)
-    mine = slice(bounds[rank], bounds[rank + 1])
-    A = network(data=[(x[mine], y[mine])] if rank != 1 else [], group=dist.group.WORLD)
-    V = 0.2 * random(A, 19)
-    whole = network(data=(x, y))
-    far = float((A.losses(V) - whole.losses(V)).abs().max())
-    normalised = torch.equal(fh.filter_normalized(A), fh.filter_normalized(whole))
-    return A.losses(V).tolist(), [A.loss(v) for v in V], far, normalised
-
-
-@pytest.mark.distributed
-def test_losses_of_ranks_have_the_same_bits_in_every_block(four):
-    found = four(of_ranks)
-    for block, single, far, normalised in found:
-        assert block == single == found[0][0] and far < 1e-13 and normalised
 
 
 # directions
