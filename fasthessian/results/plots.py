@@ -237,7 +237,7 @@ def plot_landscape(landscape: Losses, ax: Axes | None = None) -> Axes:
         ax.locator_params(axis="x", nbins=5)  # an equal aspect makes the axis narrow
     ax.set_xlabel("step along direction 1")
     ax.set_title("Loss landscape")
-    ax.legend(fontsize=8, framealpha=0.9, loc="upper right")
+    ax.legend(fontsize=8, framealpha=0.9, loc="best")
     return tidy(ax)
 
 
