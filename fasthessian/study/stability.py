@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,8 @@ from fasthessian.errors import InputError
 from fasthessian.operators.hessian import Hessian
 from fasthessian.results.record import Record, write_whole
 from fasthessian.study.data import ImageData
-from fasthessian.study.figures.style import files, grid, legend, panel
+from fasthessian.study.figures.style import files, grid, legend, panel, scale
 from fasthessian.study.sheets import Figure
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 WIDTH = 200  # of both hidden layers, as in the paper
 TOLERANCE = 1e-2  # relative residual of an eigenvector; the eigenvalue has about its square
@@ -110,6 +107,14 @@ def batch_sharpness(model: nn.Module, x: Tensor, y: Tensor, batches: list[Tensor
         x: images (N, ...).
         y: targets (N, classes).
         batches: indices of the images of each batch.
+
+    Example:
+        >>> import torch
+        >>> from fasthessian.study.stability import batch_sharpness
+        >>> x, each = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), [torch.tensor([0]), torch.tensor([1])]
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> round(batch_sharpness(model, x, torch.zeros(2, 1), each), 3)
+        2.5
     """
     params = list(model.parameters())
     total = 0.0
@@ -195,17 +200,16 @@ def descend(
             squared_error(model(x[index]), y[index]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    columns = torch.tensor(found, dtype=torch.float64).T
-    return Stability(
-        descent.rate, batch, count, *columns.unbind(), seconds=time.monotonic() - began
-    )
+    steps, losses, sharpnesses, of_batches = torch.tensor(found, dtype=torch.float64).T.unbind()
+    seconds = time.monotonic() - began
+    return Stability(descent.rate, batch, count, steps, losses, sharpnesses, of_batches, seconds)
 
 
 def order_of(count: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
     """Indices of batch after batch: each epoch in a new order, a ragged last batch left out."""
     while True:
         order = torch.randperm(count, generator=generator)
-        yield from order[: count - count % batch].split(batch)
+        yield from torch.split(order[: count - count % batch], batch)
 
 
 def sampled(count: int, batch: int, generator: torch.Generator) -> list[Tensor]:
@@ -283,20 +287,19 @@ def draw(records: Sequence[Stability]) -> Figure:
     parts = [record for record in records if record.batch < record.images]
     fig, ((left, middle, right),) = grid(1, 3, height=3.0)
     for colour, record in zip(COLOURS, whole, strict=False):
-        threshold_of(left, record, colour)
+        label = f"rate 2 / {record.threshold:.3g}"
+        left.axhline(record.threshold, color=colour, lw=1.0, ls="--")
         left.plot(record.steps, record.sharpness, color=colour, lw=1.3)
-        middle.plot(
-            record.steps, record.losses, color=colour, lw=1.3, label=f"rate {record.rate:.3g}"
-        )
+        middle.plot(record.steps, record.losses, color=colour, lw=1.3, label=label)
     for colour, record in zip(COLOURS, parts, strict=False):
-        threshold_of(right, record, colour)
-        words = f"rate {record.rate:.3g}, batches of {record.batch}"
-        right.plot(record.steps, record.batch_sharpness, color=colour, lw=1.3, label=words)
+        label = f"rate 2 / {record.threshold:.3g}, batches of {record.batch}"
+        right.axhline(record.threshold, color=colour, lw=1.0, ls="--")
         right.plot(record.steps, record.sharpness, color=colour, lw=1.0, ls=":")
+        right.plot(record.steps, record.batch_sharpness, color=colour, lw=1.3, label=label)
     panel(left, "Gradient descent: sharpness", "step", "largest eigenvalue")
     panel(middle, "Gradient descent: training loss", "step", "half the squared error")
     panel(right, "SGD: batch sharpness (sharpness dotted)", "step", "curvature")
-    middle.set_yscale("log")
+    scale(middle, [float(loss) for record in whole for loss in record.losses])
     for ax in (left, right):
         ax.set_ylim(bottom=0)
     legend(fig, [*middle.get_lines(), *(x for x in right.get_lines() if x.get_label()[0] != "_")])
@@ -313,8 +316,3 @@ def draw(records: Sequence[Stability]) -> Figure:
         png,
         svg,
     )
-
-
-def threshold_of(ax: Axes, record: Stability, colour: str) -> None:
-    """A dashed line at 2 / rate."""
-    ax.axhline(record.threshold, color=colour, lw=1.0, ls="--")

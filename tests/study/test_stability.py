@@ -175,7 +175,7 @@ def test_the_figure_has_every_rate_and_threshold(folder):
         "stability", "edge-of-stability",
     )  # fmt: skip
     svg = figure.svg.decode()
-    for words in ("rate 0.5", "rate 0.25", "rate 0.1, batches of 3", "Gradient descent: sharpness"):
+    for words in ("rate 2 / 4", "rate 2 / 8", "rate 2 / 20, batches of 3", "descent: sharpness"):
         assert words in svg, words
     assert "12 images" in figure.caption
     assert draw(folder[1]).png == figure.png
