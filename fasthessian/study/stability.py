@@ -142,9 +142,9 @@ def descend(
     """Train with a constant rate, without momentum, and measure the sharpness on the way.
 
     The loss is ``squared_error``. A generator of its own draws the batches, so torch's global
-    generator does not change. The sharpness should rise to 2 / rate and stay there (Cohen et al.
-    2021, "Gradient descent on neural networks typically occurs at the edge of stability", arXiv
-    2103.00065); with batches, their sharpness does instead (see ``batch_sharpness``).
+    generator does not change. The sharpness settles near 2 / rate (Cohen et al. 2021, "Gradient
+    descent on neural networks typically occurs at the edge of stability", arXiv 2103.00065); with
+    batches, it is their sharpness that approaches 2 / rate (see ``batch_sharpness``).
 
     Args:
         model: maps (N, ...) to (N, classes); trained in place.
@@ -309,10 +309,10 @@ def draw(records: Sequence[Stability]) -> Figure:
         "edge-of-stability",
         "Edge of stability",
         "A network of two hidden layers with tanh, mean squared error, one-hot targets, a constant "
-        f"rate and no momentum, on {records[0].images:,} images. Dashed: 2 / rate. The sharpness "
-        "under gradient descent rises to it and stays near it, while the loss falls (Cohen et al. "
-        "2021). Under SGD the curvature of a batch along its own gradient does so, and the "
-        "sharpness stays below (Andreyev and Beneventano 2024).",
+        f"rate and no momentum, on {records[0].images:,} images. Dashed: 2 / rate. Gradient "
+        "descent settles where the sharpness is near it, and the loss falls (Cohen et al. 2021). "
+        "Under SGD it is the curvature of a batch along its own gradient that approaches it "
+        "(Andreyev and Beneventano 2024).",
         png,
         svg,
     )
