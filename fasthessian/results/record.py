@@ -47,6 +47,8 @@ def write_whole(path: str | os.PathLike[str], payload: bytes, *, overwrite: bool
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes 0600
