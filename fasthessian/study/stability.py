@@ -144,7 +144,7 @@ def descend(
     The loss is ``squared_error``. A generator of its own draws the batches, so torch's global
     generator does not change. The sharpness settles near 2 / rate (Cohen et al. 2021, "Gradient
     descent on neural networks typically occurs at the edge of stability", arXiv 2103.00065); with
-    batches, it is their sharpness that approaches 2 / rate (see ``batch_sharpness``).
+    batches, it is their sharpness that grows towards 2 / rate (see ``batch_sharpness``).
 
     Args:
         model: maps (N, ...) to (N, classes); trained in place.
@@ -311,7 +311,7 @@ def draw(records: Sequence[Stability]) -> Figure:
         "A network of two hidden layers with tanh, mean squared error, one-hot targets, a constant "
         f"rate and no momentum, on {records[0].images:,} images. Dashed: 2 / rate. Gradient "
         "descent settles where the sharpness is near it, and the loss falls (Cohen et al. 2021). "
-        "Under SGD it is the curvature of a batch along its own gradient that approaches it "
+        "Under SGD it is the curvature of a batch along its own gradient that grows towards it "
         "(Andreyev and Beneventano 2024).",
         png,
         svg,
