@@ -86,7 +86,7 @@ def test_the_rate_that_was_kept_is_marked(made):
 
 def test_measurements_of_a_rate_that_was_not_kept_are_left_out(made):
     study = synthetic()
-    other = dataclasses.replace(study.measurements[0], lr=0.01, epoch=20, trace=1.0)
+    other = dataclasses.replace(study.measurements[0], lr=0.01, epoch=21, trace=1.0)
     study = dataclasses.replace(study, measurements=(*study.measurements, other))
     assert {table.name: table for table in tables(study)} == made
 
