@@ -30,6 +30,7 @@ from fasthessian.errors import Refusal, UnsupportedError
 E = TypeVar("E", bound=BaseException)
 LOOK = 0.5  # seconds between two looks for failures while a collective is waited for
 GRACE = 1.0  # seconds in which the ranks that are left tell each other that they are
+HELD = 1 << 24  # bytes of the tensors of the last collective that are kept
 STAY = 0.6  # seconds that the rank which holds the store stays after a failure, for the others
 CLOSED, LATE = "closed", "late"  # how a rank noticed: an error, or its own time limit
 MARK = "known_to_all_ranks"  # attribute of an exception that every rank raises
@@ -61,7 +62,7 @@ class Connection:
         # only these have connections that can fail; tests have ranks in threads, and fake ones
         self._duplicates = "gloo" in self._backend or "nccl" in self._backend
         self._group: Any = None  # the duplicate
-        self._prefix = ""
+        self._held, self._prefix = list[Tensor](), ""
         self._begun = False  # whether a sum was made, which ends the start
 
     def call(self, collective: Callable[..., Any], *tensors: Tensor, start: bool = False) -> None:
@@ -82,8 +83,11 @@ class Connection:
                 self._begun = self._begun or not start
                 return
             raise self._failure(CLOSED, words, limit)
+        # gloo's threads let go of tensors after the wait, possibly while Python frees them (PyTorch
+        # #75529): they get tensors that nobody else uses, which live until the next collective
+        held = [tensor.detach() for tensor in tensors]
         try:
-            work = collective(*tensors, group=group, async_op=True)
+            work = collective(*held, group=group, async_op=True)
             found = self._waited(work, limit)
         except BaseException as error:  # an interrupt
             self.leave(error)
@@ -92,6 +96,7 @@ class Connection:
             if not work.is_completed():
                 _keep_forever(group)
             raise self._failure(*found, limit)
+        self._held = held if sum(tensor.nbytes for tensor in held) <= HELD else []
         self._begun = self._begun or not start
 
     def _waited(self, work: Any, limit: float) -> tuple[str, str] | None:

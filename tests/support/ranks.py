@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import importlib
 import multiprocessing
 import sys
@@ -18,10 +19,17 @@ WAIT = 120  # seconds for one call on all ranks
 
 
 class Pool:
-    """``size`` processes with one thread each, which keep their process group between calls."""
+    """``size`` processes with one thread each, which keep their process group between calls.
+
+    If one of them dies, that test fails, and the next one gets new processes.
+    """
 
     def __init__(self, size: int) -> None:
         self.size = size
+        self._start()
+
+    def _start(self) -> None:
+        size = self.size
         self._folder = tempfile.TemporaryDirectory()
         context = multiprocessing.get_context("spawn")
         store = Path(self._folder.name) / "store"
@@ -39,6 +47,8 @@ class Pool:
         Raises:
             AssertionError: it raised on a rank; the message holds all tracebacks.
         """
+        if self.closed:
+            self._start()
         for pipe in self._pipes:
             pipe.send((function.__module__, function.__qualname__, args))
         found, failures = [], []
@@ -46,7 +56,13 @@ class Pool:
             if not pipe.poll(WAIT):
                 self.close()
                 pytest.fail(f"rank {rank} did not answer in {WAIT} s; {failures}")
-            ok, value = pipe.recv()
+            try:
+                ok, value = pipe.recv()
+            except EOFError:
+                self._processes[rank].join(WAIT)
+                code = self._processes[rank].exitcode
+                self.close()
+                pytest.fail(f"rank {rank} died with exit code {code}; {failures}")
             found.append(value)
             if not ok:
                 failures.append(f"rank {rank}: {value}")
@@ -55,7 +71,7 @@ class Pool:
 
     @property
     def closed(self) -> bool:
-        return self._processes[0].exitcode is not None
+        return any(process.exitcode is not None for process in self._processes)
 
     def close(self) -> None:
         for process in self._processes:
@@ -68,6 +84,7 @@ def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
     import torch
     import torch.distributed as dist
 
+    faulthandler.enable()  # a crash says where it was
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     while True:
