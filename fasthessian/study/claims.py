@@ -20,7 +20,7 @@ only mean large weights and a small loss (Granziol 2020).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from fasthessian.study import compare
@@ -124,13 +124,18 @@ def _trace_claim(selection: Selection, finding: Finding, mode: str, equal: bool)
     networks = [n for n in selection.networks if n.variant == finding.variant]
     networks = [n for n in networks if finding.depths(n.depth)]
     rows = [_trace_row(selection, n, finding, mode, equal) for n in networks]
+    absent = [n for n, row in zip(networks, rows, strict=True) if row is None]
+    if networks:
+        lacking = " ".join(_lacking(selection, network, mode, equal) for network in absent)
+    else:
+        lacking = f"The study has no variant {finding.variant} at such a depth."
     where = f"At equal training loss, {MODES[mode]}" if equal else f"{MODES[mode]}".capitalize()
     return claim_of(
         f"{finding.statement} ({where}.)",
         f"{finding.source}; the paper compares at the end" if equal else finding.source,
         _TRACE_COLUMNS,
         [row for row in rows if row],
-        _lacking(selection, networks, finding.variant, mode, equal),
+        lacking,
     )
 
 
@@ -180,23 +185,20 @@ def _plain(name: str) -> Quantity:
     return read
 
 
-def _lacking(
-    selection: Selection, networks: Sequence[Network], variant: str, mode: str, equal: bool
-) -> str:
-    """Why a finding about traces has no comparison."""
-    if not networks:
-        return f"The study has no network {variant} of such a depth."
-    for network in networks:
-        for each in (network, compare.base_of(network)):
-            if each not in selection.networks:
-                return f"The study has no {name_of(each)}."
-            if TRAINED not in selection.statuses(each):
-                return f"{name_of(each)} did not train: {selection.statuses(each)[0]}."
-            if not compare.at_end(selection, each, mode):
-                return f"{name_of(each)} was not measured with {MODES[mode]} at the last epoch."
+def _lacking(selection: Selection, network: Network, mode: str, equal: bool) -> str:
+    """Why a network cannot be compared with the ResNet of its depth."""
+    base = compare.base_of(network)
+    both = f"{name_of(network)} and {name_of(base)}"
+    for each in (network, base):
+        if each not in selection.networks:
+            return f"The study has no {name_of(each)}."
+        if TRAINED not in selection.statuses(each):
+            return f"{name_of(each)} did not train: {selection.statuses(each)[0]}."
+        if not compare.at_end(selection, each, mode):
+            return f"{name_of(each)} was not measured with {MODES[mode]} at the last epoch."
     if equal:
-        return "No training loss is reached by all seeds of both networks after the first epochs."
-    return "A trace is not positive."
+        return f"No training loss is passed by all seeds of {both}."
+    return f"A trace among {both} is not positive."
 
 
 def _accuracy_rows(
@@ -220,6 +222,7 @@ def _accuracy_rows(
     return rows
 
 
+_NO_STAGES = "No depth has a trained network without BN in stage 3, and one in another stage."
 _ACCURACY_COLUMNS = "compared", "test accuracies (%)", "points lost", "seeds"
 
 
@@ -227,12 +230,13 @@ def _accuracy_falls(selection: Selection) -> Claim:
     def pairs(depth: int) -> Iterator[tuple[Network, Network]]:
         yield Network(depth, "no-bn-stage3"), Network(depth)
 
+    rows = _accuracy_rows(selection, pairs)
     return claim_of(
         "Without batch normalisation in the last stage, the test accuracy is lower.",
         "Table II",
         _ACCURACY_COLUMNS,
-        _accuracy_rows(selection, pairs),
-        "No depth has trained networks with and without batch normalisation in stage 3.",
+        rows,
+        "" if rows else "No depth has trained networks with and without BN in stage 3.",
     )
 
 
@@ -241,12 +245,13 @@ def _last_stage_costs_most(selection: Selection) -> Claim:
         for other in (1, 2):
             yield Network(depth, "no-bn-stage3"), Network(depth, f"no-bn-stage{other}")
 
+    rows = _accuracy_rows(selection, pairs)
     return claim_of(
         "Removing batch normalisation costs most accuracy in the last stage.",
         "Table II",
         _ACCURACY_COLUMNS,
-        _accuracy_rows(selection, pairs),
-        "No depth has trained networks without batch normalisation in stage 3 and in another one.",
+        rows,
+        "" if rows else _NO_STAGES,
     )
 
 
@@ -280,8 +285,7 @@ def _last_stage_rises_most(selection: Selection, mode: str) -> Claim:
         "Figure 4",
         ("compared", "rise of stage 3", "rise of the other", "ratio of rises", "seeds"),
         rows,
-        "No depth has trained networks without batch normalisation in stage 3 and in another one, "
-        f"measured with {MODES[mode]} at the last epoch.",
+        "" if rows else f"{_NO_STAGES} Or their traces were not measured with {MODES[mode]}.",
     )
 
 

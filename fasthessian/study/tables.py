@@ -14,25 +14,25 @@ from fasthessian.study.select import MODES, Selection, top, trace
 from fasthessian.study.sheets import Table
 from fasthessian.study.text import LABELS, interval, name_of, number
 
-# name, title, variants, and the paper's tables for CIFAR-10 and CIFAR-100
+# name, title, variants, and the paper's table for CIFAR-10
 _ACCURACIES = (
     (
         "accuracy",
         "Test accuracy by depth",
         ("resnet", "no-bn", "no-res"),
-        ("I", "A.5"),
+        "Table I",
     ),
     (
         "accuracy-no-bn-stages",
         "Test accuracy with batch normalisation removed from one stage",
         ("resnet", "no-bn-stage1", "no-bn-stage2", "no-bn-stage3"),
-        ("II", "A.6"),
+        "Table II",
     ),
     (
         "accuracy-no-res-stages",
         "Test accuracy with residual connections removed from one stage",
         ("resnet", "no-res-stage1", "no-res-stage2", "no-res-stage3"),
-        ("III", "A.7"),
+        "Table III",
     ),
 )
 NONE = "-"
@@ -85,7 +85,7 @@ def as_markdown(table: Table) -> str:
 
 
 def _accuracies(
-    selection: Selection, name: str, title: str, variants: Sequence[str], number_of: Sequence[str]
+    selection: Selection, name: str, title: str, variants: Sequence[str], theirs_is: str
 ) -> Table:
     """Accuracies in percent: a row per variant, two columns per depth."""
     data = str(selection.study.settings.get("data", {}).get("name", ""))
@@ -101,10 +101,10 @@ def _accuracies(
             cells.append(f"{theirs:.2f}" if isinstance(theirs, float) else theirs or NONE)
         rows.append(tuple(cells))
     columns = [f"depth {depth}{who}" for depth in selection.depths for who in (", ours", ", paper")]
-    here = number_of[1] if data == "CIFAR-100" else number_of[0]
+    here = "Tables A.5 to A.7" if data == "CIFAR-100" else theirs_is
     caption = (
         "Percent of the test images after the last epoch: mean ± standard deviation over seeds; "
-        f"with one seed the value alone. Paper: Table {here}, all 50,000 training images, 180 "
+        f"with one seed the value alone. Paper: {here}, all 50,000 training images, 180 "
         f"epochs, one training per network. {NONE} in a column of the paper: not available here."
     )
     return Table(name, title, ("network", *columns), tuple(rows), caption)
@@ -127,7 +127,7 @@ def ours(trainings: Sequence[Training]) -> str:
             reached = f" ({max(map(_last_accuracy, rows)):.1f})" * (status == UNTRAINED)
             share = f"{len(rows)} of {len(trainings)} " * (len(rows) < len(trainings))
             notes.append(share + status + reached)
-    return "; ".join([_spread(values)] * bool(values) + notes)
+    return "; ".join(([_spread(values)] if values else []) + notes)
 
 
 def _last_accuracy(training: Training) -> float:

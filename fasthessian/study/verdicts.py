@@ -39,7 +39,7 @@ def verdict_of(difference: Difference, sign: int) -> str:
 def claim_of(
     statement: str, source: str, columns: Sequence[str], rows: Sequence[Row], lacking: str
 ) -> Claim:
-    """The claim of these comparisons; ``lacking`` is the reason if there are none."""
+    """The claim of these comparisons; ``lacking`` says which ones there are not, and why."""
     verdicts = [verdict_of(row.difference, row.sign) for row in rows]
     names = [row.cells[0] for row in rows]
 
@@ -47,7 +47,7 @@ def claim_of(
         return "; ".join(n for n, v in zip(names, verdicts, strict=True) if v == verdict)
 
     if not rows:
-        verdict, reason = UNMEASURED, lacking
+        verdict, reason = UNMEASURED, ""
     elif CONTRADICTED in verdicts:
         verdict = CONTRADICTED
         reason = f"The interval lies on the other side: {named(CONTRADICTED)}."
@@ -58,6 +58,7 @@ def claim_of(
     else:
         verdict, reason = CONFIRMED, "Every interval lies on the side that the paper states."
     cells = tuple((*row.cells, v) for row, v in zip(rows, verdicts, strict=True))
+    reason = f"{reason} {lacking}".strip()
     return Claim(statement, source, (*columns, "verdict"), cells, verdict, reason)
 
 

@@ -154,6 +154,6 @@ def _measurement(run, plant, epoch, last, mode):
 
 
 def _landscape(found):
-    steps = torch.linspace(-0.5, 0.5, 11).double()
+    steps = torch.linspace(-0.5, 0.5, 9).double()
     height = 0.5 * (found.top[0] * steps[:, None] ** 2 + found.top[1] * steps[None, :] ** 2)
     return Landscape(steps, steps, found.loss + height / (1 + 0.05 * height))

@@ -123,7 +123,7 @@ def _logarithmic(axes: style.Panels, used: int, highest: float) -> None:
 AT_END: Kind = Kind(
     "density",
     "Spectral density at the end of training",
-    "3, A.11",
+    "3, A.11-A.17",
     "any depths and variants, measured after the last epoch",
     no_end,
     _at_the_end,
@@ -131,7 +131,7 @@ AT_END: Kind = Kind(
 OVER_EPOCHS: Kind = Kind(
     "density-epochs",
     "Spectral density over the epochs",
-    "3, A.12-A.17",
+    "3, A.11-A.17",
     "any depths and variants, measured at two epochs or more",
     no_two_epochs,
     _over_epochs,
