@@ -42,6 +42,8 @@ REFUSED = "test_fsdp_limits.py::test_what_is_not_supported_is_refused_in_one_lin
 EXTENDED = "test_fsdp_limits.py::test_offloaded_and_extended_parameters_are_refused"
 GROUPS = "test_bad_groups.py::"
 FOLLOWED = {
+    "; use 'whole', or pass the data as several batches":
+        "test_per_batch.py::test_an_operator_without_several_batches_is_refused_in_one_line",
     "make the same call with the same model":
         "test_consistency.py::test_a_rank_that_differs_is_named_on_all_ranks",
     "copy those of rank 0: ": "test_consistency.py::test_the_tensors_of_rank_0_can_be_copied",

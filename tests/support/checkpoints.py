@@ -97,6 +97,16 @@ CALLS = {  # name: (the operator, the call)
             A, rtol=0.1, method="hutchinson", max_matvecs=60, deflate=pairs(hessian()), **kw
         ),
     ),
+    "trace per batch": (
+        lambda: hessian(microbatch=4),
+        lambda A, **kw: fh.trace(
+            A, sampling="per-batch", method="hutchinson", rtol=1e-3, max_matvecs=7, **kw
+        ),
+    ),
+    "trace per batch, then by the diagonal": (
+        lambda: {"": (A := hessian(microbatch=4)), **A.blocks("layer")},
+        lambda A, **kw: fh.trace(A, sampling="per-batch", rtol=1e-3, **kw),
+    ),
     "density": (diagonal, lambda A, **kw: fh.density(A, steps=12, probes=3, **kw)),
     "density without a basis": (
         diagonal, lambda A, **kw: fh.density(A, steps=12, probes=2, basis="none", **kw),
