@@ -147,11 +147,11 @@ def concluded(
     ``half`` is the half-width of the interval without rounding, ``made`` the products of this rank,
     and ``known`` the size of the part of the trace that was not sampled.
     """
-    shortfalls: list[Warning] = []
+    matvecs, shortfalls = A._probes.total(made), list[Warning]()
     if not converged:
         shortfalls.append(
             ConvergenceWarning(
-                f"the trace's interval is {value:.4g} +- {half:.2g} after {made} products, "
+                f"the trace's interval is {value:.4g} +- {half:.2g} after {matvecs} products, "
                 f"wider than rtol={rtol:g}; raise max_matvecs or rtol"
             )
         )
@@ -162,7 +162,7 @@ def concluded(
         interval=(value - half, value + half),
         confidence=confidence,
         samples=state.samples,
-        matvecs=A._probes.total(made),
+        matvecs=matvecs,
         converged=converged,
     )
     return result, shortfalls

@@ -24,7 +24,7 @@ from fasthessian.krylov.intervals import student_t
 from fasthessian.krylov.lockstep import Run
 from fasthessian.krylov.space import Space
 from fasthessian.operators.base import SymmetricOperator
-from fasthessian.operators.request import Request
+from fasthessian.operators.request import Batches, Request
 from fasthessian.operators.torch_state.scopes import no_inference_mode
 from fasthessian.results.records import Eigenpairs, Estimate
 
@@ -108,7 +108,7 @@ class FreshVectors:
     See ``EachPart``. ``out`` becomes ``sum_b w_b z_b``; see ``Passes`` for the letters.
 
     Args:
-        A: the operator.
+        batches: of the operator.
         space: of its vectors.
         seed: of the stream of signs.
         project_: the projection if eigenvectors are deflated.
@@ -117,17 +117,17 @@ class FreshVectors:
 
     def __init__(
         self,
-        A: SymmetricOperator,
+        batches: Batches,
         space: Space,
         seed: int,
         project_: Callable[[Tensor], None] | None,
         callback: Callable[[int], None],
     ) -> None:
         self._space, self._seed, self._project, self._callback = space, seed, project_, callback
-        self._before, _, count, _ = A._batches()
+        self._before = batches.before
         self.signs, self.out, self.product = space.rows(1), space.rows(1), space.rows(1)
         self.V = self.signs if project_ is None else space.rows(1)
-        self.sums = torch.zeros(count, 3, dtype=torch.float64, device=A.device)
+        self.sums = torch.zeros(batches.total, 3, dtype=torch.float64, device=space.device)
         self._start, self._done = 0, 0
 
     def start(self, number: int) -> None:
@@ -173,7 +173,8 @@ def estimate_per_batch(
     Raises:
         ValueError: A has less than two batches, or a checkpoint was made with another number.
     """
-    space, (_, here, count, decay) = Space(A, backend), A._batches()
+    space, batches = Space(A, backend), A._batches()
+    here, count, decay = batches.here, batches.total, batches.weight_decay
     if count < 2:
         raise InputError(
             "sampling must be 'auto' or 'whole' for an operator of one batch or none, got "
@@ -194,12 +195,12 @@ def estimate_per_batch(
     def made() -> int:
         return states.made - state.began
 
-    def callback(batches: int = 0) -> None:
+    def callback(done: int = 0) -> None:
         if progress is not None:
-            progress(made() * here + batches, state.needed * here)
+            progress(made() * here + done, state.needed * here)
 
     with no_inference_mode():  # a request with inference tensors is answered without its parts
-        vectors = FreshVectors(A, space, seed, project_, callback)
+        vectors = FreshVectors(batches, space, seed, project_, callback)
     while state.passes < limit and not converged:
         s = state.passes
         if exact and s and A.n <= state.needed - s:

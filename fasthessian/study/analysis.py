@@ -110,7 +110,8 @@ def measure(
         work.end("traces")
         B = Hessian(model, nn.CrossEntropyLoss(), some, mode=mode)
         pairs = eigsh(
-            B, recipe.top, "LA", tol=TOLERANCE, start=start, seed=run.seed,
+            B, recipe.top, "LA", tol=TOLERANCE, seed=run.seed,
+            start=None if start is None else start.to(B.device),
             progress=work.of("eigenvalues", SEARCH),
         )  # fmt: skip
         work.end("eigenvalues")
@@ -176,7 +177,7 @@ def surface(
     """
     some = batches(data, recipe.spectrum_images, recipe, model)
     A = Hessian(model, nn.CrossEntropyLoss(), some, mode=mode)
-    return landscape(A, vectors[:2], recipe.span, recipe.points, progress=progress)
+    return landscape(A, vectors[:2].to(A.device), recipe.span, recipe.points, progress=progress)
 
 
 def batches(data: ImageData, images: int | None, recipe: Recipe, model: nn.Module) -> Batches:
@@ -214,7 +215,8 @@ def traces(
 ) -> tuple[Estimate, dict[str, Estimate]]:
     """The trace of the Hessian, and that of each stage, with intervals at 95 %.
 
-    All of them are computed in the same passes over the data.
+    All of them are computed in the same passes over the data. These end when all intervals are as
+    narrow as the recipe asks, and at the latest after ``VECTORS`` batches.
     """
     found = trace(
         {"": A, **A.blocks(GROUPS)},

@@ -45,6 +45,12 @@ def test_a_start_saves_products_and_changes_no_value():
     assert with_start < 0.95 * without
 
 
+def test_a_start_from_the_wanted_vectors_ends_before_a_cold_run_is_first_judged():
+    cold = fh.eigsh(matrix(Q), 1, "LA")
+    warm = fh.eigsh(matrix(Q), 1, "LA", start=Q[:, 0].float())
+    assert warm.converged and warm.matvecs < cold.matvecs
+
+
 MISLEADING = {
     "an eigenvector below the top": lambda: Q[:, 4],
     "eigenvectors below the wanted ones": lambda: Q[:, 5:8].T,

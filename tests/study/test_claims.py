@@ -143,6 +143,15 @@ def test_what_is_missing_is_named(study):
     assert claim.verdict == "not measured" and "last epoch" in claim.reason
 
 
+def test_a_trace_that_is_not_finite_counts_as_not_measured(study):
+    rows = tuple(
+        dataclasses.replace(m, trace=math.nan) if m.seed and m.variant == "no-bn" else m
+        for m in study.measurements
+    )
+    claim = find(dataclasses.replace(study, measurements=rows), FLAT)
+    assert claim.rows[0][-2] == "1 / 2" and claim.verdict == "not decided"
+
+
 def test_a_trace_that_is_not_positive_has_no_ratio(study):
     last, *_ = (m for m in study.measurements if m.run.network == Network(20) and m.epoch == 20)
     rows = tuple(

@@ -53,7 +53,12 @@ def lines(drawing, colour):
 
 
 def test_every_kind_is_made_under_a_name_of_its_own(small, drawn):
-    assert [kind.name for kind in KINDS] == list(dict.fromkeys(f.kind for f in drawn))
+    names = (
+        "testing-curves trace top-eigenvalue stages density density-epochs landscape "
+        "landscape-epochs statistics against-loss against-norm equal-loss correlation"
+    )
+    assert names.split() == list(dict.fromkeys(f.kind for f in drawn))
+    assert names.split() == [kind.name for kind in KINDS]
     assert len({figure.name for figure in drawn}) == len(drawn)
     assert all(figure.name.startswith(figure.kind) for figure in drawn)
     assert missing(small) == {}
@@ -197,7 +202,7 @@ def test_all_landscapes_of_a_figure_share_one_scale(small):
     filled = {(norm.vmin, norm.vmax) for norm in norms if type(norm).__name__ == "LogNorm"}
     losses = [row.losses for (_, _, mode), row in small.landscapes.items() if mode == "eval"]
     lowest, highest = min(map(torch.amin, losses)), max(map(torch.amax, losses))
-    assert filled == {(float(lowest), min(float(highest), 1000 * float(lowest)))}
+    assert filled == {(float(lowest), float(highest))}
     surfaces = sketched(landscapes.AT_END, small)["landscape-eval"].axes
     assert len({ax.get_zlim() for ax in surfaces if hasattr(ax, "get_zlim")}) == 1
 
@@ -208,6 +213,10 @@ def test_losses_that_are_not_finite_are_drawn_at_the_upper_end(small):
     losses[0, 0], losses[1, 1] = float("inf"), 0.5
     scale = landscapes._scale([Landscape(steps, steps, losses)])
     assert scale == (0.5, 1.0)
+    assert landscapes._scale([Landscape(steps, steps, 1e6 * losses.clamp(max=1))]).low == 5e5
+    assert (
+        landscapes._scale([Landscape(steps, steps, losses * torch.tensor([1, 9, 900]))])[1] == 100
+    )
     assert scale.clipped(Landscape(steps, steps, losses))[0, 0] == 1.0
 
 

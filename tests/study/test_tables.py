@@ -84,6 +84,13 @@ def test_the_rate_that_was_kept_is_marked(made):
     ]  # fmt: skip
 
 
+def test_measurements_of_a_rate_that_was_not_kept_are_left_out(made):
+    study = synthetic()
+    other = dataclasses.replace(study.measurements[0], lr=0.01, epoch=21, trace=1.0)
+    study = dataclasses.replace(study, measurements=(*study.measurements, other))
+    assert {table.name: table for table in tables(study)} == made
+
+
 def test_curvature_is_given_for_both_kinds_of_statistics(made):
     rows = cells(made["curvature"], "ResNet-32")
     assert [row["statistics"].split()[0] for row in rows] == ["running"] * 2 + ["batch"] * 2

@@ -6,6 +6,7 @@ starts the call NAME of ``CALLS`` or, if FOLDER holds a checkpoint, resumes it, 
 every product that takes SECONDS more, and prints a digest of the result.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -54,6 +55,11 @@ def hessian(**options):
         def loss(self, offset=None):
             time.sleep(SLEEP[0])
             return super().loss(offset)
+
+        def losses(self, offsets):
+            for _ in offsets:
+                time.sleep(SLEEP[0])
+            return super().losses(offsets)
 
         def _multiply(self, requests):
             time.sleep(SLEEP[0])
@@ -157,6 +163,12 @@ def main(name, folder, seconds=0.0):
     else:
         found, warned = caught(lambda: call(A, checkpoint=folder))
     print(json.dumps([digest(found), warned]))
+
+
+def written(path, *words):
+    """What ``main`` prints goes to a file; for processes that are forked from a server."""
+    with open(path, "w") as stream, contextlib.redirect_stdout(stream):
+        main(*words)
 
 
 class ThreadRanks(Ranks):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fasthessian.results.plots import round_numbers
 from fasthessian.results.records import Landscape
 from fasthessian.study.figures import style
 from fasthessian.study.figures.kind import Kind
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LEVELS = 22
+MOST_LOSS = 100.0  # that is drawn; guessing among 10 classes has 2.3
 
 
 def surfaces(selection: Selection, network: Network, mode: str) -> Mapping[int, Landscape]:
@@ -129,12 +131,12 @@ class Range(NamedTuple):
 
 
 def _scale(found: list[Landscape]) -> Range:
-    """One logarithmic scale for all; a loss above 1000 times the lowest is drawn as that."""
+    """One logarithmic scale for all; a loss above MOST_LOSS is drawn as that."""
     losses = np.concatenate([x.losses.numpy().ravel() for x in found])
     losses = losses[np.isfinite(losses) & (losses > 0)]
     low = float(losses.min()) if len(losses) else 1.0
     high = float(losses.max()) if len(losses) else 1.0
-    return Range(low, max(min(high, 1e3 * low), 1.01 * low))
+    return Range(low, max(min(high, MOST_LOSS), 1.01 * low))
 
 
 def _surface(ax: Any, landscape: Landscape, scale: Range) -> None:
@@ -156,8 +158,8 @@ def _surface(ax: Any, landscape: Landscape, scale: Range) -> None:
     drawn.set_rasterized(True)
     low, high = np.log10(scale.low), np.log10(scale.high)
     ax.set_zlim(low, high)
-    ticks = np.arange(np.ceil(low), np.floor(high) + 1)
-    ax.set_zticks(ticks, [f"$10^{{{int(t)}}}$" for t in ticks])
+    ticks = round_numbers(*scale)
+    ax.set_zticks(np.log10(ticks), [f"{tick:g}" for tick in ticks])
     ax.set_xlabel("vector 1", fontsize=7, labelpad=-6)
     ax.set_ylabel("vector 2", fontsize=7, labelpad=-6)
     ax.tick_params(labelsize=6, pad=-2)
@@ -182,7 +184,10 @@ def _colour_bar(fig: Figure, scale: Range) -> None:
     from matplotlib.cm import ScalarMappable
 
     bar = fig.colorbar(ScalarMappable(scale.norm(), "viridis"), ax=fig.axes, shrink=0.7, pad=0.03)
-    bar.set_label("loss", fontsize=9)
+    bar.set_label("loss (log scale)", fontsize=9)
+    bar.minorticks_off()
+    ticks = round_numbers(*scale)
+    bar.set_ticks(list(ticks), labels=[f"{tick:g}" for tick in ticks])
     bar.ax.tick_params(labelsize=8)
 
 

@@ -137,6 +137,8 @@ def scale(ax: Axes, values: Iterable[float], axis: str = "y") -> None:
         steps = [1.0, 3.0]
         if span < 100:
             steps = [1.0, 2.0, 5.0]
+        if span < 10:
+            steps = [1.0, 2.0, 3.0, 5.0]
         if span < 4:
             steps = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]
         lines.set_major_locator(LogLocator(subs=steps))
