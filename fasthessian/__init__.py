@@ -2,6 +2,7 @@
 
 from fasthessian.__about__ import __version__
 from fasthessian.algorithms.density import density
+from fasthessian.algorithms.directions import filter_normalized, toward, trajectory
 from fasthessian.algorithms.eigsh import eigsh
 from fasthessian.algorithms.landscape import landscape
 from fasthessian.algorithms.resume import resume
@@ -14,7 +15,14 @@ from fasthessian.operators.fisher import EmpiricalFisher, Fisher
 from fasthessian.operators.gaussnewton import GaussNewton
 from fasthessian.operators.hessian import Hessian
 from fasthessian.pyhessian import hessian
-from fasthessian.results.records import Density, Eigenpairs, Estimate, Landscape, Spectrum
+from fasthessian.results.records import (
+    Density,
+    Eigenpairs,
+    Estimate,
+    Landscape,
+    Spectrum,
+    Trajectory,
+)
 
 __all__ = [
     "ConvergenceWarning",
@@ -31,13 +39,17 @@ __all__ = [
     "Spectrum",
     "Stopped",
     "SymmetricOperator",
+    "Trajectory",
     "__version__",
     "density",
     "doctor",
     "eigsh",
+    "filter_normalized",
     "hessian",
     "landscape",
     "resume",
     "spectrum",
+    "toward",
     "trace",
+    "trajectory",
 ]

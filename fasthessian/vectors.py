@@ -31,7 +31,8 @@ class Layout:
 
     A complex tensor is stored as ``torch.view_as_real``: its shape here ends in 2.
 
-    Attributes: ``names``, ``shapes``, ``n``, ``dtype``, ``device``.
+    Attributes: ``names``, ``shapes``, ``dims`` (of the tensors as given), ``n``, ``dtype``,
+    ``device``.
 
     Example:
         >>> import torch
@@ -50,6 +51,7 @@ class Layout:
         first = next(iter(named.values()))
         self.names: tuple[str, ...] = tuple(named)
         self.shapes: tuple[torch.Size, ...] = tuple(real(t).shape for t in named.values())
+        self.dims: tuple[int, ...] = tuple(t.dim() for t in named.values())
         self.dtype: torch.dtype = dtype or first.dtype.to_real()
         self.device: torch.device = first.device
         self._sizes = [shape.numel() for shape in self.shapes]
@@ -59,7 +61,7 @@ class Layout:
         """The layout of the tensors at these positions only."""
         meta = {self.names[i]: torch.empty(self.shapes[i], device="meta") for i in positions}
         chosen = Layout(meta, self.dtype)
-        chosen.device = self.device
+        chosen.device, chosen.dims = self.device, tuple(self.dims[i] for i in positions)
         return chosen
 
     def views(self, v: Tensor) -> list[Tensor]:

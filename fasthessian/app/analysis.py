@@ -30,7 +30,7 @@ from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.checks import Check
 from fasthessian.operators.curvature import Curvature
 from fasthessian.results.records import BlockSpectra, Density, Eigenpairs, Estimate, Landscape
-from fasthessian.study.training import OnStep
+from fasthessian.study.sgd import OnStep
 
 BLOCK_SAMPLES = 64  # products for the trace of a block
 NOWHERE = Saving()

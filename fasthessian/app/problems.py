@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fasthessian.distributed.ranks import ALONE, Ranks
 from fasthessian.errors import InputError
 from fasthessian.study import data as images
 from fasthessian.study.resnet import resnet
-from fasthessian.study.training import OnStep, evaluate, train
+from fasthessian.study.sgd import OnStep, evaluate, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,10 +161,7 @@ def trained(spec: str, settings: Settings, progress: OnStep | None = None) -> Pr
     count = len(dataset.train_y)
     if settings.samples is None:
         samples = min(samples, count)
-    if not 1 <= samples <= count:
-        raise InputError(f"samples={samples} is not in 1..{count}, the training images there are")
-    if batch_size < 1:
-        raise InputError(f"batch_size={batch_size} is below 1")
+    batches = images.subset(dataset.train_x, dataset.train_y, samples, batch_size, settings.seed)
     lr = recipe.lr if settings.lr is None else settings.lr
     if not 0 < lr < math.inf:
         raise InputError(f"lr={lr} is not a positive number")
@@ -191,16 +188,7 @@ def trained(spec: str, settings: Settings, progress: OnStep | None = None) -> Pr
         "test": dataclasses.asdict(test),
         "samples": samples,
     }
-    batches = subset(dataset.train_x, dataset.train_y, samples, batch_size, settings.seed)
     return Problem(spec, model, nn.CrossEntropyLoss(), batches, info)
-
-
-def subset(
-    x: Tensor, y: Tensor, samples: int, batch_size: int, seed: int
-) -> list[tuple[Tensor, Tensor]]:
-    """``samples`` images drawn without replacement, as a list of batches."""
-    chosen = torch.randperm(len(y), generator=torch.Generator().manual_seed(seed))[:samples]
-    return [(x[index], y[index]) for index in torch.split(chosen, batch_size)]
 
 
 def own(spec: str, settings: Settings) -> Problem:

@@ -24,7 +24,7 @@ from fasthessian.distributed.launch import is_first
 
 if TYPE_CHECKING:
     from fasthessian.app.report.result import Result
-    from fasthessian.study.training import OnStep
+    from fasthessian.study.sgd import OnStep
 
 EVERY = 15.0  # seconds between lines if stderr is no terminal, on which a bar can be redrawn
 

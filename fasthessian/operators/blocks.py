@@ -41,6 +41,11 @@ class Block(SymmetricOperator):
     def _matrix(self) -> SymmetricOperator:
         return self._parent
 
+    @property
+    def one_layer(self) -> bool:
+        """Whether the parameters belong to a single layer."""
+        return len({name.rpartition(".")[0] for name in self.layout.names}) == 1
+
     def _relative_error(self) -> float:
         return self._parent._relative_error()
 

@@ -110,7 +110,8 @@ class Curvature(SymmetricOperator):
     def _multiply_here(self, requests: Sequence[Request]) -> None:
         """Products with the data of this rank, without weight decay."""
         deferred = all(request.deferred for request in requests)
-        if not self._layered and any(map(self._is_one_layer, requests)):
+        blocks = (r.operator for r in requests if isinstance(r.operator, Block))
+        if not self._layered and any(block.one_layer for block in blocks):
             self._kept.forget()  # graphs are rebuilt, with the factors of single layers
             self._layered = True
         self._evaluation.within_memory(lambda: self._sum_over_parts(requests))
@@ -172,12 +173,6 @@ class Curvature(SymmetricOperator):
                 if not out_of_memory(error):
                     raise
         self._kept.graphs.append(graph)
-
-    def _is_one_layer(self, request: Request) -> bool:
-        """Whether the request is for a block whose parameters belong to a single layer."""
-        if request.operator is self:
-            return False
-        return len({self.layout.names[place].rpartition(".")[0] for place in request.places}) == 1
 
     @property
     def _options(self) -> Options:
@@ -281,9 +276,18 @@ class Curvature(SymmetricOperator):
         """
         if offset is not None:
             self._check_vector("offset", offset, (1,))
-        total = torch.zeros(1, dtype=torch.float64, device=self._ranks.device)
-        self._shares.sum([total], lambda: self._evaluation.add_loss_(total, offset))
-        return float(total)
+        return float(self._shares.losses([offset]))
+
+    def losses(self, offsets: Tensor) -> Tensor:
+        """The losses (b,) at theta + each row of ``offsets`` (b, n), in one pass over the data.
+
+        They have the bits of ``loss``, in float64 on the CPU. b copies of the parameters are made.
+
+        Raises:
+            MemoryError: see ``gradient``.
+        """
+        self._check_vector("offsets", offsets, (2,))
+        return self._shares.losses(list(offsets))
 
     def check(self) -> Check:
         """Measure errors with this model, data and engine that would raise no exception.

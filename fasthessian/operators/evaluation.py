@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Any, TypeVar
 
@@ -174,26 +174,38 @@ class Evaluation:
         self.within_memory(add, "the gradient")
 
     @exclusive
-    def add_loss_(self, out: Tensor, offset: Tensor | None) -> None:
-        """Add the loss at theta + ``offset`` over the data of this rank to ``out`` (1,) float64.
+    def add_losses_(self, out: Tensor, offsets: Sequence[Tensor | None]) -> None:
+        """Add the losses at theta + each offset over the data of this rank to ``out`` (b,) float64.
 
-        The first rank also adds the weight decay.
+        Each part of the data is read once. The first rank also adds the weight decay.
         """
 
         def add() -> None:
-            total = 0.0
-            with (
-                self.conditions(curved=False) as params,
-                self.moved(params, offset),
-                closing(self.loss.parts()) as parts,
-            ):
+            totals = [0.0] * len(offsets)
+            gathered = self.loss.gathered
+            with self.conditions(curved=False) as params, closing(self.loss.parts()) as parts:
+                points = [
+                    None if offset is None
+                    else gathered.moved_values(params, self.layout.views(offset))
+                    for offset in offsets
+                ]  # fmt: skip
+
+                def at(i: int) -> Scope[None]:
+                    def move(undo: UndoLog) -> None:
+                        if (values := points[i]) is not None:
+                            gathered.set_values(undo, params, values)
+
+                    return Scope(move)
+
                 for part in parts:
-                    total += part.weight * float(self.loss.evaluate(part)[1].detach())
-                if self._decay:
-                    values = (self.loss.gathered.value(p) for p in params)
-                    squares = sum(float(real(p).double().square().sum()) for p in values)
-                    total += self._decay / 2 * squares
-            out.add_(total)
+                    for i in range(len(points)):
+                        with at(i):
+                            totals[i] += part.weight * float(self.loss.evaluate(part)[1].detach())
+                for i in range(len(points) if self._decay else 0):
+                    with at(i):
+                        thetas = (real(gathered.value(p)).double() for p in params)
+                        totals[i] += self._decay / 2 * sum(float(x.square().sum()) for x in thetas)
+            out.add_(torch.tensor(totals, dtype=out.dtype, device=out.device))
 
         self.within_memory(add, "the loss")
 

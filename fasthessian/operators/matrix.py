@@ -1,30 +1,37 @@
-"""The interface of a curvature matrix that the examination and the self-checks use."""
+"""The interface of a curvature matrix to the examination, the self-checks and the landscape."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from fasthessian.errors import InputTypeError
+from fasthessian.operators.base import SymmetricOperator
 from fasthessian.operators.evaluation import Evaluation
 from fasthessian.operators.loss.part import Part
 from fasthessian.operators.products.engines import Graph
 from fasthessian.operators.shares import Shares
+from fasthessian.vectors import Layout
 
 
 class Matrix(Protocol):
-    """The members of ``Curvature`` that ``examination`` and ``checks`` use."""
+    """The members of ``Curvature`` that are used where that class cannot be imported."""
 
     n: int
     dtype: torch.dtype
     device: torch.device
+    layout: Layout
     matvecs: int
     _evaluation: Evaluation
     _shares: Shares
 
     def __matmul__(self, v: Tensor) -> Tensor:
         """The product with v (n,)."""
+
+    def losses(self, offsets: Tensor) -> Tensor:
+        """The losses (b,) at theta + each row of ``offsets`` (b, n)."""
 
     def theta(self) -> Tensor:
         """The parameters (n,)."""
@@ -52,3 +59,13 @@ class Matrix(Protocol):
 
     def _distances(self, part: Part, v: Tensor) -> tuple[float, float]:
         """How far the part's product with v (1, n) is from differences; see ``distances``."""
+
+
+def with_loss(A: Any) -> Matrix:
+    """Return ``A`` if it is the matrix of a loss; otherwise raise a TypeError."""
+    if not isinstance(A, SymmetricOperator) or not hasattr(A, "losses"):
+        raise InputTypeError(
+            f"A must know its loss, got {type(A).__name__}; "
+            "make one with fh.Hessian(model, criterion, data)"
+        )
+    return cast("Matrix", A)

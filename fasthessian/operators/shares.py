@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from fasthessian.distributed.failures import known_to_all
@@ -103,3 +104,17 @@ class Shares:
         self.ranks.sum_(outs)
         if not deferred and not all(map(finite, outs)):
             self.ranks.check()
+
+    def losses(self, offsets: Sequence[Tensor | None]) -> Tensor:
+        """The losses (b,) over the data of all ranks at theta + each offset (n,), on the CPU.
+
+        Each rank has a row of its own in the sum, and the rows are added in the order of the ranks:
+        a loss has the same bits in every block.
+        """
+        ranks = self.ranks
+        rows = torch.zeros(ranks.size, len(offsets), dtype=torch.float64, device=ranks.device)
+        self.sum([rows], lambda: self._evaluation.add_losses_(rows[ranks.rank], offsets))
+        total = torch.zeros(len(offsets), dtype=torch.float64, device="cpu")
+        for row in rows.cpu():
+            total += row
+        return total

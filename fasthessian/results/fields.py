@@ -2,9 +2,9 @@
 
 The annotation ``Annotated[Tensor, "k n", ">= 0"]`` declares a float64 array of shape (k, n) and a
 rule, which is a key of ``RULES``. The name of an axis stands for one length in the whole record. An
-axis ``q?`` is absent if q is 0. ``FLOATING`` among the rules also accepts narrower dtypes;
-``OMITTED`` keeps the field out of JSON. Scalars and tuples are declared in the same way. NaN stands
-for an unknown number and breaks no rule.
+axis ``q?`` may have the length 0, and is absent if an earlier field has q = 0. ``FLOATING`` among
+the rules also accepts narrower dtypes; ``OMITTED`` keeps the field out of JSON. Scalars and tuples
+are declared in the same way. NaN stands for an unknown number and breaks no rule.
 """
 
 from __future__ import annotations

@@ -208,7 +208,8 @@ def plot_landscape(landscape: Losses, ax: Axes | None = None) -> Axes:
     """The loss along one direction, or its contours over two; the lowest point is marked."""
     ax = figure(6.8, 5.2).add_subplot() if ax is None else ax
     x, y, losses = (t.numpy() for t in (landscape.alphas, landscape.betas, landscape.losses))
-    if not np.isfinite(losses).any():
+    losses = finite(losses)
+    if np.isnan(losses).all():
         ax.set_title("Loss landscape: no finite loss, the span is too wide")
         return tidy(ax)
     at = np.unravel_index(int(np.nanargmin(losses)), losses.shape)
@@ -216,28 +217,43 @@ def plot_landscape(landscape: Losses, ax: Axes | None = None) -> Axes:
     if losses.ndim == 1:
         ax.plot(x, losses, color=INK, linewidth=1.6)
         ax.plot(x[at], losses[at], "*", color=ACCENT, markersize=14, label=lowest)
-        ax.plot(0, np.interp(0, x, losses), "o", color=INK, markersize=4, label="the model")
-        ax.set_ylabel("loss")
+        if x[0] <= 0 <= x[-1]:
+            ax.plot(0, np.interp(0, x, losses), "o", color=INK, markersize=4, label="the model")
+        logarithmic = wide(losses)
+        ax.set_yscale("log" if logarithmic else "linear")
+        ax.set_ylabel("loss" + " (log scale)" * logarithmic)
     else:
         contours(ax, x, y, losses)
+        path = landscape.trajectory.numpy()
+        if path.size:
+            ax.plot(*path, ".-", color="black", markersize=5, linewidth=0.9, label="trajectory")
         ax.plot(x[at[0]], y[at[1]], "*", color=ACCENT, markersize=14, label=lowest)
-        ax.plot(0, 0, "o", color="white", markeredgecolor="black", ms=5, label="the model")
-        ax.set_ylabel("step along direction 2 (unit vector)")
-        ax.set_aspect("equal")
+        if x[0] <= 0 <= x[-1] and y[0] <= 0 <= y[-1]:
+            ax.plot(0, 0, "o", color="white", markeredgecolor="black", ms=5, label="the model")
+        ax.set_ylabel("step along direction 2")
+        width, height = np.ptp(x), np.ptp(y)
+        if max(width, height) <= 2 * min(width, height):
+            ax.set_aspect("equal")
         ax.locator_params(axis="x", nbins=5)  # an equal aspect makes the axis narrow
-    ax.set_xlabel("step along direction 1 (unit vector)")
+    ax.set_xlabel("step along direction 1")
     ax.set_title("Loss landscape")
-    ax.legend(fontsize=8, framealpha=0.9, loc="upper right")
+    ax.legend(fontsize=8, framealpha=0.9, loc="best")
     return tidy(ax)
 
 
+def wide(losses: Array) -> bool:
+    """Whether losses, of which some may be NaN, are positive and span more than two decades."""
+    low, high = np.nanmin(losses), np.nanmax(losses)
+    return bool(low > 0 and high > 100 * low)
+
+
 def contours(ax: Axes, x: Array, y: Array, losses: Array) -> None:
-    """Filled contours with a colour bar; logarithmic if the loss spans more than a decade."""
+    """Filled contours with a colour bar; logarithmic if the loss spans more than two decades."""
     from matplotlib.colors import LogNorm
 
     shown = np.ma.masked_invalid(losses.T)
     low, high = float(shown.min()), float(shown.max())
-    logarithmic = low > 0 and high > 10 * low
+    logarithmic = wide(losses)
     if logarithmic:
         levels, ticks = np.geomspace(low, high, 24), round_numbers(low, high)
     else:

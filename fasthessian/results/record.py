@@ -47,6 +47,8 @@ def write_whole(path: str | os.PathLike[str], payload: bytes, *, overwrite: bool
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(payload)
+            stream.flush()
+            os.fsync(stream.fileno())
         umask = os.umask(0)
         os.umask(umask)
         os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes 0600
@@ -84,26 +86,28 @@ class Record:
         """
         if not isinstance(given, Mapping):
             raise InputError(f"expected an object of JSON, got a {type(given).__name__}")
-        known = {**defaults(cls), **given}
+        standard = defaults(cls)
         values: dict[str, Any] = {}
         sizes: dict[str, int] = {}
         for name, field in fields_of(cls).items():
             if OMITTED in field.rules:
                 values[name] = torch.empty((0,) * len(field.axes), device="cpu")
-            elif name not in known:
+            elif name not in given and name in standard:
+                values[name] = standard[name]
+            elif name not in given:
                 raise InputError(f"{name} is missing")
             elif field.kind is Tensor:
-                array = numbers(name, known[name])
+                array = numbers(name, given[name])
                 fits(name, field, array.dtype, array.shape, sizes)
                 obey(name, field, array)
                 values[name] = torch.from_numpy(array)
             elif issubclass(field.kind, Record):
                 try:
-                    values[name] = field.kind.from_json(known[name])
+                    values[name] = field.kind.from_json(given[name])
                 except ValueError as error:
                     raise InputError(f"{name}: {error}") from error
             else:
-                values[name] = scalar(name, field, known[name], sizes, null=True)
+                values[name] = scalar(name, field, given[name], sizes, null=True)
         return cls(**values)
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
@@ -221,5 +225,6 @@ def empty_axes(record: Record) -> list[str]:
     found: dict[str, int] = {}
     for name, field in fields.items():
         if field.kind is Tensor and OMITTED not in field.rules:
-            found |= zip(field.axes, getattr(record, name).shape, strict=False)
+            names = (axis.rstrip("?") for axis in field.axes)
+            found |= zip(names, getattr(record, name).shape, strict=False)
     return [axis for axis, size in found.items() if size == 0 and f"{axis}?" not in axes]

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import TYPE_CHECKING, Annotated
 
+import torch
 from torch import Tensor
 
+from fasthessian.results.export import csv, vtp
 from fasthessian.results.fields import FLOATING, OMITTED
-from fasthessian.results.record import Record
+from fasthessian.results.record import Record, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+NO_PATH = torch.zeros(2, 0, dtype=torch.float64, device="cpu")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,15 +116,71 @@ class BlockSpectra(Record):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Trajectory(Record):
+    """The plane that shows most of a path in parameter space, and the path on it."""
+
+    directions: Annotated[Tensor, "k n", FLOATING, OMITTED]  # k = 2 orthonormal rows
+    coordinates: Annotated[Tensor, "t k"]  # float64, of theta_i - theta along the directions
+    ratios: Annotated[Tensor, "k"]  # float64, shares of the variance of all points, descending
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Landscape(Record):
     """Loss along one or two directions; ``losses[i, j]`` at ``alphas[i] d0 + betas[j] d1``."""
 
     alphas: Annotated[Tensor, "p", "ascending"]  # float64
     betas: Annotated[Tensor, "q", "ascending"]  # float64, empty for one direction
     losses: Annotated[Tensor, "p q?"]  # float64, (p,) for one direction
+    trajectory: Annotated[Tensor, "two t?"] = NO_PATH  # float64, (2, t): alphas, betas of points
 
     def plot(self, ax: Axes | None = None) -> Axes:
-        """Draw the curve or the contour map of the loss (needs matplotlib)."""
+        """Draw the curve or the contours of the loss, and the trajectory (needs matplotlib).
+
+        The scale is logarithmic if the losses span more than a factor of 100. Losses that are not
+        finite are gaps.
+        """
         from fasthessian.results.plots import plot_landscape
 
         return plot_landscape(self, ax)
+
+    def to_csv(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the columns alpha, beta (for two directions) and loss, whole or not at all.
+
+        One row per grid point; beta varies fastest. The numbers have all their digits.
+
+        Raises:
+            FileExistsError: ``path`` exists and ``overwrite`` is False.
+
+        Example:
+            >>> import tempfile, pathlib, torch, fasthessian as fh
+            >>> ends = torch.tensor([-1.0, 1.0]).double()
+            >>> line = fh.Landscape(alphas=ends, betas=ends[:0], losses=ends**2)
+            >>> path = pathlib.Path(tempfile.mkdtemp(), "line.csv")
+            >>> line.to_csv(path)
+            >>> print(path.read_text(), end="")
+            alpha,loss
+            -1.0,1.0
+            1.0,1.0
+        """
+        write_whole(path, csv(self), overwrite=overwrite)
+
+    def to_vtp(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write the surface (or curve) as VTK PolyData for ParaView, whole or not at all.
+
+        The points are (alpha, beta, loss), with beta 0 for one direction. They have the arrays
+        ``loss`` and ``log10_loss``, which is NaN where the loss is not positive. Points with a loss
+        that is not finite are left out, with the cells around them. A trajectory is not written.
+
+        Raises:
+            FileExistsError: ``path`` exists and ``overwrite`` is False.
+
+        Example:
+            >>> import tempfile, pathlib, torch, fasthessian as fh
+            >>> ends = torch.tensor([-1.0, 1.0]).double()
+            >>> line = fh.Landscape(alphas=ends, betas=ends[:0], losses=ends**2)
+            >>> path = pathlib.Path(tempfile.mkdtemp(), "line.vtp")
+            >>> line.to_vtp(path)
+            >>> path.read_text().splitlines()[0]
+            '<?xml version="1.0"?>'
+        """
+        write_whole(path, vtp(self), overwrite=overwrite)

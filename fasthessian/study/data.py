@@ -1,23 +1,21 @@
-"""Real images: scikit-learn's digits, and CIFAR-10/100 in both official layouts."""
+"""Real images: scikit-learn's digits, CIFAR-10/100 in both official layouts, Fashion-MNIST."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
 import os
-import pickle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fasthessian.errors import InputError, MissingPackageError
-
-PIXELS = 3 * 32 * 32  # one image: the planes red, green, blue, each 32 rows of 32
-COARSE_CLASSES = 20  # CIFAR-100 stores this label too; it is checked and dropped
+from fasthessian.study import idx_files
+from fasthessian.study.cifar_files import Bytes, Labels, check_labels, read_binary, read_python
 
 # Mean and standard deviation of each channel over the official 50,000 training images.
 CHANNELS = {
@@ -35,16 +33,13 @@ LAYOUTS: tuple[Layout, ...] = (
     (["train"], "test", 100),
 )
 
-# NumPy moved its private modules in version 2; files in circulation name both places.
-RECONSTRUCTION = {
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    *((f"numpy.{core}.multiarray", "_reconstruct") for core in ("core", "_core")),
-    *((f"numpy.{core}.numeric", "_frombuffer") for core in ("core", "_core")),
-}
-
-Bytes = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
+# Training images and labels, test images and labels of MNIST and Fashion-MNIST.
+IDX = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,6 +52,84 @@ class ImageData:
     test_y: Tensor
     classes: int
     name: str
+    flips: bool = True  # whether a mirror image keeps its label: photographs, not digits
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of images and labels."""
+        found = hashlib.sha256()
+        for tensor in (self.train_x, self.train_y, self.test_x, self.test_y):
+            found.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+            for part in torch.split(tensor, 4096):
+                found.update(part.cpu().contiguous().numpy().data)
+        return found.hexdigest()[:16]
+
+
+def load(source: str | os.PathLike[str] | None = None) -> ImageData:
+    """The images of a folder, whose file names show what it holds, or scikit-learn's digits.
+
+    Args:
+        source: a folder for ``cifar`` or ``fashion_mnist``; None or "digits" for ``digits``.
+
+    Raises:
+        ImportError: scikit-learn is missing.
+        ValueError: the folder does not exist, holds none of these, is damaged, or all training
+            images have one label.
+    """
+    if source is None or source == "digits":
+        return digits()
+    root = Path(source)
+    names = sorted(path.name for path in root.iterdir()) if root.is_dir() else None
+    if names is None:
+        raise InputError(f"data: {root} is not a folder; give a folder of images, or digits")
+    if any(present(root, layout) for layout in LAYOUTS):
+        data = cifar(root)
+    elif any(name.removesuffix(".gz") in IDX for name in names):
+        data = fashion_mnist(root)
+    else:
+        found = ", ".join(names[:4] + ["..."] * (len(names) > 4)) or "nothing"
+        raise InputError(
+            f"data: {root} holds {found}; accepted are CIFAR-10 (data_batch_1.bin, data_batch_1), "
+            f"CIFAR-100 (train.bin, train) and MNIST or Fashion-MNIST ({IDX[0]}, also .gz)"
+        )
+    label = int(data.train_y[0])
+    if bool((data.train_y == label).all()):
+        raise InputError(
+            f"data: all {len(data.train_y)} training images of {root} have the label {label}; at "
+            "least two classes are needed"
+        )
+    return data
+
+
+def subset(
+    x: Tensor, y: Tensor, samples: int | None, batch_size: int, seed: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    """The same images in each call, drawn without replacement, as a list of batches.
+
+    With the same seed, a smaller subset is the beginning of a larger one.
+
+    Args:
+        x: images (N, ...).
+        y: labels (N,).
+        samples: number of images; None for all N, also in the order of the seed.
+        batch_size: images per batch; the last one may have fewer.
+        seed: seed of the choice.
+
+    Raises:
+        ValueError: a size is out of range.
+
+    Example:
+        >>> x = torch.arange(5.0)
+        >>> [len(labels) for _, labels in subset(x, x, 3, 2)]
+        [2, 1]
+    """
+    count = len(y)
+    if samples is not None and not 1 <= samples <= count:
+        raise InputError(f"samples={samples} is not in 1..{count}, the training images there are")
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} is below 1")
+    chosen = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:samples]
+    return [(x[index], y[index]) for index in torch.split(chosen, batch_size)]
 
 
 def digits(*, size: int = 32, channels: int = 3, seed: int = 0) -> ImageData:
@@ -85,7 +158,7 @@ def digits(*, size: int = 32, channels: int = 3, seed: int = 0) -> ImageData:
     train, test = order[:1437], order[1437:]
     x = (x - x[train].mean()) / x[train].std()
     x = x.expand(-1, channels, -1, -1)
-    return ImageData(x[train], y[train], x[test], y[test], 10, "digits")
+    return ImageData(x[train], y[train], x[test], y[test], 10, "digits", flips=False)
 
 
 def cifar(folder: str | os.PathLike[str]) -> ImageData:
@@ -121,6 +194,47 @@ def cifar(folder: str | os.PathLike[str]) -> ImageData:
     return ImageData(train_x, train_y, test_x, test_y, classes, f"CIFAR-{classes}")
 
 
+def fashion_mnist(folder: str | os.PathLike[str]) -> ImageData:
+    """Fashion-MNIST (Xiao et al. 2017), or MNIST, from its four IDX files, also compressed (.gz).
+
+    The grey images are padded with black from 28 to 32 pixels, and repeated for three colours.
+    Mean and standard deviation are those of the training images before padding. The name is that of
+    the folder, as the file names of the two data sets are the same; therefore no image is mirrored.
+
+    Raises:
+        ValueError: the folder does not exist, or a file is missing, cut short or damaged.
+    """
+    root = Path(folder)
+    paths = {}
+    for name in IDX:
+        found = [path for path in (root / name, root / f"{name}.gz") if path.is_file()]
+        if not found:
+            raise InputError(f"data: {root} lacks {name} or {name}.gz")
+        paths[name] = found[0]
+    pixels, labels = [], []
+    for images_name, labels_name in (IDX[:2], IDX[2:]):
+        pixels.append(idx_files.read(paths[images_name], 28, 28))
+        labels.append(idx_files.read(paths[labels_name]))
+        if len(labels[-1]) != len(pixels[-1]):
+            raise InputError(
+                f"data: {paths[labels_name]} has {len(labels[-1])} labels for the "
+                f"{len(pixels[-1])} images of {paths[images_name].name}"
+            )
+        check_labels(paths[labels_name], labels[-1], 10)
+    mean, std = pixels[0].mean(dtype=np.float64), pixels[0].std(dtype=np.float64)
+    if std == 0:
+        raise InputError(f"data: all pixels of {paths[IDX[0]]} are {pixels[0].flat[0]}")
+    train_x, test_x = (
+        F.pad(torch.from_numpy(part).float().unsqueeze(1), (2, 2, 2, 2))
+        .sub_(float(mean))
+        .div_(float(std))
+        .expand(-1, 3, -1, -1)
+        for part in (np.array(part) for part in pixels)
+    )
+    train_y, test_y = (torch.from_numpy(part.astype(np.int64)) for part in labels)
+    return ImageData(train_x, train_y, test_x, test_y, 10, root.resolve().name, flips=False)
+
+
 def present(root: Path, layout: Layout) -> list[str]:
     """The files of a layout that exist in the folder."""
     return [name for name in (*layout[0], layout[1]) if (root / name).is_file()]
@@ -131,89 +245,3 @@ def normalised(pixels: Bytes, labels: Labels, classes: int) -> tuple[Tensor, Ten
     mean, std = (torch.tensor(values).reshape(3, 1, 1) for values in CHANNELS[classes])
     x = torch.from_numpy(pixels).reshape(-1, 3, 32, 32).float()
     return x.div_(255).sub_(mean).div_(std), torch.from_numpy(labels)
-
-
-def read_binary(path: Path, classes: int) -> tuple[Bytes, Labels]:
-    """Images (N, 3072) and labels (N,) from a file of fixed records: label bytes, then pixels."""
-    head = 1 if classes == 10 else 2
-    raw = np.fromfile(path, dtype=np.uint8)
-    if raw.size == 0 or raw.size % (head + PIXELS):
-        raise InputError(
-            f"data: {path} has {raw.size} bytes, not a positive multiple of the CIFAR-{classes} "
-            f"record of {head + PIXELS}; it is cut short or another file, download it again"
-        )
-    records = raw.reshape(-1, head + PIXELS)
-    if head == 2:
-        check_labels(path, records[:, 0], COARSE_CLASSES)
-    labels = records[:, head - 1].astype(np.int64)
-    check_labels(path, labels, classes)
-    return records[:, head:], labels
-
-
-def read_python(path: Path, classes: int) -> tuple[Bytes, Labels]:
-    """The same from a pickled dictionary, which may hold only NumPy arrays and containers."""
-    try:
-        with open(path, "rb") as stream:
-            content = ArraysOnly(stream, encoding="bytes").load()
-    except OSError:
-        raise
-    except Exception as error:
-        raise InputError(f"data: {path} is not a CIFAR python file ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"data: {path} holds a {type(content).__name__}, not a dictionary")
-    # Python 2 wrote the keys as bytes; copies that Python 3 wrote again have text.
-    table = {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in content.items()}
-    label_key = "labels" if classes == 10 else "fine_labels"
-    for key in ("data", label_key):
-        if key not in table:
-            raise InputError(f"data: {path} has no entry {key!r}; it is not CIFAR-{classes}")
-    pixels = table["data"]
-    if not (
-        isinstance(pixels, np.ndarray)
-        and pixels.dtype == np.uint8
-        and pixels.ndim == 2
-        and pixels.shape[1] == PIXELS
-        and pixels.shape[0] > 0
-    ):
-        found = (
-            f"{pixels.dtype} {pixels.shape}"
-            if isinstance(pixels, np.ndarray)
-            else type(pixels).__name__
-        )
-        raise InputError(f"data: {path} has images {found}, not uint8 (N, {PIXELS})")
-    try:
-        labels = np.asarray(table[label_key])
-    except ValueError:
-        labels = np.empty(0)
-    if labels.shape != (len(pixels),) or labels.dtype.kind not in "iu":
-        raise InputError(f"data: {path} has no whole-number label for each of {len(pixels)} images")
-    check_labels(path, labels, classes)
-    return pixels, labels.astype(np.int64)
-
-
-class ArraysOnly(pickle.Unpickler):
-    """An unpickler that rebuilds NumPy arrays and refuses every other class or function."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Find one of the few names that the reconstruction of arrays needs."""
-        if (module, name) in RECONSTRUCTION:
-            return super().find_class(module, name)
-        if (module, name) == ("_codecs", "encode"):
-            return latin1
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is not allowed")
-
-
-def latin1(text: str, encoding: str) -> bytes:
-    """Rebuild bytes from an old pickle protocol; every other encoding is refused."""
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the text encoding {encoding!r}")
-    return text.encode("latin1")
-
-
-def check_labels(path: Path, labels: npt.NDArray[Any], classes: int) -> None:
-    """Raise ValueError if a label is not in 0 .. classes - 1."""
-    wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-    if wrong.size:
-        raise InputError(
-            f"data: {path}, record {wrong[0]}: label {labels[wrong[0]]} is not in 0..{classes - 1}"
-        )

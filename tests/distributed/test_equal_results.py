@@ -8,6 +8,7 @@ from tests.support.divided_results import (
     RESULTS,
     checked,
     eigenvalues,
+    losses,
     of_one_process,
     result,
 )
@@ -42,6 +43,15 @@ def test_eigenvalues_of_every_matrix_are_those_of_one_process(four):
     found = four(eigenvalues, CUTS[4])
     same_bits(*found)
     agree(found[0], eigenvalues(), BOUND)
+
+
+def test_losses_have_the_same_bits_in_every_block(four):
+    found = four(losses, CUTS[4])
+    same_bits(*found)
+    assert found[0]["block"].tolist() == found[0]["single"].tolist()
+    alone = losses()
+    assert found[0]["directions"].tolist() == alone["directions"].tolist()
+    agree(found[0], alone, BOUND)
 
 
 @pytest.mark.parametrize("cuts", [(1, 3, 3), (0, 0, 5)])

@@ -130,7 +130,11 @@ def blocks_and_spectrum(engine):
     assert list(mine) == list(theirs)
     apart = [distance(mine[k] @ vector(mine[k]), theirs[k] @ vector(mine[k])) for k in mine]
     surfaces = [fh.landscape(each, vector(whole), 0.1, 3).losses for each in (A, whole)]
-    return float(found.abs().max()), max(apart), distance(*surfaces)
+    other, _, _ = problem("norm")
+    with torch.no_grad():
+        other[0].weight += 1.0
+    ends = fh.toward(A, divided(other)), fh.toward(whole, other)
+    return float(found.abs().max()), max(apart), distance(*surfaces), distance(*ends)
 
 
 @pytest.mark.parametrize("engine", ROUTES)

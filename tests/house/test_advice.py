@@ -95,6 +95,11 @@ FOLLOWED = {
         "test_fsdp_limits.py::test_a_mesh_of_two_dimensions_over_some_ranks_needs_a_group",
     "; pip install 'fasthessian[cli]'": INSTALLED,
     "figures need matplotlib; pip install matplotlib": INSTALLED,
+    "; give a folder of images, or digits": "test_images.py::test_the_digits_need_no_folder",
+    "; use the same or another folder":
+        "test_train_run.py::test_other_settings_are_refused_and_another_folder_works",
+    "variant {} does not exist; use ":
+        "test_recipes.py::test_a_variant_that_does_not_exist_is_refused_with_those_that_do",
     "a checkpoint needs safetensors; pip install": INSTALLED,
     " alone; pass checkpoint='run.fh'":
         "test_keeper.py::test_a_limit_of_time_ends_a_call_before_the_product_that_would_exceed_it",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from fasthessian.study.data import cifar, digits
-from fasthessian.study.training import evaluate, train
+from fasthessian.study.sgd import evaluate, train
 
 needs_digits = pytest.mark.skipif(
     importlib.util.find_spec("sklearn") is None, reason="scikit-learn is not installed"

@@ -35,6 +35,7 @@ def outliers():
     return diagonal(d)
 
 
+CORNERS = torch.eye(3, dtype=torch.float64)
 ROWS, W = torch.ones(2, 5), torch.ones(1, 5)
 SOFTMAX = torch.rand(4, 3), torch.rand(4, 3), torch.rand(4).double()
 EQUAL = torch.tensor([5.0, 5, 5, 4, 4, 4, *torch.linspace(0, 3, 94)], dtype=torch.float64)
@@ -48,6 +49,16 @@ CASES = {
         lambda p: fh.landscape(loss(), D[:3], points=3),
         lambda p: fh.landscape(fh.Hessian(nn.Linear(2, 1), nn.MSELoss(),
             (torch.ones(3, 2), torch.ones(3, 1))), torch.ones(3), points=3)),
+    "pass directions of your own to fh.landscape": (ValueError,
+        lambda p: fh.filter_normalized(loss()), lambda p: fh.landscape(loss(), D[:3], points=2)),
+    "; use points=list(...)": (TypeError, lambda p: fh.trajectory(loss(), iter(CORNERS)),
+        lambda p: fh.trajectory(loss(), list(CORNERS))),
+    "for one or two use fh.toward(A, point)": (ValueError,
+        lambda p: fh.trajectory(loss(), CORNERS[:2]),
+        lambda p: fh.landscape(loss(), fh.toward(loss(), CORNERS[0]), points=2)),
+    "lie on one line, to rounding; use ": (ValueError,
+        lambda p: fh.trajectory(loss(), torch.outer(D[:4], CORNERS[0])),
+        lambda p: fh.landscape(loss(), fh.toward(loss(), CORNERS[0]), points=2)),
     "pass a symmetric operator": (ValueError, lambda p: fh.eigsh(skewed(), 2),
         lambda p: fh.eigsh(diagonal(D[:30]), 2)),
     "pass an operator, or blocks such as A.blocks()": (ValueError, lambda p: fh.eigsh({}),

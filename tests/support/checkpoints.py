@@ -55,6 +55,11 @@ def hessian(**options):
             time.sleep(SLEEP[0])
             return super().loss(offset)
 
+        def losses(self, offsets):
+            for _ in offsets:
+                time.sleep(SLEEP[0])
+            return super().losses(offsets)
+
         def _multiply(self, requests):
             time.sleep(SLEEP[0])
             super()._multiply(requests)

@@ -87,6 +87,17 @@ def result(name: str, cuts: tuple[int, ...]) -> dict[str, np.ndarray]:
     return once
 
 
+def losses(cuts: tuple[int, ...] | None = None) -> dict[str, np.ndarray]:
+    """Losses in one pass and one by one, and directions that do not depend on the ranks."""
+    A = operator("Hessian", cuts)
+    V = 0.2 * torch.randn(19, A.n, dtype=A.dtype, generator=torch.Generator().manual_seed(5))
+    return {
+        "block": A.losses(V).numpy(),
+        "single": np.array([A.loss(v) for v in V]),
+        "directions": fh.filter_normalized(A).numpy(),
+    }
+
+
 def eigenvalues(cuts: tuple[int, ...] | None = None) -> dict[str, np.ndarray]:
     return {kind: fh.eigsh(operator(kind, cuts), 3, "LA").values.numpy() for kind in ALL}
 

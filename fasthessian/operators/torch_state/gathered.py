@@ -214,18 +214,28 @@ class Gathered:
         name = self._names.get(id(p))
         return p.detach() if name is None else self._references.full(name)
 
+    def moved_values(self, params: Sequence[Tensor], shifts: Sequence[Tensor]) -> list[Tensor]:
+        """The values of the parameters moved by these tensors, as ``set_values`` takes them.
+
+        Of a leaf without memory it is the shift.
+        """
+        moved = [like(shift, p.data) for p, shift in zip(params, shifts, strict=True)]
+        pairs = zip(params, moved, strict=True)
+        return [shift if self.lacks(p) else p.data + shift for p, shift in pairs]
+
+    def set_values(self, undo: UndoLog, params: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Until the undo, the parameters have these ``moved_values``."""
+        pairs = list(zip(params, values, strict=True))
+        plain = [(p, value) for p, value in pairs if not self.lacks(p)]
+        keep_values(undo, [p for p, _ in plain])
+        undo(setattr, self, "_shifts", self._shifts)
+        self._shifts = {self._names[id(p)]: value for p, value in pairs if self.lacks(p)}
+        for p, value in plain:
+            p.data = value
+
     def move(self, undo: UndoLog, params: Sequence[Tensor], shifts: Sequence[Tensor]) -> None:
         """Until the undo, the parameters are moved by these tensors."""
-        plain = [i for i, p in enumerate(params) if id(p) not in self._names]
-        values = keep_values(undo, [params[i] for i in plain])
-        undo(setattr, self, "_shifts", self._shifts)
-        self._shifts = {
-            self._names[id(p)]: like(shift, p)
-            for i, (p, shift) in enumerate(zip(params, shifts, strict=True))
-            if i not in plain
-        }
-        for i, at in zip(plain, values, strict=True):
-            params[i].data = at + like(shifts[i], at)
+        self.set_values(undo, params, self.moved_values(params, shifts))
 
     def _read(self, name: str) -> Tensor:
         full = self._rounds.gather(name)
