@@ -163,6 +163,14 @@ def test_the_pointer_shows_the_computed_loss_of_the_nearest_point(shown):
     assert shown.run("return viewer.output.hidden") and shown.settled() != before
 
 
+@pytest.mark.parametrize(("yaw", "j"), [(-0.6, 3), (math.pi - 0.6, 1)])
+def test_what_is_in_front_hides_what_is_behind(shown, yaw, j):
+    shown.run(f"Object.assign(viewer, {{ yaw: {yaw}, pitch: 0.1 }}); viewer.draw()")
+    shown.settled()
+    beta = float(BETAS[j])
+    assert not shown.hover(2, j).startswith(f"α = -0.6\nβ = {beta}\n")  # noqa: RUF001
+
+
 def test_a_loss_that_is_not_finite_is_a_hole(shown):
     shown.press("above")
     i, j = HOLE
@@ -184,6 +192,8 @@ def test_from_above_the_colours_are_those_of_the_losses(shown):
     from matplotlib import colormaps
 
     shown.press("above")
+    corners = [shown.run(f"return viewer.screen({i}, {j})") for i, j in ((0, 0), (10, 8))]
+    assert corners[0][0] < corners[1][0] and corners[0][1] > corners[1][1]  # right and up
     losses = landscape().losses.log10()
     low, high = losses.nan_to_num(9).min(), losses.nan_to_num(-9).max()
     heights = ((losses - low) / (high - low)).numpy()
