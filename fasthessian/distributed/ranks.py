@@ -109,7 +109,7 @@ class Ranks:
 
     def sum_(self, pieces: Sequence[Tensor]) -> None:
         """Sum tensors over the ranks, in place, by one collective."""
-        if self._connection is None:
+        if self._connection is None or not pieces:
             return
         self._sums += 1
         if len(pieces) == 1 and pieces[0].is_contiguous():

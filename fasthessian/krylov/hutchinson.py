@@ -28,18 +28,20 @@ FIRST_CHECK = 16  # samples: with fewer the distribution of a skewed mean is too
 SKEW = 1e-2  # of max |Q Q' - I|: vectors of eigsh have 1e-6, or 1e-3 with a compressed basis
 
 
+def empty() -> Tensor:
+    """A new tensor of no numbers, for a state."""
+    return torch.empty(0, dtype=torch.float64, device="cpu")
+
+
 @dataclasses.dataclass
 class Sampled(State):
     """What changes while a trace is estimated, except the spread of the samples."""
 
-    samples: Tensor = dataclasses.field(  # (s,)
-        default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu")
-    )
-    diagonal: Tensor = dataclasses.field(  # (d,) its first elements, if it is taken instead
-        default_factory=lambda: torch.empty(0, dtype=torch.float64, device="cpu")
-    )
+    samples: Tensor = dataclasses.field(default_factory=empty)  # (s,)
+    # (d,) its first elements, if it is taken instead
+    diagonal: Tensor = dataclasses.field(default_factory=empty)
     squares: float = 0.0  # sum of the squares of the rows of these elements
-    needed: int = 0  # samples expected in all
+    needed: int = 0  # products expected in all
     began: int = 0  # products of the algorithm before
 
 
@@ -96,7 +98,7 @@ def estimate(
         s = len(state.samples)
         if exact and n <= state.needed - s and (s >= FIRST_CHECK or s == 0):
             total = s + n
-            value, size = yield from _diagonal(
+            value, size = yield from diagonal(
                 A, state, rows, products, space, lambda: callback(total)  # noqa: B023
             )  # fmt: skip
             return known_trace(value, size, A, confidence, made()), []
@@ -125,22 +127,42 @@ def estimate(
                 ratio = half / wanted if wanted else math.inf
                 state.needed = int(min(limit, max(s + BLOCK, s * min(ratio, 1e4) ** 2)))
         callback(s if converged else state.needed)
-    shortfalls: list[Warning] = []
+    return concluded(A, state, value, stderr, half, confidence, rtol, made(), known, converged)
+
+
+def concluded(
+    A: SymmetricOperator,
+    state: Sampled,
+    value: float,
+    stderr: float,
+    half: float,
+    confidence: float,
+    rtol: float,
+    made: int,
+    known: float,
+    converged: bool,
+) -> tuple[Estimate, list[Warning]]:
+    """The record of a run that has ended, and where it falls short.
+
+    ``half`` is the half-width of the interval without rounding, ``made`` the products of this rank,
+    and ``known`` the size of the part of the trace that was not sampled.
+    """
+    matvecs, shortfalls = A._probes.total(made), list[Warning]()
     if not converged:
         shortfalls.append(
             ConvergenceWarning(
-                f"the trace's interval is {value:.4g} +- {half:.2g} after {s} products, "
+                f"the trace's interval is {value:.4g} +- {half:.2g} after {matvecs} products, "
                 f"wider than rtol={rtol:g}; raise max_matvecs or rtol"
             )
         )
-    half += _rounding(A, abs(value) + known)
+    half += rounding(A, abs(value) + known)
     result = Estimate(
         value=value,
         stderr=stderr,
         interval=(value - half, value + half),
         confidence=confidence,
         samples=state.samples,
-        matvecs=A._probes.total(made()),
+        matvecs=matvecs,
         converged=converged,
     )
     return result, shortfalls
@@ -150,7 +172,7 @@ def known_trace(
     value: float, size: float, A: SymmetricOperator, confidence: float, matvecs: int
 ) -> Estimate:
     """A trace that is the sum of terms of total ``size``: exact to rounding of A's dtype."""
-    half = _rounding(A, size)
+    half = rounding(A, size)
     return Estimate(
         value=value,
         stderr=0.0,
@@ -162,11 +184,12 @@ def known_trace(
     )
 
 
-def _rounding(A: SymmetricOperator, size: float) -> float:
+def rounding(A: SymmetricOperator, size: float) -> float:
+    """Half-width of an interval that holds the rounding of a trace of this size."""
     return NOISE * torch.finfo(A.dtype).eps * size
 
 
-def _diagonal(
+def diagonal(
     A: SymmetricOperator,
     state: Sampled,
     rows: Tensor,
@@ -198,24 +221,37 @@ def _deflated(
     A: SymmetricOperator, pairs: Eigenpairs, space: Space
 ) -> Callable[[Tensor, Tensor], Asking]:
     """Products of P A P + (sum theta / n) I, which has the trace of A; P = I - Q'Q."""
-    Q, n = space.padded(pairs.vectors), space.n
-    shift = float(pairs.values.sum()) / n
+    shift, project_ = float(pairs.values.sum()) / space.n, projection(pairs, space)
+
+    def products_of(V: Tensor, out: Tensor) -> Asking:
+        rest = V.clone()
+        project_(rest)
+        yield Request(A, rest, out)
+        project_(out)
+        out.add_(V, alpha=shift)
+
+    return products_of
+
+
+def projection(pairs: Eigenpairs, space: Space) -> Callable[[Tensor], None]:
+    """A function that replaces rows W (b, width) by W P, P = I - Q'Q for the eigenvectors Q.
+
+    Raises:
+        ValueError: the vectors are not orthonormal, or a value is not finite.
+    """
+    Q, total = space.padded(pairs.vectors), float(pairs.values.sum())
     blocks = [space.dots(Q, Q[i : i + BLOCK])[0] for i in range(0, len(Q), BLOCK)]
     if blocks:
         overlap = torch.cat(blocks, 1)
         eye = torch.eye(len(Q), dtype=overlap.dtype, device=overlap.device)
         off = float((overlap - eye).abs().max())
-        if not (off < SKEW and math.isfinite(shift)):
+        if not (off < SKEW and math.isfinite(total)):
             raise InputError(
                 f"deflate must hold orthonormal vectors and finite values as eigsh returns them, "
-                f"but max |Q Q' - I| is {off:.2g} and the values' sum {shift * n:.3g}"
+                f"but max |Q Q' - I| is {off:.2g} and the values' sum {total:.3g}"
             )
 
-    def products_of(V: Tensor, out: Tensor) -> Asking:
-        rest = V.clone()
-        space.kernels.update_(Q, rest, space.dots(Q, rest)[0])
-        yield Request(A, rest, out)
-        space.kernels.update_(Q, out, space.dots(Q, out)[0])
-        out.add_(V, alpha=shift)
+    def project_(W: Tensor) -> None:
+        space.kernels.update_(Q, W, space.dots(Q, W)[0])
 
-    return products_of
+    return project_

@@ -89,12 +89,17 @@ def answer(requests: Asking) -> None:
 
 @restored
 def solve(
-    A: Any, start: Start[R], progress: ProgressCallback | None, call: Call
+    A: Any,
+    start: Start[R],
+    progress: ProgressCallback | None,
+    call: Call,
+    steps: Callable[[SymmetricOperator], int] = lambda A: 1,
 ) -> R | dict[str, R]:
     """The record of a run for an operator, or a record per name for a dictionary of operators.
 
     All runs advance in rounds: one request of each, in one pass over the data if they share a
-    matrix. Before each round is the boundary at which ``call`` may be saved and stopped.
+    matrix. Before each round is the boundary at which ``call`` may be saved and stopped. ``steps``
+    is how many steps the run of an operator reports as progress for each product.
     """
     single = not isinstance(A, Mapping)
     operators = {"": operator(A)} if single else _checked(A)
@@ -103,7 +108,8 @@ def solve(
         Guard(operators.values(), call) as guard,
         keeper(call, operators) as kept,
     ):
-        callback_for = _callbacks(progress, kept) if not single else lambda name: progress
+        counts = {name: kept.runs[name].made * steps(B) for name, B in operators.items()}
+        callback_for = _callbacks(progress, counts, kept) if not single else lambda name: progress
         runs = {
             name: start(B, callback_for(name), kept.runs[name])
             for name, B in operators.items()
@@ -144,10 +150,9 @@ def _checked(operators: Mapping[str, SymmetricOperator]) -> dict[str, SymmetricO
 
 
 def _callbacks(
-    progress: ProgressCallback | None, kept: Keeper
+    progress: ProgressCallback | None, counts: dict[str, int], kept: Keeper
 ) -> Callable[[str], ProgressCallback | None]:
-    """A callback for each of several runs, which reports their sum."""
-    counts = {name: states.made for name, states in kept.runs.items()}
+    """A callback for each of several runs, which reports their sum; ``counts`` are made before."""
     totals: dict[str, int | None] = {name: counts[name] for name in kept.ended}
 
     def callback_for(name: str) -> ProgressCallback | None:

@@ -14,7 +14,7 @@ from fasthessian.distributed.ranks import ALONE, Ranks
 from fasthessian.distributed.slices import Slice
 from fasthessian.errors import InputError, InputTypeError
 from fasthessian.operators.kept import Kept
-from fasthessian.operators.request import Request
+from fasthessian.operators.request import Batches, Request
 from fasthessian.operators.torch_state.scopes import grad_mode, no_inference_mode, restored
 
 FLOATS = (torch.float32, torch.float64)
@@ -132,6 +132,10 @@ class SymmetricOperator:
     def _matrix(self) -> SymmetricOperator:
         """The operator that makes the products: this one, or the one that this is a block of."""
         return self
+
+    def _batches(self) -> Batches:
+        """How the loss is divided; an operator without a loss is one batch."""
+        return Batches() if self._matrix is self else self._matrix._batches()
 
     def _relative_error(self) -> float:
         """The relative error of a product that is known in advance: here only rounding."""

@@ -24,7 +24,7 @@ from fasthessian.operators.products.engines import Graph, unused
 from fasthessian.operators.products.kept_graphs import KeptGraphs
 from fasthessian.operators.products.layer_factors import Layers
 from fasthessian.operators.products.options import Options
-from fasthessian.operators.request import Request
+from fasthessian.operators.request import Batches, Request
 from fasthessian.operators.shares import Shares
 from fasthessian.operators.source import Source
 from fasthessian.operators.torch_state.lock import exclusive
@@ -102,8 +102,9 @@ class Curvature(SymmetricOperator):
         """
         deferred, outs = all(r.deferred for r in requests), [r.out for r in requests]
         self._shares.sum(outs, lambda: self._multiply_here(requests), deferred)
-        if self._options.weight_decay:
-            for request in requests:
+        self._ranks.sum_([r.each_part.sums for r in requests if r.each_part is not None])
+        for request in requests if self._options.weight_decay else ():
+            if request.each_part is None:
                 request.out.add_(request.V.detach(), alpha=self._options.weight_decay)
 
     @exclusive
@@ -208,6 +209,9 @@ class Curvature(SymmetricOperator):
 
     def _relative_error(self) -> float:
         return self._evaluation.relative_error()
+
+    def _batches(self) -> Batches:
+        return self._shares.batches()
 
     def _capture_obstacle(self) -> str | None:
         if not self._kept.every_part:

@@ -5,9 +5,36 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class Batches(NamedTuple):
+    """How the loss of an operator is divided into batches, or microbatches."""
+
+    before: int = 0  # on the ranks before this one
+    here: int = 1  # on this rank
+    total: int = 1  # on all ranks
+    weight_decay: float = 0.0  # times the identity: the part of the matrix that no batch has
+
+
+class EachPart(Protocol):
+    """Gives each part of the loss a vector of its own, and takes the product of each part.
+
+    Attributes:
+        product: (1, n), where the product of a part is written, times the weight of the part.
+        sums: float64 numbers that are summed over the ranks after the pass.
+    """
+
+    product: Tensor
+    sums: Tensor
+
+    def begin(self) -> None:
+        """Write the vector of the next part into the V of the request."""
+
+    def end(self, weight: float) -> None:
+        """Take the product of this part: add to the ``out`` of the request and to ``sums``."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -20,12 +47,16 @@ class Request:
 
     If the request is ``deferred``, nothing is read back from a GPU. The caller must then check for
     NaN and Inf, and changes of parameters are found only if they change autograd's version counter.
+
+    With ``each_part``, V has one row, each part has its own vector, and ``out`` is the sum of what
+    ``each_part`` makes of the products. Weight decay is left out.
     """
 
     operator: Any  # a SymmetricOperator
     V: Tensor  # (b, n)
     out: Tensor  # (b, n)
     deferred: bool = False
+    each_part: EachPart | None = None
 
     @property
     def places(self) -> Sequence[int]:

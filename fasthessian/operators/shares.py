@@ -14,6 +14,7 @@ from fasthessian.operators.base import finite
 from fasthessian.operators.evaluation import Evaluation
 from fasthessian.operators.loss.halving import SAME
 from fasthessian.operators.loss.terms import NO_TERMS
+from fasthessian.operators.request import Batches
 from fasthessian.operators.torch_state.lock import exclusive
 
 
@@ -66,6 +67,15 @@ class Shares:
     def of_ranks(self) -> list[tuple[float, int]]:
         """For each rank: the terms of the loss in its data, and their batches or microbatches."""
         return self._of_ranks
+
+    def batches(self) -> Batches:
+        """See ``SymmetricOperator._batches``; with several ranks, as they agreed."""
+        evaluation, rank = self._evaluation, self.ranks.rank
+        if not self.ranks:
+            exclusive(evaluation.within_memory)(evaluation.count, "the number of terms")
+        counts = [parts for _, parts in self._of_ranks] or [evaluation.loss.count]
+        decay = evaluation.options.weight_decay
+        return Batches(sum(counts[:rank]), counts[rank], sum(counts), decay)
 
     def _compare_ways(self) -> None:
         """Raise ValueError if the ranks count terms in ways that give them different weights.

@@ -198,7 +198,9 @@ class hessian(Attributes):
         most = max(maxIter, 2)  # an interval needs two samples
         with quiet():
             estimate, _ = self._run(
-                lambda A: trace(A, method="hutchinson", rtol=rtol, max_matvecs=most, seed=seed)
+                lambda A: trace(
+                    A, method="hutchinson", sampling="whole", rtol=rtol, max_matvecs=most, seed=seed
+                )
             )
         if not estimate.converged and 0 < tol < 1:
             low, high = estimate.interval

@@ -45,7 +45,7 @@ class Estimate(Record):
     stderr: Annotated[float, ">= 0"]
     interval: Annotated[tuple[float, float], "ascending"]  # (low, high) at `confidence`
     confidence: Annotated[float, "between 0 and 1"]
-    samples: Annotated[Tensor, "s"]  # float64, the quadratic forms v'Hv
+    samples: Annotated[Tensor, "s"]  # float64, quadratic forms v'Hv, or of batches; see ``trace``
     matvecs: Annotated[int, ">= 0"]
     converged: bool
 

@@ -55,14 +55,14 @@ def test_trace_interval_and_density_against_dense(problem):
     low, high = estimate.interval
     assert low <= float(dense.trace()) <= high and low < estimate.value < high
     steps = min(A.n, 60)
-    density = fh.density(A, steps=steps, probes=20)
+    density = fh.density(A, steps=steps, probes=8)
     exact = torch.linalg.eigvalsh(dense)
     z = (density.grid[:, None] - exact) / density.sigma
     truth = torch.exp(-0.5 * z**2).mean(1) / (density.sigma * math.sqrt(2 * math.pi))
     scale = float(truth.max())
     inside = (truth >= density.lower - 1e-3 * scale) & (truth <= density.upper + 1e-3 * scale)
     assert inside.double().mean() > 0.9
-    assert density.matvecs == 20 * steps or density.weights[:, -1].max() == 0
+    assert density.matvecs == 8 * steps or density.weights[:, -1].max() == 0
 
 
 def test_logistic_regression_closed_form():

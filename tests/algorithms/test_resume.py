@@ -1,11 +1,10 @@
 """A call that was interrupted before any product goes on to the same bits."""
 
 import functools
+import multiprocessing
 import os
-import subprocess
-import sys
+import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +12,8 @@ import torch
 import fasthessian as fh
 from fasthessian.checkpoints import keeper
 from tests.support.bits import digest
-from tests.support.checkpoints import CALLS, caught, save_at_every_boundary
+from tests.support.checkpoints import CALLS, caught, save_at_every_boundary, written
 
-ROOT = Path(__file__).resolve().parents[2]
 SAVED = keeper.Keeper.boundary
 
 
@@ -84,34 +82,45 @@ def resumed(path, new, interrupted, every, most):
     pytest.fail(f"not finished after {most} calls")
 
 
+@pytest.fixture(scope="module")
+def start():
+    """A function that starts a call in a new process, forked from one that has imported torch."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.support.checkpoints", "tests.support.bits"])
+
+    def started(*words):
+        process = context.Process(target=written, args=tuple(map(str, words)))
+        process.start()
+        return process
+
+    return started
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["eigsh", "eigsh cgs2", "trace deflated", "density", "spectrum", "blocks", "landscape"]
 )
-def test_a_process_that_is_killed_at_any_moment_goes_on_to_the_same_bits(name, tmp_path):
+def test_a_process_that_is_killed_at_any_moment_goes_on_to_the_same_bits(name, tmp_path, start):
     """SIGKILL at moments that are spread over the run, saves included."""
-    command = [sys.executable, "-m", "tests.support.checkpoints", name, str(tmp_path / "run.fh")]
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    env["OMP_NUM_THREADS"] = "1"
+    folder, output = tmp_path / "run.fh", tmp_path / "printed"
     moments = torch.rand(4, generator=torch.Generator().manual_seed(len(name))).tolist()
     kills = 0
     for wait in moments:
-        process = subprocess.Popen([*command, "0.05"], cwd=ROOT, env=env, stdout=subprocess.PIPE)
-        while process.poll() is None and not list((tmp_path / "run.fh").glob("index-*.json")):
+        process = start(output, name, folder, 0.05)
+        while process.is_alive() and not list(folder.glob("index-*.json")):
             time.sleep(0.005)
-        time.sleep(wait)
+        process.join(wait)
         process.kill()
-        process.communicate()
-        kills += process.returncode == -9
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
     assert kills >= 2
     ends = []
-    for folder in (tmp_path / "run.fh", tmp_path / "whole"):
-        done = subprocess.run(
-            [*command[:-1], str(folder)], cwd=ROOT, env=env, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr
-        ends.append(done.stdout)
-    assert ends[0] == ends[1]
+    for place in (folder, tmp_path / "whole"):
+        process = start(output, name, place)
+        process.join()
+        assert process.exitcode == 0
+        ends.append(output.read_text())
+    assert ends[0] == ends[1] != ""
 
 
 def test_save_at_every_boundary_is_what_the_killed_process_does(monkeypatch):

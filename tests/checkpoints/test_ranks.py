@@ -10,14 +10,8 @@ import torch.distributed as dist
 import fasthessian as fh
 from tests.support.bits import digest
 from tests.support.checkpoints import caught, classifier
-from tests.support.ranks import pool
 
 pytestmark = pytest.mark.distributed
-
-
-@pytest.fixture(scope="module")
-def two():
-    yield from pool(2)
 
 
 def divided(A=fh.Hessian):

@@ -34,7 +34,9 @@ def test_two_ranks_have_the_results_of_one_process(two, name):
     compared(two, name)
 
 
-@pytest.mark.parametrize("name", ["eigsh LM", "density", "spectrum", "trace of blocks"])
+@pytest.mark.parametrize(
+    "name", ["eigsh LM", "density", "spectrum", "trace of blocks", "trace per batch"]
+)
 def test_four_ranks_have_the_results_of_one_process(four, name):
     compared(four, name)
 

@@ -1,5 +1,6 @@
 """Random vectors divided over the dimension "probe" of a mesh: the numbers of one process."""
 
+import itertools
 import warnings
 
 import pytest
@@ -12,16 +13,20 @@ import fasthessian as fh
 pytestmark = pytest.mark.distributed
 
 
-def operators(shape):
-    """The Hessian on a mesh (probe, data), and that of one process."""
+def operators(shape, batches=1):
+    """The Hessian on a mesh (probe, data), and that of one process; its batches on each rank."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 4)).double()
     x, y = torch.randn(20, 6).double(), torch.randint(4, (20,))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("probe", "data"))
     rank, size = mesh.get_local_rank("data"), shape[1]
     criterion = nn.CrossEntropyLoss()
-    A = fh.Hessian(model, criterion, (x[rank::size], y[rank::size]), group=mesh)
-    return A, fh.Hessian(model, criterion, (x, y))
+    shares = [
+        [*zip(x[rank::size].chunk(batches), y[rank::size].chunk(batches), strict=True)]
+        for rank in range(size)
+    ]
+    A = fh.Hessian(model, criterion, shares[rank], group=mesh)
+    return A, fh.Hessian(model, criterion, (x, y) if batches == 1 else [*itertools.chain(*shares)])
 
 
 def numbers(shape):
@@ -44,6 +49,13 @@ def distances(shape):
         options["method"] = "hutchinson"
         a, b = (fh.trace(each, **options) for each in (A, whole))
         assert len(a.samples) == len(b.samples)
+        found[f"trace {options}"] = float((a.samples - b.samples).abs().max())
+        found[f"interval {options}"] = abs(a.interval[0] - b.interval[0])
+        bits.append(a.samples.tolist())
+    for options in ({"rtol": 0.3}, {"rtol": 0.01, "max_matvecs": 7}):
+        options |= {"method": "hutchinson", "sampling": "per-batch"}
+        a, b = (fh.trace(each, **options) for each in operators(shape, batches=5))
+        assert len(a.samples) == len(b.samples) and a.matvecs >= b.matvecs
         found[f"trace {options}"] = float((a.samples - b.samples).abs().max())
         found[f"interval {options}"] = abs(a.interval[0] - b.interval[0])
         bits.append(a.samples.tolist())

@@ -42,6 +42,8 @@ REFUSED = "test_fsdp_limits.py::test_what_is_not_supported_is_refused_in_one_lin
 EXTENDED = "test_fsdp_limits.py::test_offloaded_and_extended_parameters_are_refused"
 GROUPS = "test_bad_groups.py::"
 FOLLOWED = {
+    "; use 'whole', or pass the data as several batches":
+        "test_per_batch.py::test_an_operator_without_several_batches_is_refused_in_one_line",
     "make the same call with the same model":
         "test_consistency.py::test_a_rank_that_differs_is_named_on_all_ranks",
     "copy those of rank 0: ": "test_consistency.py::test_the_tensors_of_rank_0_can_be_copied",
@@ -146,6 +148,10 @@ FOLLOWED = {
     "or module:function of your own": "test_cli_options.py::test_the_advice_about_a_problem_works",
     "from its folder write ": "test_cli_options.py::test_the_advice_about_a_problem_works",
     "use a smaller learning rate": "test_cli_options.py::test_the_advice_of_an_error_works",
+    "steps; use a smaller rate":
+        "test_stability.py::test_a_descent_that_diverges_is_refused_and_a_smaller_rate_works",
+    "delete it, to make it again":
+        "test_stability.py::test_a_damaged_file_is_named_and_can_be_deleted",
     "takes no --data; use resnet20": "test_cli.py::test_resnet20_on_a_cifar_folder",
     "give the unpacked CIFAR folder": "test_cli.py::test_resnet20_on_a_cifar_folder",
     " both say how long a product takes; give one": PLAN,

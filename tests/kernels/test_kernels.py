@@ -41,7 +41,9 @@ def assert_same(found, want):
     torch.testing.assert_close(found, want, rtol=4 * eps, atol=1e3 * torch.finfo(F64).eps)
 
 
-def widths(row, vtype, wtype):
+def widths(row, k, vtype, wtype):
+    if row.slow and k in (5, 101):  # rows that are not aligned; others with 1025 and 4099 numbers
+        return (2,)
     if not row.slow or (vtype, wtype) == (F32, F32):
         return 1, 2, 3, 8
     # with float16, the size of the block changes how threads share its rows
@@ -53,7 +55,7 @@ def widths(row, vtype, wtype):
 @pytest.mark.parametrize(("vtype", "wtype"), TYPES, ids=lambda t: str(t).removeprefix("torch."))
 def test_project_and_update_match_float64(row, k, n, vtype, wtype, pad):
     backend = row.module()
-    for b in widths(row, vtype, wtype):
+    for b in widths(row, k, vtype, wtype):
         V, W = rows(k, n, vtype, 1, pad, row.device), rows(b, n, wtype, 2, pad, row.device)
         H, S = rows(k, b, F64, 3, 0, row.device), rows(b, b, F64, 4, 0, row.device)
         before = V.clone()

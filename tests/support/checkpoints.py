@@ -6,6 +6,7 @@ starts the call NAME of ``CALLS`` or, if FOLDER holds a checkpoint, resumes it, 
 every product that takes SECONDS more, and prints a digest of the result.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -96,6 +97,16 @@ CALLS = {  # name: (the operator, the call)
             A, rtol=0.1, method="hutchinson", max_matvecs=60, deflate=pairs(hessian()), **kw
         ),
     ),
+    "trace per batch": (
+        lambda: hessian(microbatch=4),
+        lambda A, **kw: fh.trace(
+            A, sampling="per-batch", method="hutchinson", rtol=1e-3, max_matvecs=7, **kw
+        ),
+    ),
+    "trace per batch, then by the diagonal": (
+        lambda: {"": (A := hessian(microbatch=4)), **A.blocks("layer")},
+        lambda A, **kw: fh.trace(A, sampling="per-batch", rtol=1e-3, **kw),
+    ),
     "density": (diagonal, lambda A, **kw: fh.density(A, steps=12, probes=3, **kw)),
     "density without a basis": (
         diagonal, lambda A, **kw: fh.density(A, steps=12, probes=2, basis="none", **kw),
@@ -149,6 +160,12 @@ def main(name, folder, seconds=0.0):
     else:
         found, warned = caught(lambda: call(A, checkpoint=folder))
     print(json.dumps([digest(found), warned]))
+
+
+def written(path, *words):
+    """What ``main`` prints goes to a file; for processes that are forked from a server."""
+    with open(path, "w") as stream, contextlib.redirect_stdout(stream):
+        main(*words)
 
 
 class ThreadRanks(Ranks):

@@ -39,6 +39,12 @@ RESULTS = {
     "deflated trace": lambda A: fh.trace(
         A, method="hutchinson", rtol=0.3, deflate=fh.eigsh(A, 4, tol=TIGHT)
     ),
+    "trace per batch": lambda A: fh.trace(
+        {"": A, **A.blocks("layer")}, method="hutchinson", sampling="per-batch", rtol=0.5
+    ),
+    "deflated trace per batch": lambda A: fh.trace(
+        A, method="hutchinson", sampling="per-batch", rtol=0.3, deflate=fh.eigsh(A, 4, tol=TIGHT)
+    ),
     "spectrum": lambda A: fh.spectrum(A, 2, tol=TIGHT, steps=10, rtol=0.3),
     "landscape": lambda A: fh.landscape(A, directions(A), span=0.5, points=3),
     "line": lambda A: fh.landscape(A, directions(A)[0], points=5),

@@ -41,14 +41,18 @@ class Graph:
     def products(self, requests: Sequence[Request], *, first: bool, keep: bool) -> None:
         """Add ``weight * H v`` to each row of each ``out``, or overwrite the row if ``first``.
 
-        The graph can be used again only if ``keep``.
+        A request with ``each_part`` gets the product of this part alone. The graph can be used
+        again only if ``keep``.
         """
         left = sum(len(request.V) for request in requests)
         for request in requests:
-            places = request.places
+            each, places = request.each_part, request.places
+            if each is not None:
+                each.begin()
+            rows, fresh = (request.out, first) if each is None else (each.product, True)
             pack_ = kernels.select(request.out.device).pack_
             params = [self._params[i] for i in places]
-            for views, row in zip(request.pieces, request.out, strict=True):
+            for views, row in zip(request.pieces, rows, strict=True):
                 left -= 1
                 tangents = [like(v, p) for v, p in zip(views, params, strict=True)]
                 for i, place in enumerate(places):
@@ -63,9 +67,11 @@ class Graph:
                         pieces = self._pieces(places, tangents, keep or left > 0)
                 if pieces is not None:
                     pieces = [real(piece).to(row.dtype) for piece in pieces]
-                    pack_(row, pieces, alpha=self._weight, beta=0.0 if first else 1.0)
-                elif first:
+                    pack_(row, pieces, alpha=self._weight, beta=0.0 if fresh else 1.0)
+                elif fresh:
                     row.zero_()
+            if each is not None:
+                each.end(self._weight)
 
     def _pieces(
         self, places: Sequence[int], tangents: Sequence[Tensor], keep: bool

@@ -120,8 +120,8 @@ def test_kinks_and_converged_models_give_no_warning(dtype: torch.dtype) -> None:
     for seed in range(40):
         for width, count in ((3, 1), (8, 30)):
             model, data = _relu(seed, dtype, width, count)
-            for criterion in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum")):
-                assert not fh.Hessian(model, criterion, data).check().gradient > 5e-3
+            criterion = nn.CrossEntropyLoss(reduction="sum" if seed % 2 else "mean")
+            assert not fh.Hessian(model, criterion, data).check().gradient > 5e-3
     model, x = nn.Linear(3, 1).to(dtype), torch.randn(20, 3, dtype=dtype)
     y = 100 + torch.randn(20, 1, dtype=dtype)
     with torch.no_grad():
