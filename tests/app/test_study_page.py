@@ -94,6 +94,7 @@ def test_claims_have_their_verdict_numbers_and_reason():
     assert summary in text
     words = "✗ contradicted Statement contradicted. Why contradicted. network trace A &lt;1&gt;"
     assert words + " 10 [9, 11] Source: Section 4" in text
+    assert text.index("✗ contradicted Statement contradicted. ? not decided") < text.index(words)
 
 
 def test_tables_have_columns_rows_and_captions():

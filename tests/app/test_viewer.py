@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import re
@@ -17,7 +18,7 @@ HOLE = (9, 7)
 
 
 def landscape(scale=1.0):
-    losses = 0.1 + scale * ((ALPHAS[:, None] + 0.6) ** 2 + 4 * (BETAS + 0.25) ** 2)
+    losses = 0.01 + scale * ((ALPHAS[:, None] + 0.6) ** 2 + 4 * (BETAS + 0.25) ** 2)
     losses[HOLE] = math.nan
     return Landscape(ALPHAS, BETAS, losses)
 
@@ -153,13 +154,21 @@ def test_the_mouse_turns_the_landscape(shown):
 
 
 def test_the_pointer_shows_the_computed_loss_of_the_nearest_point(shown):
-    for i, j in ((2, 2), (0, 0), (8, 6), (5, 7)):
+    for i, j in ((0, 0), (8, 6), (5, 7), (2, 5)):
         alpha, beta = round(float(ALPHAS[i]), 9) + 0.0, float(BETAS[j])
-        loss = 0.1 + (alpha + 0.6) ** 2 + 4 * (beta + 0.25) ** 2
+        loss = 0.01 + (alpha + 0.6) ** 2 + 4 * (beta + 0.25) ** 2
         assert shown.hover(i, j) == f"α = {alpha:.5g}\nβ = {beta:.5g}\nloss = {loss:.5g}"  # noqa: RUF001
     before = shown.settled()
     shown.window.mouse([(2, 2)])
     assert shown.run("return viewer.output.hidden") and shown.settled() != before
+
+
+@pytest.mark.parametrize(("yaw", "j"), [(-0.6, 3), (math.pi - 0.6, 1)])
+def test_what_is_in_front_hides_what_is_behind(shown, yaw, j):
+    shown.run(f"Object.assign(viewer, {{ yaw: {yaw}, pitch: 0.1 }}); viewer.draw()")
+    shown.settled()
+    beta = float(BETAS[j])
+    assert not shown.hover(2, j).startswith(f"α = -0.6\nβ = {beta}\n")  # noqa: RUF001
 
 
 def test_a_loss_that_is_not_finite_is_a_hole(shown):
@@ -183,11 +192,14 @@ def test_from_above_the_colours_are_those_of_the_losses(shown):
     from matplotlib import colormaps
 
     shown.press("above")
+    corners = [shown.run(f"return viewer.screen({i}, {j})") for i, j in ((0, 0), (10, 8))]
+    assert corners[0][0] < corners[1][0] and corners[0][1] > corners[1][1]  # right and up
     losses = landscape().losses.log10()
     low, high = losses.nan_to_num(9).min(), losses.nan_to_num(-9).max()
     heights = ((losses - low) / (high - low)).numpy()
-    middles = [(i, j) for i in (2, 5, 8) for j in (1, 3, 6) if 0.25 < heights[i, j] * 20 % 1 < 0.75]
-    assert len(middles) > 3
+    inside = [(i, j) for i in range(1, 10) for j in range(1, 6) if (i, j) not in ((2, 2), (5, 4))]
+    middles = [at for at in inside if 0.25 < heights[at] * 20 % 1 < 0.75]  # between two lines
+    assert len(middles) > 10
     found = shown.colours([shown.run(f"return viewer.screen({i}, {j})") for i, j in middles])
     for at, colour in zip(middles, found, strict=True):
         wanted = colormaps["viridis"]((np.floor(heights[at] * 20) + 0.5) / 20)
@@ -195,7 +207,7 @@ def test_from_above_the_colours_are_those_of_the_losses(shown):
 
 
 def test_height_is_the_loss_or_its_logarithm(shown):
-    assert shown.run("return viewer.unit") == "loss (log scale)"  # more than a decade
+    assert shown.run("return viewer.unit") == "loss (log scale)"  # more than two decades
     losses = landscape().losses
 
     def heights(values):
@@ -223,7 +235,7 @@ def test_the_wheel_zooms_after_a_click_and_else_the_page_scrolls(shown):
 
 def test_the_keyboard_turns_and_zooms(shown):
     assert shown.run("viewer.canvas.focus(); return viewer.canvas.getAttribute('role')") == "img"
-    assert "loss from 0.1" in shown.run("return viewer.canvas.getAttribute('aria-label')")
+    assert "loss from 0.01" in shown.run("return viewer.canvas.getAttribute('aria-label')")
     for key in "\ue014\ue014\ue015+la":  # right, right, down
         shown.window.press(key)
     state = shown.run("return [viewer.yaw, viewer.pitch, viewer.zoom, viewer.log]")
@@ -265,12 +277,12 @@ def test_one_of_several_landscapes_is_chosen(window, tmp_path):
     assert window.log() == []
 
 
-def test_a_path_lies_on_the_surface(window, tmp_path):
-    path = torch.tensor([[-0.8, 0.4], [-0.4, 0.0], [0.0, 0.0]], dtype=torch.float64)
-    pictures = [
-        Shown(window, tmp_path, viewer({(): landscape()}, "A valley", paths=paths)).settled()
-        for paths in ({}, {(): path})
-    ]
+def test_a_trajectory_lies_on_the_surface(window, tmp_path):
+    path = torch.tensor([[-0.8, -0.4, 0.0], [0.4, 0.0, 0.0]], dtype=torch.float64)
+    parts = landscape(), dataclasses.replace(landscape(), trajectory=path)
+    html = [viewer({(): part}, "A valley") for part in parts]
+    assert numbers(html[1])[0]["trajectory"] == path.T.tolist()
+    pictures = [Shown(window, tmp_path, text).settled() for text in html]
     assert pictures[0] != pictures[1] and window.log() == []
     height = window.run("return document.querySelector('figure').viewer.surface.at(-0.4, 0.0)[2]")
     assert 0 < height < 0.7

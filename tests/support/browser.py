@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import json
 import shutil
@@ -91,27 +90,30 @@ class Browser:
         """The messages of the console since the last call."""
         return [entry["message"] for entry in self._send("/se/log", {"type": "browser"})]
 
-    def picture(self) -> bytes:
-        """The window as a PNG file."""
-        return base64.b64decode(self._send("/screenshot", method="GET"))
+
+def _driver() -> tuple[subprocess.Popen[str], int]:
+    """A running driver and its port; it ends at once if its random port is taken in IPv6."""
+    for _ in range(5):
+        driver = subprocess.Popen(
+            [str(DRIVER), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        assert driver.stdout is not None
+        for line in driver.stdout:
+            if "started successfully" in line:
+                return driver, int(line.rstrip(".\n").rpartition(" ")[2])
+        driver.wait()
+        driver.stdout.close()
+    raise RuntimeError("chromedriver does not start")
 
 
 @contextlib.contextmanager
 def browser() -> Iterator[Browser]:
     """A browser with an empty profile, which ends with the block."""
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
-        subprocess.Popen(
-            [str(DRIVER), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as driver,
-    ):
+    driver, port = _driver()
+    with driver, tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         try:
-            assert driver.stdout is not None
-            started = next(line for line in driver.stdout if "started successfully" in line)
-            port = int(started.rstrip(".\n").rpartition(" ")[2])
-            page = Browser(
-                f"http://127.0.0.1:{port}/session", [*FLAGS, f"--user-data-dir={profile}"]
-            )
+            flags = [*FLAGS, f"--user-data-dir={profile}"]
+            page = Browser(f"http://127.0.0.1:{port}/session", flags)
             try:
                 yield page
             finally:

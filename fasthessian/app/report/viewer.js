@@ -75,7 +75,6 @@ class Frame {
 
   show() {
     this.canvas.getContext("2d").putImageData(this.image, 0, 0);
-    return this.canvas;
   }
 
   // Fills a triangle of vertices [x, y, depth, t, light, w]. The height t, from 0 to 1, gives the
@@ -135,8 +134,8 @@ class Frame {
 
 // Losses on a grid, their heights in a scale, and the normals of the surface.
 class Surface {
-  constructor({ alphas, betas, losses, path }) {
-    Object.assign(this, { alphas, betas, losses, path });
+  constructor({ alphas, betas, losses, trajectory }) {
+    Object.assign(this, { alphas, betas, losses, trajectory });
     this.p = alphas.length;
     this.q = betas.length;
     const finite = losses.filter((loss) => loss !== null);
@@ -275,7 +274,7 @@ class Viewer {
     this.surface = new Surface(JSON.parse(script.textContent));
     this.canvas.setAttribute("aria-label", script.dataset.label);
     this.figure.querySelector("[data-words]").textContent = script.dataset.words;
-    this.log ??= this.surface.low > 0 && this.surface.high > 10 * this.surface.low;
+    this.log ??= this.surface.low > 0 && this.surface.high > 100 * this.surface.low;
     this.measure();
   }
 
@@ -330,7 +329,7 @@ class Viewer {
   render() {
     const { canvas } = this, ratio = window.devicePixelRatio;
     [this.width, this.height] = [canvas.clientWidth, canvas.clientHeight];
-    if (!this.width) return; // hidden
+    if (this.width <= MARGIN.right) return; // hidden
     canvas.width = Math.round(this.width * ratio);
     canvas.height = Math.round(this.height * ratio);
     this.raster(this.moving ? ratio : Math.max(2, ratio));
@@ -362,7 +361,6 @@ class Viewer {
     const { p, q, t, normals } = this.surface;
     const width = Math.round((this.width - MARGIN.right) * resolution);
     const height = Math.round(this.height * resolution);
-    if (width < 1) return;
     if (this.frame?.width !== width || this.frame.height !== height) {
       this.frame = new Frame(width, height);
     }
@@ -474,7 +472,7 @@ class Viewer {
     pen.fillText(name, (a[0] + b[0]) / 2 + reach[0] * u, (a[1] + b[1]) / 2 + reach[1] * v);
   }
 
-  // The path, the model, the lowest point and the point under the pointer.
+  // The trajectory, the model, the lowest point and the point under the pointer.
   markers(pen, project) {
     const { surface, frame, resolution } = this, { alphas, betas, t, q } = surface;
     const place = ([x, y, height]) => {
@@ -509,9 +507,9 @@ class Viewer {
       pen.globalAlpha = 1;
       legend.push([symbol, name]);
     };
-    const path = surface.path.map(([alpha, beta]) => surface.at(alpha, beta));
+    const path = surface.trajectory.map(([alpha, beta]) => surface.at(alpha, beta));
     path.slice(1).forEach((end, k) => {
-      const [from, to] = [surface.path[k], surface.path[k + 1]];
+      const [from, to] = [surface.trajectory[k], surface.trajectory[k + 1]];
       for (let part = 0; part < 16; part++) { // along the surface
         const [a, b] = [part, part + 1].map((n) => surface.at(
           from[0] + (to[0] - from[0]) * n / 16, from[1] + (to[1] - from[1]) * n / 16));
@@ -527,7 +525,7 @@ class Viewer {
         }
       }
     });
-    for (const point of path) mark(point, (sx, sy) => disc(sx, sy, 3, "#d4145a"), "the path");
+    for (const point of path) mark(point, (sx, sy) => disc(sx, sy, 3, "#d4145a"), "trajectory");
     const [i, j] = [Math.floor(surface.lowest / q), surface.lowest % q];
     mark([...surface.position(i, j), t[surface.lowest]], star, "lowest on the grid");
     mark(surface.at(0, 0), (sx, sy) => disc(sx, sy, 3.5, "#fff"), "the model");
@@ -575,8 +573,9 @@ class Viewer {
 
   hover(x, y) {
     const { surface, frame, resolution } = this;
+    if (!frame || x >= this.width - MARGIN.right) return this.point(null);
     const at = Math.floor(y * resolution) * frame.width + Math.floor(x * resolution);
-    const depth = x < this.width - MARGIN.right ? frame.depths[at] : Infinity;
+    const depth = frame.depths[at];
     if (!Number.isFinite(depth)) return this.point(null);
     const [cx, cy] = this.centre(), size = this.projection()([0, 0, 0])[3];
     const [right, up, away] = this.camera(), u = (x - cx) / size, v = (cy - y) / size;

@@ -23,21 +23,18 @@ def viewer(
     title: str,
     *,
     choices: Sequence[str] = (),
-    paths: Mapping[tuple[str, ...], Tensor] | None = None,
     picture: bytes = b"",
 ) -> str:
     """A piece of HTML in which landscapes over two directions turn with the mouse.
 
     The page also needs `head`, once. Nothing is loaded: the losses are inside, with five
     significant digits, or with more where losses differ by little. A loss that is not finite is a
-    hole in the surface.
+    hole in the surface. A trajectory is drawn on it.
 
     Args:
         landscapes: by key, a tuple with one word per choice. One landscape is shown at a time.
         title: what is shown, for those who cannot see it.
         choices: names of the parts of the keys; for each the viewer has a list to select from.
-        paths: by key, the coordinates (m, 2) of models in the plane, such as those of a training;
-            they are joined by a line on the surface.
         picture: a PNG file that is shown where scripts do not run.
 
     Returns:
@@ -61,7 +58,7 @@ def viewer(
             "key": json.dumps(key),
             "label": f"{' '.join((title, *key))}: {_words(landscape)}",
             "words": _words(landscape),
-            "data": _data(landscape, (paths or {}).get(key)),
+            "data": _data(landscape),
         }
         for key, landscape in landscapes.items()
     ]
@@ -96,14 +93,12 @@ def _words(landscape: Landscape) -> str:
     )
 
 
-def _data(landscape: Landscape, path: Tensor | None) -> str:
+def _data(landscape: Landscape) -> str:
     """The numbers of a landscape as JSON without spaces."""
     axes = _axis(landscape.alphas), _axis(landscape.betas), landscape.losses.flatten()
     alphas, betas, losses = (",".join(_short(axis.tolist())) for axis in axes)
-    points = [] if path is None else [f"[{','.join(_short(point))}]" for point in path.tolist()]
-    return (
-        f'{{"alphas":[{alphas}],"betas":[{betas}],"losses":[{losses}],"path":[{",".join(points)}]}}'
-    )
+    points = ",".join(f"[{','.join(_short(at))}]" for at in landscape.trajectory.T.tolist())
+    return f'{{"alphas":[{alphas}],"betas":[{betas}],"losses":[{losses}],"trajectory":[{points}]}}'
 
 
 def _axis(steps: Tensor) -> Tensor:
