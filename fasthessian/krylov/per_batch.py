@@ -63,14 +63,14 @@ class Passes(Sampled):
     The degrees of freedom are ``3 (sum q)^2 / sum q^2`` with ``q_b = |z_b|^2``: the relative
     variance of q_b is at most 2, so E q_b^2 is at most 3 (E q_b)^2.
 
-    Measured over 1000 seeds on two small networks after 1 and 20 epochs, with 16 and 40 batches of
-    32, and on random matrices of rank one and three: coverage of the 95 % interval, and its width
-    over 3.92 standard deviations of the estimate::
+    Measured over 1000 seeds on small networks with 16 and 40 batches (also by
+    bench/cases/per_batch_trace.py), and on random matrices of rank one and three: coverage of the
+    95 % interval, and its width over 3.92 standard deviations of the estimate::
 
-        |z_b - w_b m|^2                           94.1 to 96.5 %    0.98 to 1.07
-        |z_b|^2                                   94.1 to 96.8 %    1.03 to 1.11
-        the sample variance of the x_b            87.7 to 95.7 %    0.99 to 1.20
-        two vectors per batch, at twice the cost  94.6 to 96.1 %    0.97 to 1.04
+        |z_b - w_b m|^2                           94.1 to 96.5 %    0.98 to 1.08
+        |z_b|^2                                   94.1 to 97.7 %    1.03 to 1.18
+        the sample variance of the x_b            87.7 to 97.2 %    0.99 to 1.20
+        two vectors per batch, at twice the cost  94.6 to 96.3 %    0.97 to 1.06
 
     The second is far too wide for matrices that are almost diagonal. If the batches have few large
     diagonal elements each, and not the same ones, the first is too wide as well (98.6 %).

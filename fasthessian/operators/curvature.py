@@ -100,12 +100,7 @@ class Curvature(SymmetricOperator):
         Raises:
             MemoryError: a product needs too much memory; the message names the option that helps.
         """
-        deferred, outs = all(r.deferred for r in requests), [r.out for r in requests]
-        self._shares.sum(outs, lambda: self._multiply_here(requests), deferred)
-        self._ranks.sum_([r.each_part.sums for r in requests if r.each_part is not None])
-        for request in requests if self._options.weight_decay else ():
-            if request.each_part is None:
-                request.out.add_(request.V.detach(), alpha=self._options.weight_decay)
+        self._shares.sum_products(requests, lambda: self._multiply_here(requests))
 
     @exclusive
     def _multiply_here(self, requests: Sequence[Request]) -> None:

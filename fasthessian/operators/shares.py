@@ -14,7 +14,7 @@ from fasthessian.operators.base import finite
 from fasthessian.operators.evaluation import Evaluation
 from fasthessian.operators.loss.halving import SAME
 from fasthessian.operators.loss.terms import NO_TERMS
-from fasthessian.operators.request import Batches
+from fasthessian.operators.request import Batches, Request
 from fasthessian.operators.torch_state.lock import exclusive
 
 
@@ -128,3 +128,13 @@ class Shares:
         for row in rows.cpu():
             total += row
         return total
+
+    def sum_products(self, requests: Sequence[Request], work: Callable[[], None]) -> None:
+        """As ``sum``, for work that answers requests without weight decay, which is then added."""
+        deferred, outs = all(r.deferred for r in requests), [r.out for r in requests]
+        self.sum(outs, work, deferred)
+        self.ranks.sum_([r.each_part.sums for r in requests if r.each_part is not None])
+        decay = self._evaluation.options.weight_decay
+        for request in requests if decay else ():
+            if request.each_part is None:
+                request.out.add_(request.V.detach(), alpha=decay)
