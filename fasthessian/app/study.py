@@ -48,8 +48,7 @@ images is kept for the other seeds. The kept runs are analysed. A network that d
 rates is reported as such.
 
 `fasthessian study --list` with the same options says what each figure needs, how much of that is
-done, and how long the rest takes. On two CPU cores with 5,000 images, a network of depth 20 takes
-about an hour and a half per seed with --recipe laptop; --recipe paper is for GPUs.
+done, and how long the rest takes; --recipe paper is for GPUs.
 
 \b
 Examples:

@@ -6,7 +6,7 @@ import torch
 
 from fasthessian.study.augment import crop_and_flip
 from fasthessian.study.data import IDX, cifar, fashion_mnist, load, subset
-from tests.study.test_cifar_data import TEN, binary10, needs_digits
+from tests.support.cifar_files import TEN, binary10, needs_digits
 
 
 def idx_bytes(array, lengths=None):
