@@ -13,6 +13,7 @@ from fasthessian import kernels
 from fasthessian.arguments import integer, seed_of
 from fasthessian.distributed.fsdp import is_distributed
 from fasthessian.errors import InputError, InputTypeError
+from fasthessian.krylov.space import Space
 from fasthessian.operators.base import SymmetricOperator, finite
 from fasthessian.operators.matrix import Matrix, with_loss
 from fasthessian.operators.torch_state.scopes import restored
@@ -208,8 +209,8 @@ def trajectory(
         for v, factor in zip(V, factors, strict=True):
             v.add_(d, alpha=factor)
     V[0] /= _norms(V[:1])
-    project_ = kernels.select(A.device).project_
-    project_(V[:1], V[1:], project_(V[:1], V[1:])[0])  # makes V[1] orthogonal to V[0]
+    dots = Space(A).dots
+    dots(V[:1], V[1:], dots(V[:1], V[1:])[0])  # makes V[1] orthogonal to V[0]
     V[1] /= _norms(V[1:])
     return Trajectory(
         directions=V, coordinates=coordinates * signs, ratios=values / centred.trace()
@@ -218,7 +219,7 @@ def trajectory(
 
 def _inner_products(matrix: Matrix, differences: Callable[[int], Iterator[Tensor]]) -> Tensor:
     """The inner products (t, t) of all differences, ROWS rows per pass; float64 on the CPU."""
-    project_ = kernels.select(matrix.device).project_
+    dots = Space(matrix).dots  # type: ignore[arg-type]  # its size, dtype and device alone
     V = empty_rows(ROWS, matrix.n, matrix.dtype, matrix.device)
     G = torch.empty(0, 0, dtype=torch.float64, device="cpu")
     start = 0
@@ -227,7 +228,7 @@ def _inner_products(matrix: Matrix, differences: Callable[[int], Iterator[Tensor
         for d in differences(start):
             if len(columns) < ROWS:
                 V[len(columns)] = d
-            columns.append(project_(V[: len(columns) + 1], d[None])[0][:, 0].cpu())
+            columns.append(dots(V[: len(columns) + 1], d[None])[0][:, 0].cpu())
         if start == 0:
             G = torch.zeros(len(columns), len(columns), dtype=torch.float64, device="cpu")
         for i, column in enumerate(columns, start):

@@ -133,7 +133,8 @@ class Shares:
         """As ``sum``, for work that answers requests without weight decay, which is then added."""
         deferred, outs = all(r.deferred for r in requests), [r.out for r in requests]
         self.sum(outs, work, deferred)
-        self.ranks.sum_([r.each_part.sums for r in requests if r.each_part is not None])
+        if each := [r.each_part.sums for r in requests if r.each_part is not None]:
+            self.ranks.sum_(each)
         decay = self._evaluation.options.weight_decay
         for request in requests if decay else ():
             if request.each_part is None:

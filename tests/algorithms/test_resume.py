@@ -109,7 +109,7 @@ def test_a_process_that_is_killed_at_any_moment_goes_on_to_the_same_bits(name, t
         process = start(output, name, folder, 0.05)
         while process.is_alive() and not list(folder.glob("index-*.json")):
             time.sleep(0.005)
-        process.join(wait)
+        process.join(0.3 * wait)
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL

@@ -325,7 +325,7 @@ for name in sys.argv[1:]:
     if child == 0:
         sys.modules[name] = None
         main(["analyze", "mine:problem"])
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 

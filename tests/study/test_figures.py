@@ -101,14 +101,14 @@ def test_the_same_study_gives_the_same_bytes_and_no_global_state_changes(small, 
     import matplotlib
     from matplotlib import pyplot
 
-    before = dict(matplotlib.rcParams)
+    before, shown = dict(matplotlib.rcParams), pyplot.get_fignums()
     again = [stages.STAGES, landscapes.AT_END]
     expected = {figure.name: (figure.png, figure.svg) for figure in drawn}
     for kind in again:
         for name, drawing in sketched(kind, small).items():
             assert style.files(drawing) == expected[name]
     assert dict(matplotlib.rcParams) == before
-    assert pyplot.get_fignums() == []
+    assert pyplot.get_fignums() == shown
 
 
 def test_what_a_study_lacks_is_said_and_not_drawn():
