@@ -77,7 +77,7 @@ def test_what_was_run_is_told_first():
     html = study_page(whole(), [], [], [])
     assert html.index("What was run") < html.index(">Claims<")
     text = " ".join(section(html, "run").split())
-    for words in ("name: cifar10; fingerprint: f00d", "resnet20, resnet20-no-bn", "epochs: 20",
+    for words in ("name: cifar10; fingerprint: f00d", "ResNet-20, ResNet-20, no BN", "epochs: 20",
                   "6 at 4 checkpoints", "training 1.0 h, analysis 9.0 min", "lrs 0.1, 0.05",
                   "images automatic", "version 9.8"):  # fmt: skip
         assert words in text, words
@@ -134,11 +134,12 @@ def test_landscapes_are_chosen_by_network_seed_epoch_and_mode():
     html = study_page(whole(), [], [], [])
     keys = re.findall(r"data-key='([^']+)'", html)
     assert [key.replace("&#34;", "") for key in keys] == [
-        "[resnet20, 0, 5, eval]", "[resnet20, 0, 5, train]", "[resnet20, 0, 0, eval]",
-        "[resnet20, 0, 0, train]", "[resnet20-no-bn, 0, 5, eval]", "[resnet20-no-bn, 0, 0, eval]",
+        "[ResNet-20, 0, 5, eval]", "[ResNet-20, 0, 5, train]", "[ResNet-20, 0, 0, eval]",
+        "[ResNet-20, 0, 0, train]", "[ResNet-20, no BN, 0, 5, eval]",
+        "[ResNet-20, no BN, 0, 0, eval]",
     ]  # fmt: skip
     lists = [re.findall(r"<option>(.*?)<", part) for part in html.split("<select>")[1:]]
-    assert lists == [["resnet20", "resnet20-no-bn"], ["0"], ["5", "0"], ["eval", "train"]]
+    assert lists == [["ResNet-20", "ResNet-20, no BN"], ["0"], ["5", "0"], ["eval", "train"]]
 
 
 def test_a_page_stays_small_and_says_which_landscapes_it_lacks(monkeypatch):
@@ -159,11 +160,11 @@ def test_what_is_missing_is_said_with_its_reason():
     html = study_page(study, [], [], [], {"stages": "no network was measured"})
     rows = [" ".join(line.split()) for line in section(html, "missing").splitlines()]
     assert [row for row in rows if row][1:] == [
-        "resnet20, seed 0 not measured at epoch 5 (train)",
-        "resnet20, seed 1 not measured",
-        "resnet20-no-res, seed 0 diverged with the initial rate 0.1; not measured",
-        "resnet20-no-bn no training ended for seed 1",
-        "resnet20-no-res no training ended for seed 1",
+        "ResNet-20, seed 0 not measured at epoch 5 (train)",
+        "ResNet-20, seed 1 not measured",
+        "ResNet-20, no residual, seed 0 diverged with the initial rate 0.1; not measured",
+        "ResNet-20, no BN no training ended for seed 1",
+        "ResNet-20, no residual no training ended for seed 1",
         "stages no network was measured",
     ]
 

@@ -15,6 +15,7 @@ from fasthessian.results.records import Landscape
 from fasthessian.study.networks import Network
 from fasthessian.study.records import TRAINED, Study
 from fasthessian.study.sheets import VERDICTS, Claim, Figure, Table
+from fasthessian.study.text import name_of
 
 TITLE = "Batch normalisation and residual connections through the Hessian"
 SIGNS = dict(zip(VERDICTS, ("✓", "✗", "?", "–"), strict=True))  # noqa: RUF001
@@ -118,7 +119,7 @@ def _landscapes(study: Study) -> tuple[dict[Key, Landscape], str]:
         key=lambda key: (networks.index(key[0].network), key[0].seed, -key[1]),
     )
     found: dict[Key, Landscape] = {
-        (run.network.name, str(run.seed), str(epoch), mode): study.landscapes[run, epoch, mode]
+        (name_of(run.network), str(run.seed), str(epoch), mode): study.landscapes[run, epoch, mode]
         for run, epoch, mode in order
     }
     rest = len(study.landscapes) - len(kept)
@@ -128,7 +129,7 @@ def _landscapes(study: Study) -> tuple[dict[Key, Landscape], str]:
 def _summary(study: Study) -> Rows:
     """What was run, in a few rows."""
     kept = study.kept()
-    networks = list(dict.fromkeys(training.run.network.name for training in kept))
+    networks = list(dict.fromkeys(name_of(training.run.network) for training in kept))
     training = sum(one.seconds for one in study.trainings)
     analysis = sum(one.seconds for one in study.measurements)
     recipe = study.settings.get("recipe", {})
@@ -194,8 +195,8 @@ def _missing(study: Study) -> Rows:
             none = len(rest) == len(modes) * len(epochs)
             words.append("not measured" + f" at epoch {', '.join(rest)}" * (not none))
         if words:
-            rows.append((f"{run.network.name}, seed {run.seed}", "; ".join(words)))
+            rows.append((f"{name_of(run.network)}, seed {run.seed}", "; ".join(words)))
     for network, have in trained.items():
         if lacking := sorted(seeds - have):
-            rows.append((network.name, f"no training ended for seed {_words(lacking)}"))
+            rows.append((name_of(network), f"no training ended for seed {_words(lacking)}"))
     return rows
