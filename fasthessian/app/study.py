@@ -55,6 +55,7 @@ Examples:
   fasthessian study --data cifar-10-batches-bin
   fasthessian study --data cifar-10-batches-bin --depth 20 32 --variants resnet no-bn no-res
   fasthessian study --data cifar-10-batches-bin --epochs 5 --lrs 0.05 --time-limit 3000
+  fasthessian study --data cifar-10-batches-bin --edge-of-stability 0.067 0.05 0.033
   fasthessian study --data cifar-10-batches-bin --depth 20 32 38 56 --recipe paper --list
   torchrun --nproc-per-node 8 -m fasthessian study --data cifar-10-batches-bin --recipe paper
 """
@@ -138,7 +139,7 @@ def in_options(message: str) -> str:
         >>> in_options("images=70 is above the 60 images of the training")
         '--images 70 is above the 60 images of the training'
     """
-    names = "|".join(field.name for field in dataclasses.fields(Recipe))
+    names = "|".join([*(field.name for field in dataclasses.fields(Recipe)), "edge_of_stability"])
 
     def named(found: re.Match[str]) -> str:
         return option_of(found[1] or found[2]) + (" " if found[0].endswith("=") else "")
@@ -180,6 +181,14 @@ def option_of(name: str) -> str:
     help="Where the numbers below come from; each may be changed.",
 )
 @recipe_options
+@click.option(
+    "--edge-of-stability",
+    type=float,
+    multiple=True,
+    metavar="RATES",
+    help="Also draw how sharp the loss of a small network becomes under gradient descent at these "
+    "constant rates, and under SGD at the first: 0.067 0.05 0.033 on CIFAR-10, for example.",
+)
 @click.option(
     "--out", metavar="DIR", default=OUT, help="Folder of the study, new or of this study."
 )

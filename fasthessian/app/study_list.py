@@ -16,33 +16,38 @@ from torch.nn import functional as F
 from fasthessian.app.study_progress import duration
 from fasthessian.operators.torch_state.random_state import seeded
 from fasthessian.study.carry_out import is_done
+from fasthessian.study.descents import Descent
 from fasthessian.study.figures import KINDS, missing
 from fasthessian.study.networks import Network
 from fasthessian.study.recipes import Recipe
 from fasthessian.study.schedule import (
+    DESCEND,
     MEASURE,
     SKIPPED,
     SURFACE,
     TRAIN,
     Images,
     Speed,
+    Task,
+    descent_gradient,
     gradient_cost,
     tasks,
 )  # fmt: skip
 from fasthessian.study.store import Folder
 
-STEPS = (TRAIN, MEASURE, SURFACE)
-# Figures need networks that are analysed, except these.
-TAKES = {"testing-curves": 1, "landscape": 3, "landscape-epochs": 3}
+STEPS = (TRAIN, MEASURE, SURFACE, DESCEND)
+# Figures need networks that are trained and analysed, except these.
+TAKES = {"testing-curves": "1", "landscape": "1-3", "landscape-epochs": "1-3",
+         "edge-of-stability": "4"}  # fmt: skip
 REPEATS = 3
 
 
 class Row(NamedTuple):
-    """The tasks of one kind for all networks of one depth."""
+    """The tasks of one kind for all networks of one depth, or all descents."""
 
     step: int  # position in STEPS, from 1
     kind: str
-    depth: int
+    depth: int | None  # None for descents
     tasks: int
     done: int
     passes: float  # of gradients over all training images, of the tasks that are not done
@@ -51,7 +56,7 @@ class Row(NamedTuple):
 
 def listed(
     networks: Sequence[Network], recipe: Recipe, images: Images, folder: Folder,
-    device: torch.device,
+    device: torch.device, descents: Sequence[Descent] = (),
 ) -> list[Row]:  # fmt: skip
     """What there is to do, by kind of task and depth.
 
@@ -61,24 +66,30 @@ def listed(
     trainings = {each.run: each for each in found.trainings}
     plan = [
         task
-        for task in tasks(networks, recipe.seeds, recipe, images, trainings)
+        for task in tasks(networks, recipe.seeds, recipe, images, trainings, descents)
         if task.state != SKIPPED
     ]
     speed = Speed.of(found, plan)
     if plan and speed.seconds(plan[0]) is None:
-        for depth in {network.depth for network in networks}:
-            cost, seconds = timed(Network(depth), recipe, device)
+        for network in {Network(network.depth) for network in networks}:
+            cost, seconds = timed(network, recipe, device)
             speed.add(TRAIN, cost, seconds)
     rows = []
-    for step, kind in enumerate(STEPS, 1):
-        for depth in sorted({network.depth for network in networks}):
-            part = [each for each in plan if (each.kind, each.run.network.depth) == (kind, depth)]
-            left = [each for each in part if not is_done(folder, each)]
-            passes = sum(each.cost for each in left) / (
-                gradient_cost(Network(depth), recipe) * images.train
-            )
-            seconds = sum(speed.seconds(each) or 0.0 for each in left)
-            rows.append(Row(step, kind, depth, len(part), len(part) - len(left), passes, seconds))
+    groups: dict[tuple[int, int | None], list[Task]] = {}
+    for task in plan:
+        depth = None if isinstance(task.run, Descent) else task.run.network.depth
+        groups.setdefault((STEPS.index(task.kind), depth), []).append(task)
+    for (step, depth), part in sorted(
+        groups.items(), key=lambda group: (group[0][0], group[0][1] or 0)
+    ):
+        left = [each for each in part if not is_done(folder, each)]
+        gradient = descent_gradient()
+        if depth is not None:
+            gradient = gradient_cost(Network(depth), recipe)
+        passes = sum(each.cost for each in left) / (gradient * images.train)
+        seconds = sum(speed.seconds(each) or 0.0 for each in left)
+        done = len(part) - len(left)
+        rows.append(Row(step + 1, STEPS[step], depth, len(part), done, passes, seconds))
     return rows
 
 
@@ -102,7 +113,7 @@ def timed(network: Network, recipe: Recipe, device: torch.device) -> tuple[float
 def show_list(rows: Sequence[Row], folder: Folder, as_json: bool) -> None:
     """Print figures with what they need, and the work with its time."""
     lacks = missing(folder.results())
-    figures = [(kind, STEPS[: TAKES.get(kind.name, 2)], lacks.get(kind.name, "")) for kind in KINDS]
+    figures = [(kind, TAKES.get(kind.name, "1-2"), lacks.get(kind.name, "")) for kind in KINDS]
     if as_json:
         needs = [
             {
@@ -122,8 +133,7 @@ def show_list(rows: Sequence[Row], folder: Folder, as_json: bool) -> None:
     for name in ("figure", "paper", "steps", "needs", "now"):
         table.add_column(name)
     for kind, steps, lack in figures:
-        numbers = "1" if len(steps) == 1 else f"1-{len(steps)}"
-        table.add_row(kind.name, kind.paper, numbers, kind.needs, lack or "yes")
+        table.add_row(kind.name, kind.paper, steps, kind.needs, lack or "yes")
     console.print(table)
     console.print(work_table(rows))
     left = sum(row.seconds for row in rows)

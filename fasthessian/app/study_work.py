@@ -23,6 +23,7 @@ from fasthessian.errors import InputError, Stopped
 from fasthessian.operators.torch_state.random_state import seeded
 from fasthessian.study import data as images
 from fasthessian.study.carry_out import Asked, Limits, carry_out
+from fasthessian.study.descents import descents
 from fasthessian.study.networks import Network
 from fasthessian.study.recipes import RECIPES, Recipe
 from fasthessian.study.schedule import Images
@@ -49,13 +50,15 @@ def study(options: dict[str, Any]) -> None:
     device = device_of(options["device"])
     data = None if options["data"] is None else loaded(options["data"], recipe)
     folder = Folder(options["out"], settings_of(recipe, data, device))
+    known = folder.settings.get("data", OFFICIAL)
+    counts = Images(known["training images"], known["test images"])
+    followed = descents(options["edge_of_stability"], counts.train)
     if data is None or options["only_list"]:
-        known = folder.settings.get("data", OFFICIAL)
-        counts = Images(known["training images"], known["test images"])
-        show_list(listed(networks, recipe, counts, folder, device), folder, options["as_json"])
+        rows = listed(networks, recipe, counts, folder, device, followed)
+        show_list(rows, folder, options["as_json"])
         return
     check_packages()
-    asked = Asked(networks, recipe, on(device, data))
+    asked = Asked(networks, recipe, on(device, data), followed)
     ranks = int(os.environ["WORLD_SIZE"]) if several() else 1
     ending = f"the same command goes on; results so far are in {folder.root}"
     stopped, failed = "", []

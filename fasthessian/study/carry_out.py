@@ -15,12 +15,14 @@ from typing import Any, Protocol
 from fasthessian.arguments import ProgressCallback
 from fasthessian.errors import InputError, Refusal, Stopped
 from fasthessian.operators.torch_state.random_state import seeded
-from fasthessian.study import analysis, training, weights
+from fasthessian.study import analysis, stability, training, weights
 from fasthessian.study.data import ImageData
-from fasthessian.study.networks import Network
+from fasthessian.study.descents import Descent
+from fasthessian.study.networks import Network, Run
 from fasthessian.study.recipes import Recipe
 from fasthessian.study.resnet import ResNet
 from fasthessian.study.schedule import (
+    DESCEND,
     MEASURE,
     READY,
     SKIPPED,
@@ -31,12 +33,13 @@ from fasthessian.study.schedule import (
     Task,
     tasks,
 )  # fmt: skip
-from fasthessian.study.store import LANDSCAPE, VECTORS, Folder
+from fasthessian.study.store import DESCENT, LANDSCAPE, VECTORS, Folder
 
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGUSR2")
 POLL = 1.0  # seconds between looks at what other processes have done
 # A warning of operators under torchrun: here each rank analyses networks of its own.
 ALONE = "group is None and no process group is initialised"
+FILES = {TRAIN: training.RECORD, DESCEND: DESCENT}  # with which they end
 
 
 class Watch(Protocol):
@@ -114,11 +117,13 @@ class Asked:
         networks: to compare.
         recipe: all numbers, with the number of seeds.
         data: training and test images, on the device that does the work.
+        descents: of the edge of stability.
     """
 
     networks: Sequence[Network]
     recipe: Recipe
     data: ImageData
+    descents: Sequence[Descent] = ()
 
     @property
     def images(self) -> Images:
@@ -152,7 +157,8 @@ def carry_out(
     networks, seeds = asked.networks, asked.recipe.seeds
 
     def planned() -> list[Task]:
-        return tasks(networks, seeds, asked.recipe, asked.images, folder.trainings())
+        done = folder.trainings()
+        return tasks(networks, seeds, asked.recipe, asked.images, done, asked.descents)
 
     speed = Speed.of(folder.results(), planned())
     failed: dict[tuple[Any, ...], str] = {}  # by place of a measurement or a landscape
@@ -250,8 +256,9 @@ def is_done(folder: Folder, task: Task) -> bool:
 
 def result(folder: Folder, task: Task) -> Path:
     """The file with which a task ends."""
-    if task.kind == TRAIN:
-        return folder.run(task.run) / training.RECORD
+    if task.kind in FILES:
+        return folder.run(task.run) / FILES[task.kind]
+    assert isinstance(task.run, Run)
     kind = ".json" if task.kind == MEASURE else LANDSCAPE
     return folder.part(task.run, task.epoch, task.mode, kind)
 
@@ -260,10 +267,13 @@ def do(task: Task, asked: Asked, folder: Folder, progress: ProgressCallback) -> 
     """Carry out one task and save its result."""
     run, epoch, mode = task.run, task.epoch, task.mode
     recipe, data = asked.recipe, asked.data
+    if isinstance(run, Descent):
+        folder.save(result(folder, task), stability.follow(run, data, progress))
+        return
     if task.kind == TRAIN:
         training.train_run(run, recipe, data, folder.run(run), progress)
         return
-    model = load(folder, task, asked)
+    model = load(folder, run, epoch, asked)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ALONE)
         if task.kind == MEASURE:
@@ -286,15 +296,15 @@ def do(task: Task, asked: Asked, folder: Folder, progress: ProgressCallback) -> 
         folder.save(result(folder, task), surface)
 
 
-def load(folder: Folder, task: Task, asked: Asked) -> ResNet:
+def load(folder: Folder, run: Run, epoch: int, asked: Asked) -> ResNet:
     """The network of a checkpoint, on the device of the data."""
-    path = folder.run(task.run) / f"epoch-{task.epoch:03d}.safetensors"
+    path = folder.run(run) / f"epoch-{epoch:03d}.safetensors"
     if not path.exists():
         raise InputError(
             f"{path} is missing; delete {training.RECORD} and {training.STATE} beside it, and the "
             f"run is trained again"
         )
     with seeded(0):  # the weights that are drawn are replaced
-        model = task.run.network.make(asked.data.classes, asked.recipe.width)
+        model = run.network.make(asked.data.classes, asked.recipe.width)
     weights.load(path, model)
     return model.to(asked.data.train_x.device)

@@ -1,4 +1,4 @@
-"""What a study finds: the record of one training, and of one checkpoint that was analysed."""
+"""What a study finds: records of trainings, of the checkpoints analysed, and of descents."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fasthessian.results.record import Record
 from fasthessian.results.records import Landscape
+from fasthessian.study.descents import Descent
 from fasthessian.study.networks import Network, Run
 
 TRAINED, DIVERGED, UNTRAINED = "trained", "diverged", "not trained"
@@ -83,6 +84,31 @@ class Measurement(Record):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
+class Stability(Record):
+    """What was measured along one descent. ``steps[i]`` steps precede measurement i."""
+
+    rate: float  # learning rate
+    batch: int  # images per step
+    images: int
+    steps: Annotated[Tensor, "m", ">= 0", "ascending"]
+    losses: Annotated[Tensor, "m"]  # of all images
+    sharpness: Annotated[Tensor, "m"]  # largest eigenvalue of the Hessian of all images
+    batch_sharpness: Annotated[Tensor, "m"]
+    seconds: float
+
+    @property
+    def threshold(self) -> float:
+        """2 / rate: gradient descent diverges on a quadratic that is sharper."""
+        return 2 / self.rate
+
+    @property
+    def run(self) -> Descent:
+        """Which descent it is."""
+        batch = None if self.batch == self.images else self.batch
+        return Descent(self.rate, batch, int(self.steps[-1]), int(self.steps[1]))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class Study:
     """All that a study found so far, in the order of its networks, seeds and epochs."""
 
@@ -90,6 +116,7 @@ class Study:
     trainings: tuple[Training, ...]  # also those whose rate was not kept
     measurements: tuple[Measurement, ...]
     landscapes: Mapping[tuple[Run, int, str], Landscape]  # by run, epoch and mode
+    descents: tuple[Stability, ...] = ()  # gradient descent by falling rate, then SGD
 
     def kept(self) -> tuple[Training, ...]:
         """The training of each network and seed whose last test accuracy is highest."""

@@ -7,16 +7,19 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from fasthessian.planning.model import PER_GRADIENT
+from fasthessian.study.descents import Descent
 from fasthessian.study.networks import Network, Run
 from fasthessian.study.recipes import Recipe
-from fasthessian.study.records import DIVERGED, Measurement, Study, Training
+from fasthessian.study.records import DIVERGED, Measurement, Stability, Study, Training
+from fasthessian.study.stability import SAMPLES, WIDTH
 
-TRAIN, MEASURE, SURFACE = "train", "analyse", "landscape"
+TRAIN, MEASURE, SURFACE, DESCEND = "train", "analyse", "landscape", "descend"
 READY, WAITING, SKIPPED = "ready", "waiting", "skipped"
 PER_FORWARD = 1 / 3  # a pass without gradient, in gradients
 # Assumed until the first checkpoint is measured: products for the eigenvalues, and passes over the
 # images for loss, gradient and traces.
 TOP_PRODUCTS, PASSES = 60, 2.5
+SHARPNESS_PRODUCTS = 10  # for one eigenvalue of a descent, from the eigenvector before
 
 
 class Images(NamedTuple):
@@ -31,23 +34,25 @@ class Task:
     """One piece of work, which ends with a file in the folder of its run.
 
     Attributes:
-        kind: "train", "analyse" a checkpoint, or "landscape" of a checkpoint.
-        run: the training. For a rate that is not known yet, the first one of the recipe.
-        epoch: of the checkpoint; -1 for a training.
-        mode: statistics of batch normalisation, "eval" or "train"; empty for a training.
+        kind: "train", "analyse" a checkpoint, "landscape" of a checkpoint, or "descend".
+        run: the training, or the descent. For a rate that is not known yet, the first one of the
+            recipe.
+        epoch: of the checkpoint; -1 for a training and a descent.
+        mode: statistics of batch normalisation, "eval" or "train"; empty for a training and a
+            descent.
         cost: operations, in millions of multiplications and additions.
         state: "ready"; "waiting" for another task; "skipped", as the training diverged.
     """
 
     kind: str
-    run: Run
+    run: Run | Descent
     epoch: int
     mode: str
     cost: float
     state: str
 
     @property
-    def place(self) -> tuple[str, Run, int, str]:
+    def place(self) -> tuple[str, Run | Descent, int, str]:
         """Which task it is, whatever its state."""
         return self.kind, self.run, self.epoch, self.mode
 
@@ -59,6 +64,9 @@ class Task:
             >>> Task("analyse", Run(Network(20), 0, 0.1), 5, "eval", 1.0, "ready").words
             'analyse resnet20, seed 0, epoch 5, eval statistics'
         """
+        if isinstance(self.run, Descent):
+            batches = "" if self.run.batch is None else f", batches of {self.run.batch}"
+            return f"{self.kind} at rate {self.run.rate:g}{batches}"
         of = f"{self.kind} {self.run.network.name}, seed {self.run.seed}"
         if self.kind == TRAIN:
             return f"{of}, rate {self.run.lr:g}"
@@ -71,6 +79,7 @@ def tasks(
     recipe: Recipe,
     images: Images,
     trainings: Mapping[Run, Training],
+    descents: Iterable[Descent] = (),
 ) -> list[Task]:
     """All tasks of a study in the order in which they are done, also those that are done already.
 
@@ -85,6 +94,7 @@ def tasks(
         recipe: all numbers.
         images: how many there are.
         trainings: those that ended.
+        descents: of the edge of stability; they come last.
     """
     train, measure, surface = [], [], []
     ordered = sorted(dict.fromkeys(networks), key=lambda each: -each.depth)
@@ -106,7 +116,8 @@ def tasks(
                     if seed == 0:
                         price = surface_cost(network, recipe, images)
                         surface.append(Task(SURFACE, run, epoch, mode, price, state))
-    return [*train, *measure, *surface]
+    descend = [Task(DESCEND, each, -1, "", descent_cost(each, images), READY) for each in descents]
+    return [*train, *measure, *surface, *descend]
 
 
 def kept_run(runs: Sequence[Run], trainings: Mapping[Run, Training]) -> Run | None:
@@ -167,6 +178,21 @@ def surface_cost(network: Network, recipe: Recipe, images: Images) -> float:
     return recipe.points**2 * part * PER_FORWARD * gradient_cost(network, recipe)
 
 
+def descent_gradient() -> float:
+    """Millions of multiplications and additions for a gradient of the descents' network."""
+    pixels, classes = 3 * 1024, 10  # as in ``gradient_cost``
+    return 3 * WIDTH * (pixels + WIDTH + classes) / 1e6
+
+
+def descent_cost(descent: Descent, images: Images) -> float:
+    """Of a descent and its measurements."""
+    batch = images.train if descent.batch is None else descent.batch
+    samples = SAMPLES * batch if descent.batch else images.train
+    measured = (SHARPNESS_PRODUCTS * images.train + samples) * PER_GRADIENT
+    gradients = descent.steps * batch + (descent.steps / descent.every + 1) * measured
+    return gradients * descent_gradient()
+
+
 class Speed:
     """How many seconds a task takes, from those that ended.
 
@@ -199,13 +225,14 @@ class Speed:
     def of(cls, study: Study, planned: Iterable[Task]) -> Speed:
         """The speed that the results of a study show."""
         speed = cls()
-        costs = {(task.kind, task.run.network): task.cost for task in planned}
+        costs = {(task.kind, task.run): task.cost for task in planned}
         for kind, record in _timed(study):
-            if (cost := costs.get((kind, record.run.network))) and record.seconds > 0:
+            if (cost := costs.get((kind, record.run))) and record.seconds > 0:
                 speed.add(kind, cost, record.seconds)
         return speed
 
 
-def _timed(study: Study) -> Iterator[tuple[str, Training | Measurement]]:
+def _timed(study: Study) -> Iterator[tuple[str, Training | Measurement | Stability]]:
     yield from ((TRAIN, each) for each in study.trainings if each.status != DIVERGED)
     yield from ((MEASURE, each) for each in study.measurements)
+    yield from ((DESCEND, each) for each in study.descents)

@@ -18,13 +18,15 @@ from fasthessian.results.fields import parse
 from fasthessian.results.record import Record, write_whole
 from fasthessian.results.records import Landscape
 from fasthessian.study import weights
+from fasthessian.study.descents import Descent
 from fasthessian.study.networks import VARIANTS, Network, Run
-from fasthessian.study.records import Measurement, Study, Training
+from fasthessian.study.records import Measurement, Stability, Study, Training
 
 SETTINGS = "study.json"
 RUN = re.compile(r"resnet(\d+)(?:-(.+))?-seed(\d+)-lr(.+)")
 PART = re.compile(r"epoch-(\d+)-(eval|train)(-landscape)?\.json")
 VECTORS, LANDSCAPE = "-vectors.safetensors", "-landscape.json"
+DESCENT = "stability.json"
 # Settings that must agree for results to stand in one study; the others say where it was begun.
 COMPARED = ("version", "data", "recipe")
 
@@ -72,8 +74,8 @@ class Folder:
             payload = json.dumps(self.settings, indent=1).encode()
             write_whole(self.root / SETTINGS, payload, overwrite=True)
 
-    def run(self, run: Run) -> Path:
-        """The folder of a run."""
+    def run(self, run: Run | Descent) -> Path:
+        """The folder of a run or a descent."""
         return self.root / "runs" / run.name
 
     def part(self, run: Run, epoch: int, mode: str, kind: str = ".json") -> Path:
@@ -90,7 +92,7 @@ class Folder:
         return self.run(run) / f"epoch-{epoch:03d}-{mode}{kind}"
 
     @contextlib.contextmanager
-    def hold(self, run: Run) -> Iterator[bool]:
+    def hold(self, run: Run | Descent) -> Iterator[bool]:
         """Inside, no other process works on the run; False if another one does so already.
 
         The operating system releases the run of a process that died.
@@ -147,7 +149,13 @@ class Folder:
                     landscapes[run, int(name[1]), name[2]] = self._read(path, Landscape, run)
                 else:
                     measured.append(self._read(path, Measurement, run))
-        return Study(self.settings, tuple(self.trainings().values()), tuple(measured), landscapes)
+        descents = [
+            self._read(path, Stability)
+            for path in (self.root / "runs").glob(f"descent-*/{DESCENT}")
+        ]
+        descents.sort(key=lambda each: (each.run.batch is not None, -each.rate))
+        trainings = tuple(self.trainings().values())
+        return Study(self.settings, trainings, tuple(measured), landscapes, tuple(descents))
 
     def _runs(self) -> list[Run]:
         """The runs that have a folder, by depth, variant, seed and rate."""
@@ -167,12 +175,12 @@ class Folder:
             found, key=lambda r: (r.network.depth, order.index(r.network.variant), r.seed, r.lr)
         )
 
-    def _read(self, path: Path, kind: type[R], run: Run) -> R:
+    def _read(self, path: Path, kind: type[R], run: Run | None = None) -> R:
         try:
             record = kind.from_json(parse(path.read_text()))
         except ValueError as error:
             raise damaged(path, error) from error
-        if getattr(record, "run", run) != run:
+        if run is not None and getattr(record, "run", run) != run:
             raise InputError(f"{path} belongs to another run; delete it, and go on")
         return record
 

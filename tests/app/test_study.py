@@ -121,6 +121,8 @@ def in_option(name):
         (("--train-images", "70"), "--train-images 70 is above the 60 training images"),
         (("--checkpoints", "0", "2"), "--checkpoints must be"),
         (("--lrs", "0"), "--lrs must be a finite positive number"),
+        (("--edge-of-stability", "0"), "--edge-of-stability must be a finite positive number"),
+        (("--edge-of-stability", "1", "1"), "--edge-of-stability must be rates that differ in six"),
         (("--points", "1"), "--points must be"),
         (("--time-limit", "0"), "--time-limit must be a positive number, got 0"),
         (("--device", "cuda:99"), "--device cuda:99 cannot be used ("),

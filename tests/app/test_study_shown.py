@@ -13,11 +13,12 @@ from fasthessian.app import study_delivery, study_list, study_progress
 from fasthessian.app.study_list import listed
 from fasthessian.app.study_progress import Overview
 from fasthessian.study import analysis
+from fasthessian.study.descents import descents
 from fasthessian.study.figures import KINDS, missing
 from fasthessian.study.networks import VARIANTS, Network, Run
 from fasthessian.study.recipes import RECIPES
 from fasthessian.study.records import TRAINED
-from fasthessian.study.schedule import Images, gradient_cost
+from fasthessian.study.schedule import Images, descent_gradient, gradient_cost
 from fasthessian.study.sheets import VERDICTS
 from fasthessian.study.store import Folder
 from fasthessian.study.tables import tables
@@ -81,6 +82,13 @@ def test_the_list_counts_what_is_done_and_takes_times_from_it(tmp_path, monkeypa
     folder.begin()
     with folder.hold(run):
         folder.save(folder.run(run) / "training.json", training(run, seconds=7.0))
+    wanted = descents([0.1], 60)
+    *rows, row = listed(networks, RECIPE, Images(60, 30), folder, None, wanted)
+    assert (row.step, row.depth, row.tasks, row.done) == (4, None, 2, 0)
+    least = 400 + 80 + 21 * 256 / 2  # steps, and batches whose sharpness is measured
+    assert least < row.passes < 4 * least
+    speed = rows[2].seconds / (rows[2].passes * gradient_cost(networks[0], RECIPE))
+    assert row.seconds == pytest.approx(row.passes * descent_gradient() * speed)
     after = listed(networks, RECIPE, Images(60, 30), folder, None)
     assert (after[0].tasks, after[0].done) == (2, 1)
     assert after[0].seconds == pytest.approx(7.0)
@@ -145,6 +153,7 @@ def test_a_miniature_of_the_whole_study(tmp_path, capsys, monkeypatch):
         "--epochs", "2", "--checkpoints", "0", "1", "2", "--batch-size", "10", "--lrs", "0.1",
         "--drops", "2", "--seeds", "1", "--images", "20", "--spectrum-images", "10",
         "--analysis-batch", "20", "--steps", "4", "--points", "2", "--out", str(out),
+        "--edge-of-stability", "0.002", "0.001",
     )  # fmt: skip
     run(*options)
     shown = capsys.readouterr().err
@@ -154,6 +163,11 @@ def test_a_miniature_of_the_whole_study(tmp_path, capsys, monkeypatch):
     assert {each.status for each in found.trainings} == {TRAINED}
     assert len(found.measurements) == len(found.landscapes) == 3 * (2 * len(VARIANTS) - 1)
     assert missing(found) == {}
+    assert [(each.rate, each.batch) for each in found.descents] == [
+        (2e-3, 60),
+        (1e-3, 60),
+        (2e-3, 30),
+    ]
     names = {path.name for path in (out / "figures").iterdir()}
     for kind in KINDS:
         for suffix in (".png", ".svg"):

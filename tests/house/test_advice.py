@@ -151,8 +151,6 @@ FOLLOWED = {
     "use a smaller learning rate": "test_cli_options.py::test_the_advice_of_an_error_works",
     "steps; use a smaller rate":
         "test_stability.py::test_a_descent_that_diverges_is_refused_and_a_smaller_rate_works",
-    "delete it, to make it again":
-        "test_stability.py::test_a_damaged_file_is_named_and_can_be_deleted",
     "takes no --data; use resnet20": "test_cli.py::test_resnet20_on_a_cifar_folder",
     "give the unpacked CIFAR folder": "test_cli.py::test_resnet20_on_a_cifar_folder",
     " both say how long a product takes; give one": PLAN,

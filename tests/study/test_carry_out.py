@@ -12,6 +12,7 @@ import pytest
 from fasthessian.errors import InputError, Stopped
 from fasthessian.study import analysis, carry_out, data, training
 from fasthessian.study.carry_out import Asked, Clock, Limits
+from fasthessian.study.descents import Descent
 from fasthessian.study.networks import Network, Run
 from fasthessian.study.recipes import RECIPES
 from fasthessian.study.records import DIVERGED
@@ -169,6 +170,36 @@ def test_a_network_that_diverges_does_not_stop_the_study(tmp_path, pixels):
     assert [each.status for each in found.trainings] == [DIVERGED] * 2
     assert found.measurements == ()
     assert len(watch.words) == 2
+
+
+def test_descents_are_tasks_of_a_study(tmp_path, pixels):
+    """They are done once, stop in the middle, and one that diverges is named."""
+    folder = Folder(tmp_path / "study", {"recipe": {}})
+    folder.begin()
+    wanted = [Descent(1e-4, None, 4, 2), Descent(2e-4, None, 4, 2), Descent(1e-4, 30, 2, 1)]
+
+    def descended(*more, act=lambda words, done: None):
+        watch = Watched(act)
+        asked = Asked([], RECIPE, pixels, [*wanted, *more])
+        with Limits() as limits:
+            watch.failed = carry_out.carry_out(asked, folder, limits, watch)
+        return watch
+
+    def stop(words, done):
+        if words == "descend at rate 0.0002" and done == 2:
+            raise Stopped("here")
+
+    with pytest.raises(Stopped):
+        descended(act=stop)
+    assert [record.run for record in folder.results().descents] == wanted[:1]
+    watch = descended()
+    assert watch.words == ["descend at rate 0.0002", "descend at rate 0.0001, batches of 30"]
+    assert watch.steps[-1][1:3] == (2, 2) and watch.counts == (2, 3)
+    watch = descended(Descent(1e30, None, 2, 1))
+    words = "cannot descend at rate 1e+30: descent diverged at rate=1e+30 within 1 steps; use a "
+    assert watch.failed == [f"{words}smaller rate"]
+    assert [r.run for r in folder.results().descents] == [wanted[1], wanted[0], wanted[2]]
+    assert descended().words == []
 
 
 def test_a_run_that_another_process_works_on_is_waited_for(tmp_path, pixels, monkeypatch):

@@ -55,7 +55,8 @@ def lines(drawing, colour):
 def test_every_kind_is_made_under_a_name_of_its_own(small, drawn):
     names = (
         "testing-curves trace top-eigenvalue stages density density-epochs landscape "
-        "landscape-epochs statistics against-loss against-norm equal-loss correlation"
+        "landscape-epochs statistics against-loss against-norm equal-loss correlation "
+        "edge-of-stability"
     )
     assert names.split() == list(dict.fromkeys(f.kind for f in drawn))
     assert names.split() == [kind.name for kind in KINDS]
@@ -113,7 +114,7 @@ def test_the_same_study_gives_the_same_bytes_and_no_global_state_changes(small, 
 
 def test_what_a_study_lacks_is_said_and_not_drawn():
     one = synthetic(depths=(20,), variants=("no-bn",), epochs=(4,))
-    study = dataclasses.replace(one, landscapes={})
+    study = dataclasses.replace(one, landscapes={}, descents=())
     reasons = missing(study)
     assert reasons == {
         "trace": "no network was measured at two epochs",
@@ -126,6 +127,7 @@ def test_what_a_study_lacks_is_said_and_not_drawn():
         "against-norm": "no network was measured at two epochs",
         "equal-loss": "no depth has both ResNet and another variant at the end",
         "correlation": "no depth has both ResNet and another variant at the end",
+        "edge-of-stability": "no descent was made; see --edge-of-stability",
     }
     made = {figure.name for figure in draw(study)}
     assert made == {"testing-curves", "stages", "density-depth20"}

@@ -1,8 +1,5 @@
 """Descent at the edge of stability: known curvatures, repeated runs, and the figure."""
 
-import itertools
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -10,7 +7,10 @@ from torch import nn
 from fasthessian.errors import InputError
 from fasthessian.study import stability
 from fasthessian.study.data import ImageData
-from fasthessian.study.stability import Descent, batch_sharpness, descend, draw, follow
+from fasthessian.study.descents import Descent, descents
+from fasthessian.study.figures import draw, missing
+from fasthessian.study.records import Stability, Study
+from fasthessian.study.stability import batch_sharpness, descend, follow
 
 F64 = torch.float64
 
@@ -102,51 +102,57 @@ DESCENTS = (Descent(0.5, None, 4, 2), Descent(0.25, None, 4, 2), Descent(0.1, 3,
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    place = tmp_path_factory.mktemp("study") / "stability"
-    return place, follow(images(), place, DESCENTS, width=3)
-
-
-def test_each_descent_has_a_file_and_is_not_made_again(folder, monkeypatch):
-    place, first = folder
-    assert len(list(place.iterdir())) == 3
-    made, original = [], descend
-
-    def counted(*args, **options):
-        made.append(args[3])
-        return original(*args, **options)
-
-    monkeypatch.setattr(stability, "descend", counted)
-    again = follow(images(), place, DESCENTS, width=3)
-    assert made == []
-    (place / next(path.name for path in place.iterdir() if "lr0.25" in path.name)).unlink()
-    torch.rand(3)  # the weights do not depend on the state of the global generator
-    state, calls = torch.get_rng_state(), []
-    third = follow(images(), place, DESCENTS, width=3, progress=lambda *c: calls.append(c))
-    assert made == [DESCENTS[1]] and torch.equal(state, torch.get_rng_state())
-    assert calls == [(4, 14), (6, 14), (8, 14)]
-    for a, b, c in zip(first, again, third, strict=True):
-        assert strip(a) == strip(b) == strip(c)
-    follow(images(), place, DESCENTS[:1], width=3, seed=1)
-    assert made == [DESCENTS[1], DESCENTS[0]]  # other settings are another file
-    assert [r.batch for r in first] == [12, 12, 3] and first[2].steps.tolist() == [0, 3, 6]
-    assert float(first[0].losses[0]) == float(first[2].losses[0])  # the same initial weights
+def records():
+    return tuple(follow(descent, images(), width=3) for descent in DESCENTS)
 
 
 def strip(record):
     return {name: value for name, value in record.to_json().items() if name != "seconds"}
 
 
-def test_a_damaged_file_is_named_and_can_be_deleted(folder):
-    place, first = folder
-    path = next(path for path in place.iterdir() if "lr0.5" in path.name and "seed0" in path.name)
-    for content in ("{", json.dumps({**first[0].to_json(), "losses": [1.0]})):
-        path.write_text(content)
-        with pytest.raises(InputError, match=r"lr0\.5-batch12of12.* is damaged .*; delete it") as e:
-            follow(images(), place, DESCENTS, width=3)
-        assert "\n" not in str(e.value)
-    path.unlink()
-    assert strip(follow(images(), place, DESCENTS, width=3)[0]) == strip(first[0])
+def test_descents_repeat_and_start_from_the_same_weights(records):
+    torch.rand(3)  # the weights do not depend on the state of the global generator
+    state, calls = torch.get_rng_state(), []
+    again = follow(DESCENTS[2], images(), lambda *c: calls.append(c), width=3)
+    assert torch.equal(state, torch.get_rng_state())
+    assert strip(again) == strip(records[2])
+    assert calls == [(step, 6) for step in range(7)]
+    assert [r.batch for r in records] == [12, 12, 3] and records[2].steps.tolist() == [0, 3, 6]
+    assert len({float(record.losses[0]) for record in records}) == 1
+
+
+def test_a_record_knows_its_descent(records):
+    for descent, record in zip(DESCENTS, records, strict=True):
+        assert record.run == descent == Stability.from_json(record.to_json()).run
+
+
+def test_each_sharpness_is_that_of_a_cold_run(records):
+    """Each search starts from the eigenvector before; here eigenvalues move and cross."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = stability.network(images(), 3)
+    x, y = images().train_x, torch.nn.functional.one_hot(images().train_y, 2).float()
+    for steps, found in zip((0, 2, 2), records[0].sharpness, strict=True):
+        for _ in range(steps):
+            loss = stability.squared_error(model(x), y)
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+            with torch.no_grad():
+                for parameter, grad in zip(model.parameters(), grads, strict=True):
+                    parameter -= 0.5 * grad
+        params = dict(model.named_parameters())
+
+        def loss_of(*parts, params=params):
+            named = dict(zip(params, parts, strict=True))
+            return stability.squared_error(torch.func.functional_call(model, named, (x,)), y)
+
+        parts = tuple(p.detach() for p in params.values())
+        blocks = torch.autograd.functional.hessian(loss_of, parts)
+        rows = [
+            torch.cat([block.reshape(p.numel(), -1) for block in row], 1)
+            for p, row in zip(parts, blocks, strict=True)
+        ]
+        exact = torch.linalg.eigvalsh(torch.cat(rows).double())[-1]
+        assert float(found) == pytest.approx(float(exact), rel=2e-4)
 
 
 @pytest.mark.parametrize(
@@ -169,20 +175,40 @@ def test_a_descent_that_diverges_is_refused_and_a_smaller_rate_works():
     assert found.losses[-1] < 1e-6
 
 
-def test_the_figure_has_every_rate_and_threshold(folder):
-    figure = draw(folder[1])
-    assert figure.png.startswith(b"\x89PNG") and (figure.kind, figure.name) == (
-        "stability", "edge-of-stability",
-    )  # fmt: skip
+def test_the_figure_has_every_rate_and_threshold(records):
+    (figure,) = draw(Study({}, (), (), {}, records))
+    assert figure.png.startswith(b"\x89PNG") and figure.name == "edge-of-stability"
     svg = figure.svg.decode()
     for words in ("rate 2 / 4", "rate 2 / 8", "rate 2 / 20, batches of 3", "descent: sharpness"):
         assert words in svg, words
     assert "12 images" in figure.caption
-    assert draw(folder[1]).png == figure.png
+    (again,) = draw(Study({}, (), (), {}, records))
+    assert again.png == figure.png
 
 
-def test_the_rates_of_the_figure_differ():
-    assert len({d.rate for d in stability.DESCENTS if d.batch is None}) == 3
-    assert any(d.batch is not None for d in stability.DESCENTS)
-    for a, b in itertools.pairwise(d.rate for d in stability.DESCENTS if d.batch is None):
-        assert a > b
+def test_without_descents_the_figure_says_which_option_makes_them():
+    words = missing(Study({}, (), (), {}))["edge-of-stability"]
+    assert words == "no descent was made; see --edge-of-stability"
+
+
+def test_the_descents_of_some_rates():
+    found = descents([0.05, 0.03], 4660)
+    assert [(d.rate, d.batch) for d in found] == [(0.05, None), (0.03, None), (0.05, 32)]
+    for descent in [*found, *descents([0.1], 3), *descents([0.1], 40)]:
+        assert descent.steps == 20 * descent.every
+    assert found[2].steps * 32 >= 80 * 4660 > (found[2].steps - 20) * 32
+    assert [d.batch for d in descents([0.1], 3)] == [None, 1]
+    assert descents([], 4660) == []
+
+
+@pytest.mark.parametrize(
+    ("rates", "words"),
+    [
+        ([0.1, -1.0], "must be a finite positive number, got -1.0"),
+        ([0.1, 0.1], "must be rates that differ in six digits, got 0.1 0.1"),
+    ],
+)
+def test_rates_that_make_no_sense_are_refused(rates, words):
+    with pytest.raises(InputError, match=f"^edge_of_stability {words}$"):
+        descents(rates, 10)
+    assert len(descents([0.1, 0.2], 10)) == 3

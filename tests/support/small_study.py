@@ -74,7 +74,7 @@ def replace_analysis(monkeypatch):
 def contents(folder):
     """All results in the folder of a study, as JSON, without the times that they took."""
     found = folder.results()
-    rows = [*found.trainings, *found.measurements]
+    rows = [*found.trainings, *found.measurements, *found.descents]
     return [{**row.to_json(), "seconds": 0} for row in rows] + [
         (str(key), surface.to_json()) for key, surface in found.landscapes.items()
     ]

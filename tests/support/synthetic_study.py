@@ -7,7 +7,15 @@ import torch
 
 from fasthessian.results.records import Landscape
 from fasthessian.study.networks import Network, Run
-from fasthessian.study.records import DIVERGED, TRAINED, UNTRAINED, Measurement, Study, Training
+from fasthessian.study.records import (
+    DIVERGED,
+    TRAINED,
+    UNTRAINED,
+    Measurement,
+    Stability,
+    Study,
+    Training,
+)
 
 STAGES = ("stem", "stage1", "stage2", "stage3", "head")
 SIZES = (464.0, 14_016.0, 52_096.0, 205_696.0, 650.0)
@@ -47,7 +55,7 @@ def synthetic(plants=None, *, depths=DEPTHS, variants=VARIANTS, seeds=SEEDS, epo
     """A study of the networks in ``plants`` (default PLANTS) that have these depths and variants.
 
     Every first seed also has a training at a lower rate, which is not kept. Landscapes exist for
-    the first seed at all epochs.
+    the first seed at all epochs, and two descents.
     """
     plants = PLANTS if plants is None else plants
     trainings, measurements, landscapes = [], [], {}
@@ -71,7 +79,15 @@ def synthetic(plants=None, *, depths=DEPTHS, variants=VARIANTS, seeds=SEEDS, epo
         "data": {"name": "CIFAR-10", "training images": 4660, "test images": 10_000},
         "recipe": {"epochs": max(epochs)},
     }
-    return Study(settings, tuple(trainings), tuple(measurements), landscapes)
+    descents = (_descent(0.05, 4660), _descent(0.05, 32))
+    return Study(settings, tuple(trainings), tuple(measurements), landscapes, descents)
+
+
+def _descent(rate, batch):
+    """A sharpness that rises to 2 / rate and stays there."""
+    steps = torch.arange(0, 401, 20, dtype=torch.float64)
+    rising = (2 / rate) * (1 - torch.exp(-steps / 80))
+    return Stability(rate, batch, 4660, steps, torch.exp(-steps / 200), rising, rising, 9.0)
 
 
 def _jitter(run, plant):

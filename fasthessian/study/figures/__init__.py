@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fasthessian.study.figures import comparisons, curves, densities, landscapes, stages, style
+from fasthessian.study.figures import (
+    comparisons,
+    curves,
+    densities,
+    landscapes,
+    stability,
+    stages,
+    style,
+)
 from fasthessian.study.figures.kind import Kind
 from fasthessian.study.records import Study
 from fasthessian.study.select import Selection
@@ -25,6 +33,7 @@ KINDS: tuple[Kind, ...] = (
     comparisons.NORM,
     comparisons.EQUAL_LOSS,
     comparisons.CORRELATION,
+    stability.STABILITY,
 )
 
 
