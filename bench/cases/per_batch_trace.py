@@ -32,7 +32,7 @@ from fasthessian.study.sgd import train
 
 F64 = torch.float64
 BATCHES, WAY_SEEDS = 40, 1000
-BATCH, SHARING = 128, (4, 8, 16, 32, 128)  # images per batch, and per random vector
+BATCH, SHARING = 128, (2, 4, 8, 16, 128)  # images per batch, and per random vector
 Batches = list[tuple[Tensor, Tensor]]
 
 

@@ -20,7 +20,8 @@ from fasthessian.study.claims import claims
 from fasthessian.study.figures import draw, missing
 from fasthessian.study.records import DIVERGED, Study
 from fasthessian.study.store import Folder
-from fasthessian.study.tables import as_csv, as_markdown, tables
+from fasthessian.study.tables import as_csv, as_markdown, of_claims, tables
+from fasthessian.study.text import name_of
 
 
 def check_packages() -> None:
@@ -52,7 +53,7 @@ def files(study: Study, found: list[sheets.Claim]) -> Iterator[tuple[str, str | 
     for picture in pictures:
         yield f"figures/{picture.name}.png", picture.png
         yield f"figures/{picture.name}.svg", picture.svg
-    for table in rows:
+    for table in [*rows, of_claims(found)]:
         yield f"tables/{table.name}.csv", as_csv(table)
         yield f"tables/{table.name}.md", as_markdown(table)
     yield "report.html", study_page(study, pictures, rows, found, missing(study))
@@ -73,15 +74,20 @@ def json_types(study: Study, found: list[sheets.Claim]) -> dict[str, Any]:
 
 def show(study: Study, found: list[sheets.Claim]) -> None:
     """Print the kept runs and the verdicts."""
-    kept = Table(title="Kept runs", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for name in ("network", "seed", "rate", "test accuracy", "trace", ""):
-        kept.add_column(name)
+    kept = Table(
+        title="Kept runs, with their test accuracy",
+        title_justify="left",
+        box=None,
+        padding=(0, 2, 0, 0),
+    )
+    for name in ("network", "seed", "rate", "accuracy", "trace", ""):
+        kept.add_column(name, no_wrap=name == "network")
     last = {each.run: each for each in study.measurements if each.mode == "eval"}
     for training in study.kept():
         run, diverged = training.run, training.status == DIVERGED
         measured = last.get(run)
         kept.add_row(
-            run.network.name,
+            name_of(run.network),
             str(run.seed),
             f"{run.lr:g}",
             "" if diverged else f"{float(training.test_accuracy[-1]):.1%}",

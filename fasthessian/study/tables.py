@@ -11,7 +11,7 @@ from fasthessian.study.intervals import Quantity
 from fasthessian.study.networks import Network
 from fasthessian.study.records import DIVERGED, TRAINED, UNTRAINED, Measurement, Study, Training
 from fasthessian.study.select import MODES, Selection, top, trace
-from fasthessian.study.sheets import Table
+from fasthessian.study.sheets import Claim, Table
 from fasthessian.study.text import LABELS, interval, name_of, number
 
 # name, title, variants, and the paper's table for CIFAR-10
@@ -50,6 +50,23 @@ def tables(study: Study) -> list[Table]:
     found = [_accuracies(selection, *row) for row in _ACCURACIES]
     found += [_curvature(selection), _trainings(study, selection)]
     return [table for table in found if table.rows]
+
+
+def of_claims(claims: Sequence[Claim]) -> Table:
+    """The verdict on each finding of the paper.
+
+    Example:
+        >>> of_claims([Claim("A is flatter.", "Figure 1", (), (), "not decided", "One seed.")]).rows
+        (('A is flatter.', 'Figure 1', 'not decided', 'One seed.'),)
+    """
+    rows = tuple((each.statement, each.source, each.verdict, each.reason) for each in claims)
+    return Table(
+        "claims",
+        "Findings of the paper, and what this study says of them",
+        ("finding", "in the paper", "verdict", "why"),
+        rows,
+        "Intervals are at 95 %; the report has the numbers of each comparison.",
+    )
 
 
 def as_csv(table: Table) -> str:

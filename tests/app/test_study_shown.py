@@ -173,8 +173,11 @@ def test_a_miniature_of_the_whole_study(tmp_path, capsys, monkeypatch):
         for suffix in (".png", ".svg"):
             assert any(name.startswith(kind.name) and name.endswith(suffix) for name in names)
     assert {path.stem for path in (out / "tables").iterdir()} == {
-        table.name for table in tables(found)
+        "claims",
+        *(table.name for table in tables(found)),
     }
+    claims_shown = (out / "tables" / "claims.md").read_text()
+    assert "not decided" in claims_shown or "not measured" in claims_shown
     with monkeypatch.context() as patch:
         for name in ("measure", "surface"):
             patch.delattr(analysis, name)
