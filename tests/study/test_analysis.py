@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 import fasthessian as fh
-from fasthessian.study.analysis import GROUPS, batches, measure, surface
+from fasthessian.study import analysis
+from fasthessian.study.analysis import GROUPS, batches, measure, of_sum, shared, surface
 from fasthessian.study.data import ImageData
 from fasthessian.study.networks import Network, Run
 from fasthessian.study.recipes import RECIPES
@@ -107,6 +108,58 @@ def test_a_measurement_agrees_with_the_dense_hessians(variant, mode):
     assert model.training and all(
         torch.equal(x, before[name]) for name, x in model.state_dict().items()
     )
+
+
+def test_the_trace_of_the_whole_is_the_sum_of_its_stages():
+    model, run = network("no-bn-stage3")
+    found, _ = measure(run, 5, "eval", model, data(), RECIPE)
+    halves = (found.stage_high - found.stage_low) / 2
+    low, high = found.trace_interval
+    assert found.trace == pytest.approx(float(found.stage_traces.sum()), rel=1e-12)
+    assert (high - low) / 2 == pytest.approx(float(halves.norm()), rel=1e-9)
+    assert (high + low) / 2 == pytest.approx(found.trace, rel=1e-9)
+
+
+def test_with_running_statistics_batches_are_split_for_the_traces(monkeypatch):
+    recipe = dataclasses.replace(RECIPE, images=20, analysis_batch=10)
+    asked = {}
+
+    def trace(blocks, **options):
+        asked[mode] = {block._batches().total for block in blocks.values()}, options
+        return fh.trace(blocks, **options)
+
+    monkeypatch.setattr(analysis, "trace", trace)
+    for mode in ("eval", "train"):
+        model, run = network("resnet")
+        measure(run, 5, mode, model, data(), recipe)
+    assert asked["eval"][0] == {6} and asked["train"][0] == {2}  # 4 + 4 + 2 images, and 10
+    assert asked["eval"][1]["max_matvecs"] == 6 and asked["train"][1]["max_matvecs"] == 16
+    assert {options["sampling"] for _, options in asked.values()} == {"per-batch"}
+    assert shared(50000, "eval", RECIPES["paper"]) == 97
+    assert shared(10**6, "eval", RECIPES["paper"]) == RECIPES["paper"].analysis_batch
+
+
+@pytest.mark.filterwarnings("ignore::fasthessian.ConvergenceWarning")
+def test_the_interval_of_a_sum_covers_it():
+    """Coverage over 300 seeds; stages of three layers, whose blocks have elements between them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 7), torch.nn.Tanh(),
+        torch.nn.Linear(7, 4),
+    ).double()  # fmt: skip
+    x, y = torch.randn(40, 6, dtype=torch.float64), torch.arange(40) % 4
+    parts = [(x[i : i + 2], y[i : i + 2]) for i in range(0, 40, 2)]
+    A = fh.Hessian(model, torch.nn.CrossEntropyLoss(), parts)
+    exact = sum(float(A @ e @ e) for e in torch.eye(A.n, dtype=torch.float64))
+    covered = 0
+    for seed in range(300):
+        found = fh.trace(
+            A.blocks({"0": "^0", "2": "^2", "4": "^4"}), sampling="per-batch", max_matvecs=1,
+            rtol=1e-9, seed=seed, method="hutchinson",
+        )  # fmt: skip
+        low, high = of_sum(found.values())[1]
+        covered += low < exact < high
+    assert 276 <= covered <= 296  # 95 % of 300, and 2.3 standard deviations of it
 
 
 def test_all_networks_see_the_same_images_of_the_training():
