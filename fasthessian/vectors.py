@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,6 +14,7 @@ from fasthessian import kernels
 from fasthessian.errors import InputError, InputTypeError
 
 ALIGN, PAGE = 64, 4096  # bytes: a cache line; the stride at which rows fall into the same cache set
+LARGE = 4 << 20  # bytes from which the operating system is asked for pages of zeros
 
 
 def real(t: Tensor) -> Tensor:
@@ -119,4 +123,19 @@ def empty_rows(k: int, n: int, dtype: torch.dtype, device: torch.device | str) -
     4096: rows at the same offset of a page would evict each other from the cache.
     """
     stride = stride_bytes(n, dtype) // dtype.itemsize
+    large = k * stride * dtype.itemsize >= LARGE
+    if large and torch.device(device).type == "cpu" and sys.platform == "linux":
+        return _pages(k * stride, dtype).view(k, stride)[:, :n]
     return torch.zeros(k, stride, dtype=dtype, device=device)[:, :n]
+
+
+def _pages(count: int, dtype: torch.dtype) -> Tensor:
+    """So many zeros, in pages that take memory when they are first written.
+
+    Rows that a run never reaches cost nothing then, and the others no pass of zeros before.
+    """
+    # private: after a fork both processes have pages of their own, as of any other tensor
+    pages = mmap.mmap(-1, count * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype)

@@ -19,15 +19,16 @@ import torch
 from torch import Tensor
 
 from fasthessian.errors import InputError, InputTypeError, InsufficientMemoryError
-from fasthessian.kernels.contract import Count
+from fasthessian.kernels.contract import MAX_BLOCK, Count
 from fasthessian.krylov.space import Space
 from fasthessian.memory import available_bytes, readable
-from fasthessian.vectors import stride_bytes
+from fasthessian.vectors import ALIGN, stride_bytes
 
 FORMATS = ("full", "compressed", "offload")
 LARGEST = 65504.0  # of float16
-CPU_COLUMNS = 1 << 16  # columns rotated at a time: stays in cache
-GPU_NUMBERS = 1 << 25  # numbers widened to float64 at a time on a GPU: 256 MiB
+# Bytes of V that are rotated at a time. On a CPU they stay in cache, where a second block of
+# columns of S finds them; on a GPU they bound the memory beside V.
+CPU_TILE, GPU_TILE = 8 << 20, 128 << 20
 
 
 class Basis:
@@ -76,14 +77,25 @@ class Basis:
         self.stored[row].copy_(v * self.scale)
 
     def rotate(self, S: Tensor, out: Tensor | None = None) -> None:
-        """Write ``S^T V`` for S (size, p) to out (p, n); without out to the first p rows."""
-        mix = S.T.to(self._device)
-        factor = 1.0 if out is None else 1 / self.scale
-        target = self.stored if out is None else out
-        width = CPU_COLUMNS if self._device.type == "cpu" else GPU_NUMBERS // max(1, len(S))
-        for start in range(0, self.stored.shape[1], width):
-            tile = self.stored[: len(S), start : start + width].to(self._device).double()
-            target[: len(mix), start : start + width] = (mix @ tile).mul_(factor)
+        """Write ``S^T V`` for S (size, p) to out (p, n); without out to the first p rows.
+
+        That is ``update_`` of zeros by -S: V is read once, and sums are taken in float64.
+        """
+        size, p = S.shape
+        H = S.to(self._device) * (-1.0 if out is None else -1.0 / self.scale)
+        tile = CPU_TILE if self._device.type == "cpu" else GPU_TILE
+        width = max(1, tile // (size * self.stored.element_size()) // ALIGN) * ALIGN
+        n, dtype = self.stored.shape[1], self.space.dtype
+        buffer = torch.empty(p, min(width, n), dtype=dtype, device=self._device)
+        for start in range(0, n, width):
+            columns = slice(start, start + width)
+            V = self.stored[:size, columns].to(self._device)
+            W = (buffer[:, : V.shape[1]] if out is None else out[:, columns]).zero_()
+            for first in range(0, p, MAX_BLOCK):
+                block = slice(first, first + MAX_BLOCK)
+                self.space.kernels.update_(V, W[block], H[:, block].contiguous())
+            if out is None:
+                self.stored[:p, columns].copy_(W)
 
     @property
     def _device(self) -> torch.device:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +15,7 @@ import fasthessian as fh
 from fasthessian import kernels
 from fasthessian.operators.base import multiply
 from fasthessian.operators.request import Request
-from fasthessian.vectors import Layout, empty_rows
+from fasthessian.vectors import LARGE, Layout, empty_rows
 from tests.support.models import PROBLEMS
 
 
@@ -38,13 +42,37 @@ def test_flatten_reads_non_contiguous_tensors_and_scalars() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("n", [1, 15, 16, 17, 511, 512, 1024, 2048, 4099])
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 511, 512, 1024, 2048, 4099, LARGE])
 def test_rows_are_aligned_to_cache_lines_and_not_to_pages(n: int, dtype: torch.dtype) -> None:
     V = empty_rows(3, n, dtype, "cpu")
     assert V.shape == (3, n) and not V.any()
     stride = V.stride(0) * V.element_size()
     assert stride % 64 == 0 and stride % 4096 != 0 and stride - n * V.element_size() < 128
     assert all(row.data_ptr() % 64 == 0 for row in V)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_rows_take_memory_when_they_are_written() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    V = empty_rows(100, 1 << 20, torch.float32, "cpu")
+    assert resident() - before < 1 << 25
+    V[:40] = 1.0
+    assert 140 << 20 < resident() - before < 240 << 20
+    assert V[39, -1] == 1 and V[40, 0] == 0
+    row = V[:1]
+    del V  # the memory lives as long as a view of it
+    assert row.all()
+    del row
+    assert resident() - before < 1 << 25
+
+
+def test_large_rows_are_on_the_cpu_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        V = empty_rows(2, LARGE, torch.float16, "cpu")
+    assert V.device.type == "cpu" and not V.any()
 
 
 def test_a_request_writes_only_its_strided_rows() -> None:
