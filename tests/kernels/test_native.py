@@ -11,10 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from fasthessian.kernels import native
+from fasthessian.kernels import native, reference
 
 pytestmark = pytest.mark.slow
 
@@ -157,6 +158,51 @@ def test_every_other_instruction_set_passes(isa):
     command = [sys.executable, "-c", INSIDE, isa, *paths]
     run = subprocess.run(command, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-1000:]
+
+
+DIGEST = """
+import hashlib, torch
+from fasthessian.kernels import native
+found = hashlib.sha256()
+for dtype in (torch.float32, torch.float64):
+    for n, seed, offset in ((100_003, 5, 0), (7, 1, 2), (64, 2**64 - 1, 3), (1000, 3, 2**61 + 1)):
+        found.update(native.normal_(torch.empty(n, dtype=dtype), seed, offset).numpy().tobytes())
+print(found.hexdigest())
+"""
+
+
+@needs_native
+def test_normal_numbers_have_the_same_bits_with_all_instruction_sets():
+    found = {}
+    for isa in native._native.isas():
+        env = {**os.environ, "FASTHESSIAN_ISA": isa}
+        command = [sys.executable, "-c", DIGEST]
+        run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+        found[isa] = run.stdout
+    assert len(set(found.values())) == 1, found
+
+
+@needs_native
+def test_normal_numbers_are_exact_to_a_few_roundings():
+    """Against the Box-Muller formula in extended precision, also where they are almost 0."""
+    n, eps = 1_000_000, torch.finfo(F64).eps
+    extended = np.longdouble
+    if np.finfo(extended).eps > eps / 100:
+        pytest.skip("no extended precision in NumPy here")
+    words = reference._philox(torch.arange(n // 4), reference.NORMAL, 9).numpy().astype(extended)
+    uniform = (words + 0.5) / 2**32
+    radius = np.sqrt(-2 * np.log(uniform[:, 0::2]))
+    quarters = 4 * uniform[:, 1::2]
+    q = np.rint(quarters)  # the rest of a right angle is exact
+    angle = (quarters - q) * (2 * np.arctan(extended(1)))
+    c, s = np.cos(angle), np.sin(angle)
+    turned = [np.stack((c, s)), np.stack((-s, c)), np.stack((-c, -s)), np.stack((s, -c))]
+    pairs = radius * np.choose(q.astype(int) % 4, turned)
+    want = np.moveaxis(pairs, 0, -1).reshape(-1)
+    found = native.normal_(torch.empty(n, dtype=F64), 9).numpy()
+    assert (
+        float(np.max(np.abs(found - want) / np.abs(want))) < 5 * eps / 2
+    )  # log, root, turn, product
 
 
 @needs_native
