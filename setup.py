@@ -20,7 +20,7 @@ from pathlib import Path
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
-CPU_UNITS = {"csrc/cpu/kernels_generic.cpp": []}
+CPU_UNITS = {"csrc/cpu/kernels_generic.cpp": [], "csrc/cpu/recur.cpp": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     AVX512 = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mf16c"]
     CPU_UNITS |= {

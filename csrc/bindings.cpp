@@ -9,7 +9,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/kernels.h"
 #ifdef FH_WITH_CUDA
 #include "cuda/device.h"
 #endif
@@ -67,6 +66,12 @@ void bind_cpu(py::module_ m) {
     void* slot = append ? (char*)v + count * ldv * bytes : nullptr;
     run({(const void*)v, ldv, (FhType)vtype, count, n, (void*)w, ldw, (FhType)wtype, b,
          (const double*)h, (const double*)s, nullptr, nullptr, threads, slot, scale});
+  });
+  m.def("recur", [](Address c, int64_t ldc, Address g, int64_t ldg, Address t, int64_t ldt,
+                    Address gauges, int64_t ldgauges, int64_t k, int64_t m, Address count_at,
+                    int64_t count, double scale, Address h, Address s, int) {
+    fh_cpu_recur(
+        recurrence(c, ldc, g, ldg, t, ldt, gauges, ldgauges, k, m, count_at, count, scale, h, s));
   });
   m.def("signs", [](Address out, int type, int64_t n, uint64_t seed, int64_t offset, int threads) {
     py::gil_scoped_release released;

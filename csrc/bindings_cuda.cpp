@@ -89,21 +89,8 @@ void bind_cuda(py::module_ m) {
   m.def("recur", [](Address c, int64_t ldc, Address g, int64_t ldg, Address t, int64_t ldt,
                     Address gauges, int64_t ldgauges, int64_t k, int64_t m, Address count_at,
                     int64_t count, double scale, Address h, Address s, int device, Address stream) {
-    const FhCudaRecurrence step = {(const double*)c,
-                                   (const double*)g,
-                                   ldc,
-                                   ldg,
-                                   (double*)t,
-                                   (double*)gauges,
-                                   ldt,
-                                   ldgauges,
-                                   k,
-                                   m,
-                                   (int64_t*)count_at,
-                                   count,
-                                   scale,
-                                   (double*)h,
-                                   (double*)s};
+    const FhRecurrence step =
+        recurrence(c, ldc, g, ldg, t, ldt, gauges, ldgauges, k, m, count_at, count, scale, h, s);
     launch(
         device, [&] { return fh_cuda_recur(step, (void*)stream); },
         [&] { return named("recur", m); });

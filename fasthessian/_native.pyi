@@ -20,6 +20,10 @@ class _Cpu:
         self, v: int, ldv: int, vtype: int, k: int, n: int, w: int, ldw: int, wtype: int, b: int,
         h: int, count_at: int, count: int, s: int, append: bool, scale: float, threads: int, /,
     ) -> None: ...
+    def recur(
+        self, c: int, ldc: int, g: int, ldg: int, t: int, ldt: int, gauges: int, ldgauges: int,
+        k: int, m: int, count_at: int, count: int, scale: float, h: int, s: int, threads: int, /,
+    ) -> None: ...
     def signs(
         self, out: int, type: int, n: int, seed: int, offset: int, threads: int, /,
     ) -> None: ...

@@ -30,6 +30,21 @@ struct FhBlock {
   double scale;
 };
 
+// One delayed Gram-Schmidt step: see fasthessian/kernels/reference.py.
+struct FhRecurrence {
+  const double *c, *g;  // (k, 2) and (2, 2)
+  int64_t ldc, ldg;
+  double *t, *gauges;  // (m + 1, m + 1) and (m + 1, 3)
+  int64_t ldt, ldgauges;
+  int64_t k, m;
+  int64_t* count_at;  // two numbers, which are advanced; null to use count
+  int64_t count;
+  double scale;
+  double *h, *s;  // (k, 2) and (2, 2) contiguous, written
+};
+
+void fh_cpu_recur(const FhRecurrence& step);
+
 struct FhCpuKernels {
   const char* name;
   bool (*project)(const FhBlock&);  // false: the workspace could not be allocated

@@ -1,7 +1,7 @@
 // The CUDA kernels: device addresses, sizes, strides in elements, and a stream of the current
 // device. Any C++ compiler can include this. Every function returns a cudaError_t as an int.
 #pragma once
-#include "cpu/kernels.h"  // FhType
+#include "cpu/kernels.h"  // FhType, FhRecurrence
 
 // Rows of V (k, n) together with the block W (b, n), b up to 8. The first count rows take part:
 // *count_at, read by the kernel, or count if that is null.
@@ -19,19 +19,6 @@ struct FhCudaBlock {
   int64_t count;
 };
 
-// One delayed Gram-Schmidt step: see fasthessian/kernels/reference.py.
-struct FhCudaRecurrence {
-  const double *c, *g;  // (k, 2) and (2, 2)
-  int64_t ldc, ldg;
-  double *t, *gauges;  // (m + 1, m + 1) and (m + 1, 3)
-  int64_t ldt, ldgauges;
-  int64_t k, m;
-  int64_t* count_at;  // two numbers, which are advanced; null to use count
-  int64_t count;
-  double scale;
-  double *h, *s;  // (k, 2) and (2, 2) contiguous, written
-};
-
 // The size of the workspace of fh_cuda_project in numbers; 0 if the query of the device fails.
 int64_t fh_cuda_workspace(const FhCudaBlock& block);
 
@@ -42,7 +29,7 @@ int fh_cuda_project(const FhCudaBlock& block, double* workspace, double* c, doub
 // the result, the first row of W becomes its last row, and the other rows of W do not change.
 int fh_cuda_update(const FhCudaBlock& block, const double* s, bool append, double scale,
                    void* stream);
-int fh_cuda_recur(const FhCudaRecurrence& step, void* stream);
+int fh_cuda_recur(const FhRecurrence& step, void* stream);
 int fh_cuda_signs(void* out, FhType type, int64_t n, uint64_t seed, int64_t offset, void* stream);
 int fh_cuda_normal(void* out, FhType type, int64_t n, uint64_t seed, int64_t offset, void* stream);
 // out = beta * out + alpha * the concatenated pieces; beta = 0 does not read out.

@@ -19,7 +19,7 @@ __device__ __forceinline__ double block_sum(double x, double* shared) {
 // The maximum; NaN if either is NaN.
 __device__ __forceinline__ double larger(double a, double b) { return a > b || a != a ? a : b; }
 
-__global__ void __launch_bounds__(THREADS) recur_kernel(FhCudaRecurrence a) {
+__global__ void __launch_bounds__(THREADS) recur_kernel(FhRecurrence a) {
   FH_SHARED(double, sums, WARPS);
   const int64_t j = a.count_at ? a.count_at[0] : a.count;
   const bool room = j >= 0 && j < a.m && j <= a.k;  // no row if a graph is replayed too often
@@ -71,6 +71,6 @@ __global__ void __launch_bounds__(THREADS) recur_kernel(FhCudaRecurrence a) {
 }
 }  // namespace
 
-int fh_cuda_recur(const FhCudaRecurrence& step, void* stream) {
+int fh_cuda_recur(const FhRecurrence& step, void* stream) {
   return fh::launch(recur_kernel, dim3(1), dim3(THREADS), 0, (cudaStream_t)stream, step);
 }

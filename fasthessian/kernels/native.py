@@ -9,7 +9,6 @@ from typing import Any
 import torch  # before the extension, so that both use torch's OpenMP runtime
 from torch import Tensor
 
-from fasthessian.kernels import reference
 from fasthessian.kernels.contract import (
     Count,
     check_block,
@@ -149,8 +148,10 @@ def project_(
     block = _block(V, W, h, count, entry)
     C = torch.empty(k, b, dtype=torch.float64, device=V.device)
     G = torch.empty(b, b, dtype=torch.float64, device=V.device)
-    work = torch.empty(entry.workspace(*block, *place), dtype=torch.float64, device=V.device)
-    entry.project(*block, work.data_ptr(), C.data_ptr(), G.data_ptr(), *place)
+    size = entry.workspace(*block, *place)
+    work = torch.empty(size, dtype=torch.float64, device=V.device) if size else None
+    place_of_work = 0 if work is None else work.data_ptr()
+    entry.project(*block, place_of_work, C.data_ptr(), G.data_ptr(), *place)
     return C, G
 
 
@@ -182,16 +183,15 @@ def recur_(
     C: Tensor, G: Tensor, T: Tensor, gauges: Tensor, *, count: int | Tensor, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The scalars of one delayed Gram-Schmidt step of Lanczos: ``reference.recur_`` as a kernel."""
-    entry, place = _entry(C)
-    if entry is _native.cpu:
-        return reference.recur_(C, G, T, gauges, count=count, scale=scale)
     check_recurrence(C, G, T, gauges, count)
+    entry, place = _entry(C)
+    at, made = (count.data_ptr(), 0) if isinstance(count, Tensor) else (0, count)
     k, m = C.shape[0], T.shape[0] - 1
     H = torch.empty(k, 2, dtype=torch.float64, device=C.device)
     S = torch.empty(2, 2, dtype=torch.float64, device=C.device)
     entry.recur(
         C.data_ptr(), C.stride(0), G.data_ptr(), G.stride(0), T.data_ptr(), T.stride(0),
-        gauges.data_ptr(), gauges.stride(0), k, m, *_count(count, k, entry), scale,
+        gauges.data_ptr(), gauges.stride(0), k, m, at, made, scale,
         H.data_ptr(), S.data_ptr(), *place,
     )  # fmt: skip
     return H, S

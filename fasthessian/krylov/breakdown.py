@@ -10,11 +10,10 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from fasthessian.errors import InputError
 from fasthessian.kernels.contract import CANCELLED
-from fasthessian.krylov.coefficients import CoefficientsCopy
+from fasthessian.krylov.coefficients import CoefficientsCopy, Numbers
 from fasthessian.krylov.state import RunState
 from fasthessian.operators.base import ASYMMETRY, SymmetricOperator
 
@@ -35,11 +34,11 @@ class Tolerances(NamedTuple):
             return cls(HALF_NOISE, 10 * ASYMMETRY[torch.float32])
         return cls(NOISE * torch.finfo(dtype).eps, 10 * ASYMMETRY[dtype])
 
-    def noise(self, T: Tensor, j: int) -> float:
+    def noise(self, T: Numbers, j: int) -> float:
         """The norm up to which a candidate after j rows may be rounding: rounding * ||T_j||."""
-        return self.rounding * float(T[:j, :j].abs().sum(1).max())
+        return self.rounding * float(abs(T[:j, :j]).sum(1).max())
 
-    def is_noise(self, T: Tensor, j: int, norm: float) -> bool:
+    def is_noise(self, T: Numbers, j: int, norm: float) -> bool:
         """Whether a candidate after j rows is rounding; a random one, without couplings, is not."""
         return bool(T[j, :j].any()) and norm <= self.noise(T, j)
 
@@ -61,10 +60,11 @@ def judged(
     Raises:
         ValueError: products are not finite, or A is not symmetric.
     """
-    T, gauges, size, skew = copy.T, copy.gauges, copy.size, state.skew
+    size, skew = copy.size, state.skew
+    T, gauges = copy.numbers[:, : size + 1], copy.numbers[:, -3:]
     for j in range(state.judged, size):
         uu, nu2, asymmetry = gauges[j].tolist()
-        scale = float(T[: j + 1, : j + 1].abs().max())
+        scale = float(abs(T[: j + 1, : j + 1]).max())
         if not all(map(math.isfinite, (uu, nu2, asymmetry, scale))):
             raise InputError(f"{A} returned NaN or Inf for a finite vector")
         if not nu2 > CANCELLED * uu:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
+
+Numbers = np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
 class Coefficients:
@@ -23,6 +27,7 @@ class Coefficients:
     def __init__(self, m: int, device: torch.device) -> None:
         self.cells = torch.zeros(m + 1, m + 4, dtype=torch.float64, device=device)
         self.T, self.gauges = self.cells[:, : m + 1], self.cells[:, m + 1 :]
+        self._norms = torch.tensor([[1.0, 1.0, 0.0]], dtype=torch.float64, device=device)
         self.counter = torch.zeros(2, dtype=torch.int64, device=device)
 
     def set_row(self, j: int, column: Tensor, nu2: Tensor) -> None:
@@ -34,13 +39,11 @@ class Coefficients:
         T[j, j] = column[j]
         T[j + 1, : j + 1] = 0.0
         T[j + 1, j] = nu2.clamp(min=0).sqrt()
-        gauges[j + 1, :2] = nu2
-        gauges[j + 1, 2] = 0.0
+        self.set_candidate(j + 1, nu2)
 
     def set_candidate(self, size: int, norm2: Tensor | float) -> None:
-        """The squared norm of the candidate after ``size`` rows."""
-        self.gauges[size, :2] = norm2
-        self.gauges[size, 2] = 0.0
+        """The squared norm, a number or of one element, of the candidate after ``size`` rows."""
+        torch.mul(self._norms, norm2, out=self.gauges[size : size + 1])
 
     def reset(self, T: Tensor) -> None:
         """Replace everything by T (size + 1, size + 1), the candidate's row included."""
@@ -77,17 +80,17 @@ class CoefficientsCopy:
             self._event.synchronize()
         return self
 
+    @functools.cached_property
+    def numbers(self) -> Numbers:
+        """``cells`` as an array in the same memory; small sums of it are faster than torch's."""
+        return self.cells.numpy()
+
     @property
     def beta(self) -> float:
         """The candidate's norm."""
-        return math.sqrt(max(float(self.gauges[-1, 0]), 0.0))
+        return math.sqrt(max(float(self.numbers[-1, -3]), 0.0))
 
     @property
     def T(self) -> Tensor:
         """(size + 1, size + 1); the candidate's row is last."""
         return self.cells[:, : self.size + 1]
-
-    @property
-    def gauges(self) -> Tensor:
-        """(size + 1, 3); the candidate's row is last."""
-        return self.cells[:, -3:]

@@ -245,7 +245,7 @@ class Lanczos:
     def noise(self) -> float:
         """The size under which a residual is rounding of A's dtype: NOISE eps ||T||."""
         T, rounding = self.state.T, NOISE * torch.finfo(self.A.dtype).eps
-        noise = self._tolerances.noise(T, len(T) - 1) if len(T) > 1 else 0.0
+        noise = self._tolerances.noise(T.numpy(), len(T) - 1) if len(T) > 1 else 0.0
         return self.state.unscaled(rounding / self._tolerances.rounding * noise)
 
     @property
@@ -259,7 +259,7 @@ class Lanczos:
         state = self.state
         if state.unscaled(state.lost) <= self.noise:
             return 0.0
-        return state.unscaled(self._tolerances.noise(state.T, state.size))
+        return state.unscaled(self._tolerances.noise(state.T.numpy(), state.size))
 
     @property
     def exact(self) -> bool:

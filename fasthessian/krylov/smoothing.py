@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from fasthessian.errors import ConvergenceWarning
-from fasthessian.krylov.quadrature import REACH, Measured, Rule, quadrature, unresolved, width
+from fasthessian.krylov.quadrature import (
+    REACH,
+    TOGETHER,
+    Measured,
+    Rule,
+    quadrature,
+    unresolved,
+    width,
+)
 from fasthessian.results.records import Density
 
 FINENESS = 4  # grid points per kernel width: the sum of a sampled Gaussian is then exact to 1e-16
@@ -113,8 +121,10 @@ def _smooth(rules: list[Rule], grid: Tensor, sigma: float) -> Tensor:
     """Mean over the rules of ``sum_i weight_i g(x - node_i)`` on the grid."""
     values = torch.zeros_like(grid)
     for rule in rules:
-        for node, weight in zip(rule.nodes, rule.weights, strict=True):
-            values += weight * torch.exp(-0.5 * ((grid - node) / sigma) ** 2)
+        columns = (torch.split(each, TOGETHER) for each in (rule.nodes, rule.weights))
+        for nodes, weights in zip(*columns, strict=True):
+            bells = torch.exp(-0.5 * ((grid - nodes[:, None]) / sigma) ** 2)
+            values += (weights[:, None] * bells).sum(0)
     return values / (sigma * math.sqrt(2 * math.pi) * len(rules))
 
 

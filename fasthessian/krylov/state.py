@@ -120,12 +120,12 @@ class RunState(State):
     @property
     def u(self) -> Tensor:
         """The candidate (1, n) for the next row."""
-        return self.W[self.candidate][None]
+        return self.W[self.candidate : self.candidate + 1]
 
     @property
     def product(self) -> Tensor:
         """The row (1, n) for A u, where the next candidate is made."""
-        return self.W[1 - self.candidate][None]
+        return self.W[1 - self.candidate : 2 - self.candidate]
 
     def next_offset(self) -> int:
         """Where the next n numbers of the stream begin that no vector was read from."""
@@ -136,8 +136,7 @@ class RunState(State):
     def copy(self, delayed: bool) -> CoefficientsCopy:
         """A copy of the coefficients, with the norm of u, on its way to the host."""
         if delayed:
-            norm2 = self.basis.space.gram(self.W[:1])[0, 0]
-            self.coefficients.set_candidate(self.size, norm2)
+            self.coefficients.set_candidate(self.size, self.basis.space.gram(self.W[:1]))
         return CoefficientsCopy(self.coefficients.cells, self.size)
 
     def passed_copy(self, delayed: bool) -> CoefficientsCopy | None:

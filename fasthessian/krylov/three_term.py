@@ -93,7 +93,7 @@ class ThreeTerm:
     def advance(self) -> Asking:
         """Ask for one product and make one more row of T."""
         state, j = self.state, self.state.size
-        before, q, w = (state.rows[i % 3][None] for i in (j - 1, j, j + 1))
+        before, q, w = (state.rows[i % 3 : i % 3 + 1] for i in (j - 1, j, j + 1))
         yield Request(self.A, q, w, self._deferred)
         if self._restrict is not None:
             self._restrict(q, w)
