@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import sys
 from collections.abc import Mapping, Sequence
@@ -132,10 +131,10 @@ def empty_rows(k: int, n: int, dtype: torch.dtype, device: torch.device | str) -
 def _pages(count: int, dtype: torch.dtype) -> Tensor:
     """So many zeros, in pages that take memory when they are first written.
 
-    Rows that a run never reaches cost nothing then, and the others no pass of zeros before.
+    Rows that a run never reaches cost nothing then, and the others no pass of zeros before. Huge
+    pages are left to the system's setting: on a virtual machine their first writes took twice the
+    time, and reading them was not faster.
     """
     # private: after a fork both processes have pages of their own, as of any other tensor
     pages = mmap.mmap(-1, count * dtype.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=dtype)

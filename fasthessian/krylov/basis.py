@@ -26,9 +26,9 @@ from fasthessian.vectors import ALIGN, stride_bytes
 
 FORMATS = ("full", "compressed", "offload")
 LARGEST = 65504.0  # of float16
-# Bytes of V that are rotated at a time. On a CPU they stay in cache, where a second block of
-# columns of S finds them; on a GPU they bound the memory beside V.
-CPU_TILE, GPU_TILE = 8 << 20, 128 << 20
+# Bytes of V that are rotated at a time. That bounds the memory beside V; smaller tiles would stay
+# in cache, but where another job runs, each of their many parallel regions waits for a thread.
+TILE = 128 << 20
 
 
 class Basis:
@@ -83,8 +83,7 @@ class Basis:
         """
         size, p = S.shape
         H = S.to(self._device) * (-1.0 if out is None else -1.0 / self.scale)
-        tile = CPU_TILE if self._device.type == "cpu" else GPU_TILE
-        width = max(1, tile // (size * self.stored.element_size()) // ALIGN) * ALIGN
+        width = max(1, TILE // (size * self.stored.element_size()) // ALIGN) * ALIGN
         n, dtype = self.stored.shape[1], self.space.dtype
         buffer = torch.empty(p, min(width, n), dtype=dtype, device=self._device)
         for start in range(0, n, width):

@@ -22,7 +22,7 @@ def made(kind, dtype, rows, n=N):
 
 @pytest.fixture(params=[1 << 30, 20_000, 1], ids=["one tile", "several", "narrowest"])
 def tiles(request, monkeypatch):
-    monkeypatch.setattr(basis, "CPU_TILE", request.param)
+    monkeypatch.setattr(basis, "TILE", request.param)
 
 
 @pytest.mark.parametrize("kind", ["full", "compressed"])
@@ -51,7 +51,7 @@ def test_a_rotation_has_the_same_bits_in_tiles_of_any_size(kind, monkeypatch):
     S = torch.randn(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     found = []
     for size in (1 << 30, 30_000, 1):
-        monkeypatch.setattr(basis, "CPU_TILE", size)
+        monkeypatch.setattr(basis, "TILE", size)
         rotated, _ = made(kind, torch.float32, 10)
         rotated.rotate(S)
         found.append(rotated.stored.clone())
@@ -60,7 +60,7 @@ def test_a_rotation_has_the_same_bits_in_tiles_of_any_size(kind, monkeypatch):
 
 def test_a_rotation_takes_each_part_of_the_rows_once(monkeypatch):
     rotated, _ = made("full", torch.float32, 20, n=30_000)
-    monkeypatch.setattr(basis, "CPU_TILE", 1 << 20)
+    monkeypatch.setattr(basis, "TILE", 1 << 20)
     calls, update_ = [], rotated.space.kernels.update_
 
     def counted(V, W, H, *rest, **options):
